@@ -1,0 +1,333 @@
+"""Data sets and transforms.
+
+To add a data set: write a builder that takes (args, is_train) and returns (dataset, number of classes), and enter it
+into `BUILDERS`. Images reach the transform as RGB.
+"""
+import gzip
+import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Callable, Dict, List, Optional, Tuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, create_transform
+from timm.data.random_erasing import RandomErasing
+from torch.utils.data import Dataset, default_collate
+from torchvision import datasets, transforms
+from torchvision.datasets.folder import default_loader
+from torchvision.transforms import InterpolationMode
+
+import utils
+from utils import InputError
+
+INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
+SAMPLE_DATA = Path(__file__).parent / 'sample_data'  # part of Fashion-MNIST, see the README there
+NUM_PROBED = 1000  # images looked at before a run starts
+SMALL = 32  # up to this many pixels, images are cropped but not resized
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading images
+
+class UnreadableImage(InputError):
+    """An image file can't be decoded; the message names it."""
+
+    def __init__(self, message: str):
+        # A worker's exception comes back with the worker's traceback before its text.
+        last_line = message.strip().splitlines()[-1]
+        super().__init__(last_line.removeprefix(f'{__name__}.{type(self).__name__}: '))
+
+
+def load_rgb(path: str) -> Image.Image:
+    """Decode an image file to RGB.
+
+    Raises:
+        UnreadableImage: not an image, or damaged; Pillow has many exceptions for that.
+    """
+    try:
+        return default_loader(path)
+    except Exception as error:
+        raise UnreadableImage(f'unreadable image {path}: {utils.first_line(error)}') from None
+
+
+def probe_images(dataset: Dataset):
+    """Decode up to NUM_PROBED images of a data set of files, evenly spread, so that bad data shows at once."""
+    paths = [path for path, _ in getattr(dataset, 'samples', [])]
+    chosen = paths if len(paths) <= NUM_PROBED else paths[::len(paths) // NUM_PROBED][:NUM_PROBED]
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        for _ in pool.map(load_rgb, chosen):
+            pass
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets
+
+class ClassFolders(datasets.ImageFolder):
+    """A folder of class folders.
+
+    Args:
+        root: the folder.
+        standard: class names in the order of their indices, which a subset of them keeps; None: the folders' names,
+            sorted.
+
+    Raises:
+        InputError: no such folder, no class folders in it, a class without images, or a name that is not standard.
+    """
+
+    def __init__(self, root: Path, transform: Optional[Callable] = None, *, standard: Optional[List[str]] = None):
+        self.standard = standard
+        try:
+            super().__init__(root, transform=transform, loader=load_rgb)
+        except FileNotFoundError as error:  # torchvision's words for empty folders name them
+            raise InputError(f'--data-path: {root}: {utils.first_line(error)}') from None
+
+    def find_classes(self, directory) -> Tuple[List[str], Dict[str, int]]:
+        classes, class_to_idx = super().find_classes(directory)
+        if self.standard is None:
+            return classes, class_to_idx
+        index = {name: i for i, name in enumerate(self.standard)}
+        unknown = [name for name in classes if name not in index]
+        if len(unknown) == len(classes) == len(self.standard):
+            return classes, class_to_idx  # all classes, under names of the user's own
+        if unknown:
+            raise InputError(
+                f'--data-path: {directory} has {len(classes)} class folders, of which {len(unknown)} are not named by '
+                f'one of the {len(self.standard)} WordNet ids (as n01440764): {utils.abridge(unknown)}')
+        return classes, {name: index[name] for name in classes}
+
+
+class FashionMNIST(Dataset):
+    """Fashion-MNIST (or any MNIST-like set) from its four IDX files, gzipped or not, as RGB images.
+
+    Args:
+        root: a folder that holds the files, or torchvision's `FashionMNIST/raw` with them.
+    """
+
+    def __init__(self, root: Path, train: bool, transform: Optional[Callable] = None):
+        split = 'train' if train else 't10k'
+        self.images = read_idx(root, f'{split}-images-idx3-ubyte')
+        self.labels = read_idx(root, f'{split}-labels-idx1-ubyte')
+        if len(self.images) != len(self.labels):
+            raise InputError(f'--data-path: {root}: {len(self.images)} {split} images but {len(self.labels)} labels')
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int):
+        image = Image.fromarray(self.images[index]).convert('RGB')
+        return self.transform(image) if self.transform else image, int(self.labels[index])
+
+
+def read_idx(root: Path, name: str) -> np.ndarray:
+    """Array of bytes in the IDX file `name` (two zero bytes, type, rank, sizes as big-endian uint32, data)."""
+    folders = (root, root / 'FashionMNIST' / 'raw')
+    path = next((p for folder in folders for p in (folder / name, folder / f'{name}.gz') if p.is_file()), None)
+    if path is None:
+        raise InputError(f'--data-path {root}: no {name}[.gz] there or in FashionMNIST/raw')
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == '.gz' else path.read_bytes()
+        rank = content[3]
+        shape = np.frombuffer(content, '>u4', count=rank, offset=4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    except (OSError, EOFError, IndexError, ValueError) as error:
+        raise InputError(f'--data-path: {path}: truncated or not an IDX file ({utils.first_line(error)})') from None
+
+
+class INaturalist(Dataset):
+    """iNaturalist 2018 or 2019 from its annotation files.
+
+    Args:
+        root: holds `train{year}.json`, `val{year}.json`, `categories.json` and the image folders.
+        category: the level of the taxonomy that makes the classes.
+
+    Source: original datasets.py, INatDataset.
+    """
+
+    def __init__(self, root: Path, train: bool, year: int, category: str, transform: Optional[Callable] = None):
+        categories = read_json(root / 'categories.json')
+        annotations = read_json(root / f'train{year}.json')
+        split = annotations if train else read_json(root / f'val{year}.json')
+        try:
+            # faithful: classes are numbered as they first appear among the training annotations
+            names = [categories[int(a['category_id'])][category] for a in annotations['annotations']]
+            class_to_idx = {name: i for i, name in enumerate(dict.fromkeys(names))}
+            self.samples = []
+            for image in split['images']:
+                folder, *_, category_id, name = image['file_name'].split('/')
+                # The archives unpack to FOLDER/SUPERCATEGORY/ID/NAME; the original's paths have no supercategory.
+                path = root / folder / category_id / name
+                path = path if path.exists() else root / image['file_name']
+                self.samples.append((str(path), class_to_idx[categories[int(category_id)][category]]))
+        except (KeyError, IndexError, ValueError, TypeError) as error:
+            raise InputError(f'--data-path {root}: the annotations of {year} are not iNaturalist\'s '
+                             f'({type(error).__name__}: {error}, --inat-category {category})') from None
+        self.num_classes = len(class_to_idx)
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int):
+        path, target = self.samples[index]
+        image = load_rgb(path)
+        return self.transform(image) if self.transform else image, target
+
+
+def read_json(path: Path):
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f'--data-path: {path} is missing') from None
+    except ValueError as error:
+        raise InputError(f'--data-path: {path} is not valid JSON ({error})') from None
+
+
+def split_folder(root: Path, names: Tuple[str, ...]) -> Path:
+    """The first of the folders `names` that `root` has."""
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    there = sorted(p.name for p in root.iterdir() if p.is_dir())
+    raise InputError(f'--data-path {root}: no {" or ".join(f"{n}/" for n in names)} folder there '
+                     f'(it has: {utils.abridge(there) or "no folders"})')
+
+
+def build_imagenet(args, is_train: bool, subset: str = 'imagenet-1k'):
+    standard = ImageNetInfo(subset).label_names()
+    root = split_folder(Path(args.data_path), ('train',) if is_train else ('val',))
+    return ClassFolders(root, standard=standard), len(standard)
+
+
+def build_folder(args, is_train: bool, num_classes: Optional[int] = None):
+    root = Path(args.data_path)
+    folders = {'train': ('train',), 'held out': ('val', 'test')}
+    mine = split_folder(root, folders.pop('train' if is_train else 'held out'))
+    if is_train or (root / 'train').is_dir():  # evaluation alone needs no training images
+        other = split_folder(root, *folders.values())
+        for here, there in ((mine, other), (other, mine)):
+            lonely = sorted(p.name for p in here.iterdir() if p.is_dir() and not (there / p.name).is_dir())
+            if lonely:
+                raise InputError(f'--data-path: class folders in {here}, but not in {there}: {utils.abridge(lonely)}')
+    dataset = ClassFolders(mine)
+    if num_classes is not None and len(dataset.classes) != num_classes:
+        raise InputError(f'--data-set {args.data_set}: {mine} has {len(dataset.classes)} class folders, '
+                         f'not {num_classes}')
+    return dataset, len(dataset.classes)
+
+
+def build_cifar(args, is_train: bool, cls: type):
+    try:
+        dataset = cls(args.data_path, train=is_train)
+    except RuntimeError:
+        raise InputError(f'--data-path {args.data_path}: no intact {cls.base_folder} there; to get it: python -c "from '
+                         f'torchvision.datasets import {cls.__name__}; {cls.__name__}(\'{args.data_path}\', '
+                         f'download=True)"') from None
+    return dataset, len(dataset.classes)
+
+
+def build_inaturalist(args, is_train: bool, year: int):
+    dataset = INaturalist(Path(args.data_path), is_train, year, args.inat_category)
+    return dataset, dataset.num_classes
+
+
+BUILDERS = {
+    'IMNET': build_imagenet,
+    'IMNET22k': partial(build_imagenet, subset='imagenet-22k'),
+    'CIFAR10': partial(build_cifar, cls=datasets.CIFAR10),
+    'CIFAR100': partial(build_cifar, cls=datasets.CIFAR100),
+    'FASHION': lambda args, is_train: (FashionMNIST(Path(args.data_path), is_train), 10),
+    'INAT': partial(build_inaturalist, year=2018),
+    'INAT19': partial(build_inaturalist, year=2019),
+    'CARS': partial(build_folder, num_classes=196),
+    'FLOWERS': partial(build_folder, num_classes=102),
+    'FOLDER': build_folder,
+    'SAMPLE': lambda args, is_train: (FashionMNIST(SAMPLE_DATA, is_train), 10),
+}
+
+
+def build_dataset(args, is_train: bool) -> Tuple[Dataset, int]:
+    """The training or the evaluation split of `--data-set`, with its transform, and the number of classes.
+
+    Raises:
+        InputError: the data are not there, or not what the data set's name says.
+    """
+    if args.data_set != 'SAMPLE' and not Path(args.data_path).is_dir():
+        raise InputError(f'--data-path {args.data_path}: no such directory')
+    dataset, num_classes = BUILDERS[args.data_set](args, is_train)
+    dataset.transform = build_train_transform(args) if is_train else build_eval_transform(args)
+    return dataset, num_classes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transforms
+
+def build_train_transform(args) -> transforms.Compose:
+    """Source: original datasets.py, build_transform; the steps are timm's."""
+    transform = create_transform(
+        input_size=args.input_size,
+        is_training=True,
+        color_jitter=args.color_jitter,
+        auto_augment=args.aa,
+        interpolation=args.train_interpolation,
+        re_prob=0. if args.resplit else args.reprob,  # --resplit erases whole batches, see CleanHalfErasing
+        re_mode=args.remode,
+        re_count=args.recount,
+    )
+    if args.input_size <= SMALL:
+        # faithful: small images (CIFAR) are padded and cropped, not resized (original datasets.py, build_transform)
+        transform.transforms[0] = transforms.RandomCrop(args.input_size, padding=4, pad_if_needed=True)
+    return transform
+
+
+def build_eval_transform(args) -> transforms.Compose:
+    """Source: original datasets.py, build_transform."""
+    steps = []
+    if args.full_crop or args.input_size > SMALL:
+        # faithful: without --full_crop 256/224 of the size is resized to, and the middle of it cropped
+        resized = args.input_size if args.full_crop else int(args.input_size * 256 / 224)
+        steps = [transforms.Resize(resized, interpolation=InterpolationMode.BICUBIC),
+                 transforms.CenterCrop(args.input_size)]
+    return transforms.Compose(
+        steps + [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From samples to batches
+
+class SeededSamples(Dataset):
+    """Samples under keys (index, seed), as `samplers.TrainingSampler` gives them: the seed decides the augmentation."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Tuple[int, int]):
+        index, seed = key
+        utils.seed_everything(seed)  # Python's, NumPy's and torch's generators: timm's transforms use all three
+        return self.dataset[index]
+
+
+def collate(samples: list) -> List[torch.Tensor]:
+    """Stack samples to a batch: images (B, 3, img_h, img_w), targets (B,)."""
+    sizes = {tuple(image.shape[1:]) for image, _ in samples}
+    if len(sizes) > 1:
+        raise InputError(f'--input-size up to {SMALL} leaves evaluation images as they are, and these are of different '
+                         f'sizes ({utils.abridge(sorted(sizes), 3)} pixels): add --full_crop')
+    return default_collate(samples)
+
+
+class CleanHalfErasing:
+    """`collate` for --resplit: random erasing in the second half of the batch, none in the first."""
+
+    def __init__(self, args):
+        self.erase = RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, num_splits=2, device='cpu')
+
+    def __call__(self, samples: list) -> List[torch.Tensor]:
+        images, targets = collate(samples)
+        return [self.erase(images), targets]  # the last sample's seed decides what is erased

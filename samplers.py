@@ -1,0 +1,56 @@
+"""In which order a process sees the training images, and which images it evaluates."""
+from typing import Iterator, Sized, Tuple
+
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import DistributedSampler, Sampler
+
+import utils
+
+REPEATS = 3  # copies of each image under repeated augmentation
+GROUP = 256  # an epoch of repeated augmentation is a whole number of groups of so many images
+
+
+class TrainingSampler(Sampler):
+    """Yields, for this process and epoch, pairs (index of the image, seed of its augmentation).
+
+    Both are functions of (seed, epoch, position) alone. Call `set_epoch` before each epoch.
+
+    Args:
+        dataset: only its length matters.
+        repeated_aug: each image three times, spread over the processes, and a third of the images an epoch.
+        seed: of the order and of the augmentation; with 0 the order is the original's.
+        num_replicas: number of processes.
+        rank: this process.
+
+    Source: original main.py, and samplers.py, RASampler (Hoffer et al. 2020, Berman et al. 2019).
+    """
+
+    def __init__(self, dataset: Sized, *, repeated_aug: bool, seed: int, num_replicas: int, rank: int):
+        if repeated_aug:
+            # faithful: an epoch has floor(len // 256 * 256 / processes) samples (original samplers.py, RASampler)
+            # differs: fewer than 256 images make an epoch of one partial group; the original's is empty
+            self.order = RepeatAugSampler(
+                dataset, num_replicas, rank, shuffle=True, num_repeats=REPEATS,
+                selected_round=GROUP if len(dataset) >= GROUP else 0)
+        else:
+            self.order = DistributedSampler(dataset, num_replicas, rank, shuffle=True)
+        self.seed, self.num_replicas, self.rank = seed, num_replicas, rank
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+        self.order.set_epoch(self.seed + epoch)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[Tuple[int, int]]:
+        for i, index in enumerate(self.order):
+            position = i * self.num_replicas + self.rank
+            yield index, utils.derive_seed(self.seed, self.epoch, position)
+
+
+def evaluation_indices(dataset: Sized, *, num_replicas: int, rank: int) -> range:
+    """This process's share of the images, each in exactly one share."""
+    # differs: the original repeats images until all shares are equally long, and counts them twice
+    return range(rank, len(dataset), num_replicas)

@@ -1,0 +1,585 @@
+"""Train and evaluate image classifiers: XCiT, or any other model that timm knows.
+
+The recipe is the paper's by default. Data flows one way: arguments -> builders -> loop -> checkpoint.
+"""
+import argparse
+import copy
+import dataclasses
+import datetime
+import difflib
+import os
+import shlex
+import time
+from pathlib import Path
+from typing import Optional
+
+import timm
+import torch
+import torchvision
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.plateau_lr import PlateauLRScheduler
+from timm.scheduler.scheduler_factory import scheduler_kwargs
+from timm.utils import ModelEmaV3
+from torch.utils.data import DataLoader, Dataset
+
+import datasets
+import samplers
+import utils
+import xcit
+from engine import evaluate, train_one_epoch
+from losses import DISTILLATION_TYPES, DistillationLoss, classification_loss
+from utils import InputError, notice
+
+AMP_DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16, 'off': None}
+REFERENCE_BATCH = 512  # images for which --lr is meant
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(message)
+
+
+def number(kind: type, low, high=None, *, above: bool = False):
+    """An argparse type: a number of `kind` from `low` (or `above` it) to `high`."""
+    allowed = f'{"an integer" if kind is int else "a number"} {">" if above else ">="} {low}'
+    allowed += '' if high is None else f' and <= {high}'
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float('nan')
+        if not (value > low if above else value >= low) or value == float('inf') or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f'{text!r} is not allowed: it must be {allowed}')
+        return value
+
+    return parse
+
+
+COUNT = number(int, 1)
+COUNT_OR_0 = number(int, 0)
+FRACTION = number(float, 0, 1)
+NON_NEGATIVE = number(float, 0)
+POSITIVE = number(float, 0, above=True)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = Parser('main.py', description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    boolean = argparse.BooleanOptionalAction
+
+    group = parser.add_argument_group('run')
+    group.add_argument('--output-dir', '--output_dir', default='', metavar='DIR',
+                       help='where checkpoints and logs go; empty: nothing is written')
+    group.add_argument('--device', default='auto', help='auto (cuda, mps or cpu, the first there is) or a device')
+    group.add_argument('--amp', choices=list(AMP_DTYPES), help='autocast type; fp16 on cuda and off elsewhere if unset')
+    group.add_argument('--seed', default=0, type=COUNT_OR_0, help='of weights, data order, augmentation and dropout')
+    group.add_argument('--deterministic', action=boolean, default=False,
+                       help='refuse operations whose result varies from run to run; slower on GPUs')
+    group.add_argument('--resume', default='', metavar='PATH|URL|auto',
+                       help='go on with a training, or evaluate its model; auto: the one in --output-dir, if any')
+    group.add_argument('--start-epoch', '--start_epoch', default=0, type=COUNT_OR_0, metavar='N',
+                       help='first epoch, without --resume')
+    group.add_argument('--epochs', default=400, type=COUNT, metavar='N')
+
+    group = parser.add_argument_group('model')
+    group.add_argument('--model', default='xcit_small_12_p16', help='one of the 14 XCiT models, or of timm\'s')
+    group.add_argument('--input-size', default=224, type=COUNT, metavar='PIXELS', help='side of the square images')
+    group.add_argument('--drop', default=0., type=FRACTION, metavar='FRACTION', help='dropout')
+    group.add_argument('--drop-path', default=.1, type=number(float, 0, .999), metavar='FRACTION',
+                       help='stochastic depth, the same in all layers of XCiT')
+    group.add_argument('--pretrained', metavar='PATH|URL',
+                       help='initial weights; a head for another number of classes is left out')
+    group.add_argument('--surgery', metavar='PATH|URL',
+                       help='copy the patch stem from these weights and keep it frozen: steadier for large models')
+    group.add_argument('--grad-checkpointing', action=boolean, default=False,
+                       help='compute activations twice to save memory')
+    group.add_argument('--model-ema', action=boolean, default=True, help='keep a moving average of the weights')
+    group.add_argument('--model-ema-decay', default=.99996, type=FRACTION, metavar='FRACTION',
+                       help='of the average; rises to this value over the first steps')
+    group.add_argument('--model-ema-force-cpu', action=boolean, default=False, help='keep the average in CPU memory')
+
+    group = parser.add_argument_group('optimizer')
+    group.add_argument('--batch-size', default=64, type=COUNT, metavar='IMAGES', help='of one process and one pass')
+    group.add_argument('--accum-iter', default=1, type=COUNT, metavar='N', help='batches that make one step')
+    group.add_argument('--opt', default='adamw', help='name of a timm optimizer')
+    group.add_argument('--opt-eps', default=1e-8, type=POSITIVE, metavar='EPS')
+    group.add_argument('--opt-betas', type=number(float, 0, .99999999), nargs='+', metavar='BETA',
+                       help='the optimizer\'s own if unset')
+    group.add_argument('--momentum', default=.9, type=FRACTION, help='of SGD and its like')
+    group.add_argument('--weight-decay', default=.05, type=NON_NEGATIVE)
+    group.add_argument('--clip-grad', type=POSITIVE, metavar='NORM', help='largest gradient norm; unset: no clipping')
+
+    group = parser.add_argument_group('schedule')
+    group.add_argument('--sched', default='cosine', choices=['cosine', 'tanh', 'step', 'plateau'])
+    group.add_argument('--lr', default=5e-4, type=POSITIVE,
+                       help=f'peak learning rate for {REFERENCE_BATCH} images a step; scaled with the real number')
+    group.add_argument('--warmup-lr', default=1e-6, type=NON_NEGATIVE, help='learning rate to start at, not scaled')
+    group.add_argument('--min-lr', default=1e-5, type=NON_NEGATIVE, help='learning rate to end at, not scaled')
+    group.add_argument('--warmup-epochs', default=5, type=COUNT_OR_0, metavar='N')
+    group.add_argument('--decay-epochs', default=30, type=POSITIVE, metavar='N', help='between two decays of "step"')
+    group.add_argument('--decay-rate', '--dr', default=.1, type=POSITIVE, help='of "step" and "plateau"')
+    group.add_argument('--patience-epochs', default=10, type=COUNT_OR_0, metavar='N',
+                       help='epochs without progress that "plateau" waits for')
+    group.add_argument('--cooldown-epochs', default=10, type=COUNT_OR_0, metavar='N',
+                       help='epochs that "plateau" pauses for after a decay')
+    group.add_argument('--lr-noise', type=FRACTION, nargs='+', metavar='FRACTION',
+                       help='part of the epochs from which on (or between which two) the learning rate gets noise')
+    group.add_argument('--lr-noise-pct', default=.67, type=NON_NEGATIVE, help='limit of the noise, as a fraction')
+    group.add_argument('--lr-noise-std', default=1., type=NON_NEGATIVE, help='standard deviation of the noise')
+
+    group = parser.add_argument_group('augmentation')
+    group.add_argument('--color-jitter', default=.4, type=NON_NEGATIVE, help='used where --aa is empty')
+    group.add_argument('--aa', default='rand-m9-mstd0.5-inc1', metavar='POLICY',
+                       help='timm AutoAugment policy; \'\' or none: no policy')
+    group.add_argument('--smoothing', default=.1, type=FRACTION, help='label smoothing')
+    group.add_argument('--train-interpolation', default='bicubic', choices=['random', 'bilinear', 'bicubic'])
+    group.add_argument('--repeated-aug', action=boolean, default=True,
+                       help='three versions of each image, a third of the images an epoch')
+    group.add_argument('--reprob', default=.25, type=FRACTION, help='probability of random erasing')
+    group.add_argument('--remode', default='pixel', choices=['const', 'rand', 'pixel'], help='what erases')
+    group.add_argument('--recount', default=1, type=COUNT, help='largest number of erased rectangles')
+    group.add_argument('--resplit', action=boolean, default=False, help='leave the first half of each batch unerased')
+
+    group = parser.add_argument_group('mixup')
+    group.add_argument('--mixup', default=.8, type=NON_NEGATIVE, metavar='ALPHA', help='0: off')
+    group.add_argument('--cutmix', default=1., type=NON_NEGATIVE, metavar='ALPHA', help='0: off')
+    group.add_argument('--cutmix-minmax', type=FRACTION, nargs='+', metavar='FRACTION',
+                       help='smallest and largest side of the patch; turns cutmix on, and its alpha off')
+    group.add_argument('--mixup-prob', default=1., type=FRACTION, help='probability of either')
+    group.add_argument('--mixup-switch-prob', default=.5, type=FRACTION, help='probability of cutmix where both are on')
+    group.add_argument('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'], help='what is drawn anew')
+
+    group = parser.add_argument_group('distillation')
+    group.add_argument('--distillation-type', default='none', choices=DISTILLATION_TYPES)
+    group.add_argument('--teacher-model', default='regnety_160', help='name of a timm model')
+    group.add_argument('--teacher-path', default='', metavar='PATH|URL', help='the teacher\'s weights')
+    group.add_argument('--teacher-pretrained', action=boolean, default=False, help='take timm\'s weights instead')
+    group.add_argument('--distillation-alpha', default=.5, type=FRACTION, help='weight of the teacher\'s term')
+    group.add_argument('--distillation-tau', default=1., type=POSITIVE, help='temperature of "soft"')
+
+    group = parser.add_argument_group('data')
+    group.add_argument('--data-set', default='IMNET', choices=list(datasets.BUILDERS))
+    group.add_argument('--data-path', default='/datasets01/imagenet_full_size/061417/', metavar='DIR',
+                       help='not needed for SAMPLE')
+    group.add_argument('--inat-category', default='name', choices=datasets.INAT_CATEGORIES,
+                       help='level of the taxonomy that makes the classes of INAT and INAT19')
+    group.add_argument('--num-workers', '--num_workers', default=10, type=COUNT_OR_0, metavar='N',
+                       help='processes that load data, at most one for each core; 0: load in the main process')
+    group.add_argument('--pin-mem', action=boolean, default=True, help='page-locked host memory for cuda')
+
+    group = parser.add_argument_group('evaluation')
+    group.add_argument('--eval', action='store_true', help='evaluate only')
+    group.add_argument('--test-freq', default=1, type=COUNT, metavar='N', help='epochs between two evaluations')
+    group.add_argument('--full-crop', '--full_crop', action=boolean, default=False,
+                       help='evaluate the whole shorter side (crop 1.0, as published) instead of 0.875 of it')
+
+    group = parser.add_argument_group('distributed')
+    group.add_argument('--dist-eval', action=boolean, default=True,
+                       help='share the evaluation images between the processes')
+    group.add_argument('--world-size', '--world_size', default=1, type=COUNT, metavar='N',
+                       help='number of processes, where the launcher has not set WORLD_SIZE')
+    group.add_argument('--dist-url', '--dist_url', default='env://', metavar='URL', help='where the processes meet')
+    return parser
+
+
+def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
+    """Parse the command line and refuse what can't work before any work is done."""
+    args = get_args_parser().parse_args(argv)
+    check_model('--model', args.model)
+    device = utils.choose_device(args.device)
+    if args.amp == 'fp16' and device.type != 'cuda':
+        raise InputError(f'--amp fp16: needs cuda, and the device is {device.type}; allowed: bf16, off')
+    if args.opt.lower().split('_')[-1] not in list_optimizers():
+        raise InputError(f'--opt {args.opt}: timm has no such optimizer{similar(args.opt, list_optimizers())}')
+    for flag, values in (('--opt-betas', args.opt_betas), ('--cutmix-minmax', args.cutmix_minmax)):
+        if values is not None and len(values) != 2:
+            raise InputError(f'{flag} {" ".join(map(str, values))}: needs 2 values')
+    if args.lr_noise is not None and len(args.lr_noise) > 2:
+        raise InputError(f'--lr-noise {" ".join(map(str, args.lr_noise))}: needs 1 or 2 values')
+    if uses_soft_targets(args) and args.batch_size % 2 and not args.eval:
+        raise InputError(f'--batch-size {args.batch_size}: mixup and cutmix mix pairs of images and need an even '
+                         f'number (or --mixup 0 --cutmix 0)')
+    if args.distillation_type == 'none':
+        for flag in ('teacher_path', 'teacher_pretrained'):
+            if getattr(args, flag):
+                raise InputError(f'--{flag.replace("_", "-")}: has no effect without --distillation-type soft or hard')
+    else:
+        check_model('--teacher-model', args.teacher_model)
+        if bool(args.teacher_path) == args.teacher_pretrained:
+            raise InputError(f'--distillation-type {args.distillation_type}: needs the teacher\'s weights from either '
+                             f'--teacher-path or --teacher-pretrained')
+    if args.resume == 'auto' and not args.output_dir:
+        raise InputError('--resume auto: needs --output-dir to look in')
+    if args.start_epoch >= args.epochs:
+        raise InputError(f'--start-epoch {args.start_epoch}: must be less than --epochs {args.epochs}')
+    if Path(args.output_dir or '.').exists() and not Path(args.output_dir or '.').is_dir():
+        raise InputError(f'--output-dir {args.output_dir}: is not a directory')
+    try:
+        datasets.build_train_transform(args)
+    except Exception as error:  # timm checks a policy's text with whatever its parsing runs into
+        raise InputError(f'--aa {args.aa}: not a policy of timm\'s (as rand-m9-mstd0.5-inc1, original, v0, augmix-m3; '
+                         f'{type(error).__name__} {utils.first_line(error)})') from None
+    return args
+
+
+def check_model(flag: str, name: str):
+    if not timm.is_model(name.split('.')[0]):
+        raise InputError(f'{flag} {name}: no such model{similar(name, xcit.MODELS + timm.list_models())}')
+
+
+def similar(name: str, names: list) -> str:
+    matches = difflib.get_close_matches(name, names, n=5, cutoff=.5)
+    return f'; similar: {", ".join(dict.fromkeys(matches))}' if matches else ''
+
+
+def uses_soft_targets(args) -> bool:
+    """Whether targets are probabilities: the one place that decides, for mixup and for the criterion."""
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Builders
+
+def build_amp_dtype(args, device: torch.device) -> Optional[torch.dtype]:
+    return AMP_DTYPES[args.amp or ('fp16' if device.type == 'cuda' else 'off')]
+
+
+def build_loader(dataset: Dataset, args, device: torch.device, **kwargs) -> DataLoader:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    workers = min(args.num_workers, cores)
+    return DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0,
+                      pin_memory=args.pin_mem and device.type == 'cuda', **kwargs)
+
+
+def build_train_loader(dataset: Dataset, args, device: torch.device) -> DataLoader:
+    sampler = samplers.TrainingSampler(dataset, repeated_aug=args.repeated_aug, seed=args.seed,
+                                       num_replicas=utils.get_world_size(), rank=utils.get_rank())
+    if args.repeated_aug and len(dataset) < samplers.GROUP:
+        notice(f'Repeated augmentation: {len(dataset)} images are less than a group of {samplers.GROUP}; '
+               f'an epoch has {len(sampler)} samples')
+    if args.batch_size > len(sampler):
+        raise InputError(f'--batch-size {args.batch_size}: an epoch has {len(sampler)} images for each process, less '
+                         f'than one batch')
+    if args.accum_iter > len(sampler) // args.batch_size:
+        raise InputError(f'--accum-iter {args.accum_iter}: an epoch has {len(sampler) // args.batch_size} batches')
+    return build_loader(
+        datasets.SeededSamples(dataset), args, device, sampler=sampler, batch_size=args.batch_size, drop_last=True,
+        collate_fn=datasets.CleanHalfErasing(args) if args.resplit else datasets.collate)
+
+
+def build_eval_loader(dataset: Dataset, args, device: torch.device) -> DataLoader:
+    replicas, rank = (utils.get_world_size(), utils.get_rank()) if args.dist_eval else (1, 0)
+    return build_loader(
+        dataset, args, device, sampler=samplers.evaluation_indices(dataset, num_replicas=replicas, rank=rank),
+        batch_size=int(1.5 * args.batch_size), collate_fn=datasets.collate)
+
+
+def build_model(args, num_classes: int, *, new_head: bool) -> torch.nn.Module:
+    """The model with its initial weights; `new_head`: see utils.load_weights."""
+    utils.seed_everything(args.seed)
+    model = timm.create_model(args.model, num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path)
+    if args.pretrained:
+        weights = utils.load_checkpoint(args.pretrained, '--pretrained')
+        utils.load_weights(model, weights, f'--pretrained {args.pretrained}', new_head=new_head)
+    if args.surgery:
+        transplant_stem(model, args.surgery)
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    return model
+
+
+def transplant_stem(model: torch.nn.Module, source: str):
+    """Copy `patch_embed` from a checkpoint and freeze it."""
+    checkpoint = utils.load_checkpoint(source, '--surgery')
+    weights = checkpoint.get('model', checkpoint)
+    prefix = 'patch_embed.'
+    stem = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    if not hasattr(model, 'patch_embed'):
+        raise InputError(f'--surgery {source}: the model has no patch_embed')
+    utils.load_weights(model.patch_embed, stem, f'--surgery {source}')
+    model.patch_embed.requires_grad_(False)
+
+
+def build_model_ema(args, model: torch.nn.Module) -> Optional[ModelEmaV3]:
+    if not args.model_ema:
+        return None
+    # differs: the decay rises as 1 - (1 + step) ** -0.8, so that the average of a short run is not made of its initial
+    # weights; it reaches 0.99996 after 314,000 steps (251 of ImageNet's 400 epochs), and is the original's from there
+    return ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=True, warmup_power=.8,
+                      device=torch.device('cpu') if args.model_ema_force_cpu else None)
+
+
+def build_mixup(args, num_classes: int) -> Optional[Mixup]:
+    if not uses_soft_targets(args):
+        return None
+    return Mixup(mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax,
+                 prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode,
+                 label_smoothing=args.smoothing, num_classes=num_classes)
+
+
+def build_criterion(args, num_classes: int, device: torch.device) -> DistillationLoss:
+    teacher = None if args.distillation_type == 'none' else build_teacher(args, num_classes).to(device)
+    return DistillationLoss(
+        classification_loss(soft_targets=uses_soft_targets(args), smoothing=args.smoothing),
+        teacher, args.distillation_type, alpha=args.distillation_alpha, tau=args.distillation_tau)
+
+
+def build_teacher(args, num_classes: int) -> torch.nn.Module:
+    source = f'--teacher-pretrained (--teacher-model {args.teacher_model})'
+    if args.teacher_pretrained:
+        own_classes = timm.models.get_pretrained_cfg_value(args.teacher_model, 'num_classes')
+        if own_classes != num_classes:
+            raise InputError(f'{source}: timm\'s weights are for {own_classes} classes, not {num_classes}')
+    try:
+        teacher = timm.create_model(args.teacher_model, pretrained=args.teacher_pretrained, num_classes=num_classes)
+    except Exception as error:  # of whichever hub timm asks
+        if not args.teacher_pretrained:
+            raise
+        raise InputError(f'{source}: timm can\'t get the weights ({utils.first_line(error)})') from None
+    if args.teacher_path:
+        weights = utils.load_checkpoint(args.teacher_path, '--teacher-path')
+        utils.load_weights(teacher, weights, f'--teacher-path {args.teacher_path}')
+    return teacher.eval().requires_grad_(False)
+
+
+def global_batch(args) -> int:
+    """Images that make one step."""
+    return args.batch_size * args.accum_iter * utils.get_world_size()
+
+
+def build_optimizer(args, model: torch.nn.Module) -> torch.optim.Optimizer:
+    lr = args.lr * global_batch(args) / REFERENCE_BATCH
+    return create_optimizer_v2(model, **{**optimizer_kwargs(args), 'lr': lr})
+
+
+def build_scheduler(args, optimizer: torch.optim.Optimizer):
+    return create_scheduler_v2(optimizer, **scheduler_kwargs(args))[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a training holds, and how it is stored
+
+@dataclasses.dataclass
+class Training:
+    """Everything that changes while a model is trained."""
+    model: torch.nn.Module  # without wrappers
+    model_ema: Optional[ModelEmaV3]
+    optimizer: torch.optim.Optimizer
+    scheduler: object
+    scaler: torch.amp.GradScaler
+    epoch: int = -1  # the last finished one
+    accuracy: dict = dataclasses.field(default_factory=lambda: {'last': 0., 'best': 0., 'best_ema': 0.})
+
+    def state_dict(self, args) -> dict:
+        return {
+            'model': self.model.state_dict(),
+            'model_ema': self.model_ema.module.state_dict() if self.model_ema else None,
+            'optimizer': self.optimizer.state_dict(),
+            'lr_scheduler': scheduler_state(self.scheduler),
+            'scaler': self.scaler.state_dict(),
+            'epoch': self.epoch,
+            'accuracy': self.accuracy,
+            'args': vars(args),
+        }
+
+    def load(self, checkpoint: dict, source: str):
+        """Go on where `checkpoint` was stored; `source` is what to call it in messages."""
+        utils.load_weights(self.model, checkpoint, source)
+        lacking = [key for key in ('optimizer', 'epoch') if key not in checkpoint]
+        if lacking:
+            raise InputError(f'{source}: has no {" and no ".join(lacking)} to go on with; to start from its weights, '
+                             f'use --pretrained')
+        try:
+            self.optimizer.load_state_dict(checkpoint['optimizer'])
+        except (ValueError, KeyError) as error:
+            raise InputError(f'{source}: its optimizer is another one ({utils.first_line(error)})') from None
+        if isinstance(self.scheduler, PlateauLRScheduler):  # the others are functions of the epoch
+            self.scheduler.lr_scheduler.load_state_dict(checkpoint['lr_scheduler']['plateau'])
+        self.scaler.load_state_dict(checkpoint.get('scaler') or {})
+        if self.model_ema is not None:
+            self.model_ema.module.load_state_dict(checkpoint.get('model_ema') or checkpoint['model'])
+        self.epoch = checkpoint['epoch']
+        self.accuracy.update(checkpoint.get('accuracy', {}))
+
+
+def scheduler_state(scheduler) -> dict:
+    plateau = isinstance(scheduler, PlateauLRScheduler)  # timm leaves out what its scheduler counts
+    return {**scheduler.state_dict(), **({'plateau': scheduler.lr_scheduler.state_dict()} if plateau else {})}
+
+
+def find_checkpoint(args) -> Optional[str]:
+    """Path or URL that --resume means; None: a fresh start."""
+    if args.resume != 'auto':
+        return args.resume or None
+    path = Path(args.output_dir, 'checkpoint.pth')
+    if path.exists():
+        return str(path)
+    notice(f'--resume auto: no checkpoint.pth in {args.output_dir}, a fresh start')
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two programs
+
+def train(args, device: torch.device) -> dict:
+    """Train a model; returns the last epoch's statistics."""
+    dataset_train, num_classes = datasets.build_dataset(args, is_train=True)
+    dataset_val, _ = datasets.build_dataset(args, is_train=False)
+    for dataset in (dataset_train, dataset_val):
+        datasets.probe_images(dataset)
+    train_loader = build_train_loader(dataset_train, args, device)
+    eval_loader = build_eval_loader(dataset_val, args, device)
+
+    model = build_model(args, num_classes, new_head=True).to(device)
+    criterion = build_criterion(args, num_classes, device)
+    mixup_fn = build_mixup(args, num_classes)
+    amp_dtype = build_amp_dtype(args, device)
+    optimizer = build_optimizer(args, model)
+    run = Training(model, build_model_ema(args, model), optimizer, build_scheduler(args, optimizer),
+                   torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16), epoch=args.start_epoch - 1)
+    source = find_checkpoint(args)
+    if source:
+        run.load(utils.load_checkpoint(source, '--resume'), f'--resume {source}')
+        notice(f'Resumed from {source}: epoch {run.epoch} is done')
+    if run.epoch >= 0 and not isinstance(run.scheduler, PlateauLRScheduler):
+        run.scheduler.step(run.epoch)
+
+    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    derived = {'device': str(device), 'amp_dtype': str(amp_dtype), 'processes': utils.get_world_size(),
+               'global_batch': global_batch(args), 'scaled_lr': args.lr * global_batch(args) / REFERENCE_BATCH,
+               'num_classes': num_classes, 'train_images': len(dataset_train), 'eval_images': len(dataset_val),
+               'n_parameters': n_parameters}
+    for description in (args, utils.environment(), derived):
+        notice(description)
+    log = open_log(args, derived, train_loader, first_epoch=run.epoch + 1)
+    ddp_model = utils.wrap_for_distributed(model, device)
+
+    started = time.monotonic()
+    first_epoch, stats = run.epoch + 1, {}
+    for epoch in range(first_epoch, args.epochs):
+        train_loader.sampler.set_epoch(epoch)
+        train_stats = train_one_epoch(
+            ddp_model, criterion, train_loader, optimizer=optimizer, scaler=run.scaler, device=device, epoch=epoch,
+            seed=args.seed, amp_dtype=amp_dtype, accum_iter=args.accum_iter, clip_grad=args.clip_grad,
+            mixup_fn=mixup_fn, model_ema=run.model_ema, frozen=model.patch_embed if args.surgery else None)
+        stats = {f'train_{k}': v for k, v in train_stats.items()}
+        if epoch % args.test_freq == 0 or epoch == args.epochs - 1:
+            stats.update(test(run, eval_loader, device=device, amp_dtype=amp_dtype))
+        # faithful: stepped with the epoch just finished, so that epochs 0 and 1 share a rate (original main.py)
+        run.scheduler.step(epoch, run.accuracy['last'])
+        run.epoch = epoch
+        stats.update(epoch=epoch, n_parameters=n_parameters)
+        if log is not None:
+            log.write(stats)
+        if args.output_dir:
+            state = run.state_dict(args)
+            utils.save_checkpoint(state, Path(args.output_dir, 'checkpoint.pth'))
+            if stats.get('test_acc1', -1.) >= run.accuracy['best']:
+                utils.save_checkpoint(state, Path(args.output_dir, 'best_model.pth'))
+        spent = time.monotonic() - started
+        left = spent / (epoch + 1 - first_epoch) * (args.epochs - epoch - 1)
+        notice(f'Epoch {epoch} done: loss {stats["train_loss"]:.4f}, best Acc@1 {run.accuracy["best"]:.2f}, '
+               f'time left {datetime.timedelta(seconds=int(left))}')
+
+    notice(f'Training time {datetime.timedelta(seconds=int(time.monotonic() - started))}')
+    if log is not None:
+        log.close()
+    if args.output_dir:
+        notice('Next, evaluate the best model:\n  ' + evaluation_command(args))
+    return stats
+
+
+def test(run: Training, loader: DataLoader, *, device: torch.device, amp_dtype: Optional[torch.dtype]) -> dict:
+    """Evaluate the model and its moving average, and enter their accuracies into `run`."""
+    stats = evaluate(run.model, loader, device=device, amp_dtype=amp_dtype)
+    run.accuracy['last'] = stats['acc1']
+    run.accuracy['best'] = max(run.accuracy['best'], stats['acc1'])
+    result = {f'test_{k}': v for k, v in stats.items() if k != 'images'}
+    if run.model_ema is not None:
+        average = run.model_ema.module
+        if run.model_ema.device is not None:
+            average = copy.deepcopy(average).to(device)
+        ema_stats = evaluate(average, loader, device=device, amp_dtype=amp_dtype, header='Test of the moving average')
+        run.accuracy['best_ema'] = max(run.accuracy['best_ema'], ema_stats['acc1'])
+        result.update({f'test_ema_{k}': ema_stats[k] for k in ('acc1', 'acc5', 'loss')})
+    return result
+
+
+def open_log(args, derived: dict, train_loader: DataLoader, *, first_epoch: int) -> Optional[utils.EpochLog]:
+    """Prepare --output-dir: nothing before this has written anything."""
+    if not args.output_dir:
+        return None
+    utils.open_output_dir(Path(args.output_dir), keep=first_epoch > 0)
+    if not utils.is_main_process():
+        return None
+    utils.write_json(Path(args.output_dir, 'args.json'),
+                     {'args': vars(args), 'derived': derived, 'environment': utils.environment()})
+    log = utils.EpochLog(Path(args.output_dir), first_epoch)
+    if first_epoch == 0:
+        log.tensorboard.add_text('args', '\n'.join(f'    {k}: {v}' for k, v in vars(args).items()))
+        keys = list(train_loader.sampler)[:min(args.batch_size, 32)]
+        images = torch.stack([train_loader.dataset[key][0] for key in keys])
+        log.tensorboard.add_image('train/images', torchvision.utils.make_grid(images, normalize=True, scale_each=True))
+    return log
+
+
+def evaluation_command(args) -> str:
+    words = ['python', 'main.py', '--eval', '--resume', f'{args.output_dir}/best_model.pth', '--model', args.model,
+             '--input-size', str(args.input_size), '--data-set', args.data_set]
+    words += [] if args.data_set == 'SAMPLE' else ['--data-path', args.data_path]
+    words += ['--inat-category', args.inat_category] if args.data_set.startswith('INAT') else []
+    words += ['--full-crop'] if args.full_crop else []
+    return shlex.join(words)
+
+
+def evaluate_only(args, device: torch.device) -> dict:
+    """Evaluate a model; returns and stores its statistics."""
+    dataset, num_classes = datasets.build_dataset(args, is_train=False)
+    datasets.probe_images(dataset)
+    model = build_model(args, num_classes, new_head=False)
+    weights = find_checkpoint(args) or args.pretrained
+    if args.resume and weights != args.pretrained:
+        utils.load_weights(model, utils.load_checkpoint(weights, '--resume'), f'--resume {weights}')
+    if not weights:
+        notice('Neither --resume nor --pretrained: the weights are random')
+    loader = build_eval_loader(dataset, args, device)
+    stats = evaluate(model.to(device), loader, device=device, amp_dtype=build_amp_dtype(args, device))
+    stats.update(model=args.model, weights=weights, resolution=args.input_size,
+                 crop=1. if args.full_crop or args.input_size <= datasets.SMALL else .875)
+    if args.output_dir and utils.is_main_process():
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        utils.write_json(Path(args.output_dir, 'eval.json'), stats)
+    return stats
+
+
+def set_deterministic(deterministic: bool):
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+
+
+def main(argv: Optional[list] = None) -> dict:
+    """Run with a command line (`sys.argv` if None), given as a list of words; returns the last statistics.
+
+    Raises:
+        InputError: the arguments, or the data or weights they name, can't be used.
+    """
+    args = parse_args(argv)
+    set_deterministic(args.deterministic)
+    device = utils.init_distributed(utils.choose_device(args.device), world_size=args.world_size,
+                                    dist_url=args.dist_url)
+    try:
+        return evaluate_only(args, device) if args.eval else train(args, device)
+    finally:
+        utils.end_distributed()
+
+
+if __name__ == '__main__':
+    utils.run_program(main)

@@ -19,7 +19,6 @@ import torchvision
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
-from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader, Dataset
@@ -200,6 +199,10 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     for flag, values in (('--opt-betas', args.opt_betas), ('--cutmix-minmax', args.cutmix_minmax)):
         if values is not None and len(values) != 2:
             raise InputError(f'{flag} {" ".join(map(str, values))}: needs 2 values')
+    if args.lr_noise is not None and args.sched == 'plateau':
+        raise InputError('--lr-noise: has no effect with --sched plateau')
+    if args.sched == 'plateau' and args.decay_rate >= 1:
+        raise InputError(f'--decay-rate {args.decay_rate}: must be less than 1 with --sched plateau')
     if args.lr_noise is not None and len(args.lr_noise) > 2:
         raise InputError(f'--lr-noise {" ".join(map(str, args.lr_noise))}: needs 1 or 2 values')
     if uses_soft_targets(args) and args.batch_size % 2 and not args.eval:
@@ -359,7 +362,43 @@ def build_optimizer(args, model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def build_scheduler(args, optimizer: torch.optim.Optimizer):
+    """A schedule with `step(epoch, accuracy)`, to be called after each epoch."""
+    if args.sched == 'plateau':
+        return WarmupPlateau(args, optimizer)
     return create_scheduler_v2(optimizer, **scheduler_kwargs(args))[0]
+
+
+class WarmupPlateau:
+    """Linear warm-up, then a decay whenever the accuracy stops rising.
+
+    timm's own can't be stored, ignores the cooldown and without warm-up stays at --warmup-lr.
+    """
+
+    def __init__(self, args, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+        self.warmup_epochs, self.warmup_lr = args.warmup_epochs, args.warmup_lr
+        self.base_lrs = [group['lr'] for group in optimizer.param_groups]
+        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, mode='max', factor=args.decay_rate, patience=args.patience_epochs,
+            cooldown=args.cooldown_epochs, min_lr=args.min_lr)
+        if self.warmup_epochs:
+            self._warm_up(0)
+
+    def _warm_up(self, epoch: int):
+        for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs):
+            group['lr'] = self.warmup_lr + (base_lr - self.warmup_lr) * epoch / self.warmup_epochs
+
+    def step(self, epoch: int, accuracy: float):
+        if self.warmup_epochs and epoch <= self.warmup_epochs:
+            self._warm_up(epoch)
+        else:
+            self.plateau.step(accuracy)
+
+    def state_dict(self) -> dict:
+        return self.plateau.state_dict()
+
+    def load_state_dict(self, state: dict):
+        self.plateau.load_state_dict(state)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,7 +420,7 @@ class Training:
             'model': self.model.state_dict(),
             'model_ema': self.model_ema.module.state_dict() if self.model_ema else None,
             'optimizer': self.optimizer.state_dict(),
-            'lr_scheduler': scheduler_state(self.scheduler),
+            'lr_scheduler': self.scheduler.state_dict(),
             'scaler': self.scaler.state_dict(),
             'epoch': self.epoch,
             'accuracy': self.accuracy,
@@ -399,18 +438,13 @@ class Training:
             self.optimizer.load_state_dict(checkpoint['optimizer'])
         except (ValueError, KeyError) as error:
             raise InputError(f'{source}: its optimizer is another one ({utils.first_line(error)})') from None
-        if isinstance(self.scheduler, PlateauLRScheduler):  # the others are functions of the epoch
-            self.scheduler.lr_scheduler.load_state_dict(checkpoint['lr_scheduler']['plateau'])
+        if isinstance(self.scheduler, WarmupPlateau):  # the others are functions of the epoch
+            self.scheduler.load_state_dict(checkpoint['lr_scheduler'])
         self.scaler.load_state_dict(checkpoint.get('scaler') or {})
         if self.model_ema is not None:
             self.model_ema.module.load_state_dict(checkpoint.get('model_ema') or checkpoint['model'])
         self.epoch = checkpoint['epoch']
         self.accuracy.update(checkpoint.get('accuracy', {}))
-
-
-def scheduler_state(scheduler) -> dict:
-    plateau = isinstance(scheduler, PlateauLRScheduler)  # timm leaves out what its scheduler counts
-    return {**scheduler.state_dict(), **({'plateau': scheduler.lr_scheduler.state_dict()} if plateau else {})}
 
 
 def find_checkpoint(args) -> Optional[str]:
@@ -447,7 +481,7 @@ def train(args, device: torch.device) -> dict:
     if source:
         run.load(utils.load_checkpoint(source, '--resume'), f'--resume {source}')
         notice(f'Resumed from {source}: epoch {run.epoch} is done')
-    if run.epoch >= 0 and not isinstance(run.scheduler, PlateauLRScheduler):
+    if run.epoch >= 0 and not isinstance(run.scheduler, WarmupPlateau):
         run.scheduler.step(run.epoch)
 
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -319,7 +319,8 @@ class Xcit(nn.Module):
     def group_matcher(self, coarse: bool = False):
         return dict(
             stem=r'^cls_token|^pos_embeder|^patch_embed',
-            blocks=[(r'^blocks\.(\d+)', None), (r'^cls_attn_blocks\.(\d+)', (99998,)), (r'^norm', (99999,))])
+            blocks=r'^blocks\.(\d+)',
+            cls_attn_blocks=[(r'^cls_attn_blocks\.(\d+)', None), (r'^norm', (99999,))])  # timm: with the one before
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True):

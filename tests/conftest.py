@@ -1,0 +1,71 @@
+"""What the tests share: reference numbers of the original, seeded weights and tiny data sets."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from seeded_weights import image as seeded_image
+from seeded_weights import tensor as seeded_tensor
+
+import xcit  # registers the models
+
+REFERENCE = Path(__file__).parent / 'reference'
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if 'gpu' in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))
+
+
+@pytest.fixture(scope='session')
+def reference() -> dict:
+    """Numbers of the original implementation, see reference.json."""
+    return json.loads((REFERENCE / 'reference.json').read_text())
+
+
+def seeded_model(name: str, **kwargs) -> torch.nn.Module:
+    """A model whose every weight is the reference's."""
+    model = timm.create_model(name, **kwargs)
+    state = model.state_dict()
+    model.load_state_dict({key: torch.from_numpy(np.asarray(seeded_tensor(key, tuple(value.shape))))
+                           for key, value in state.items()})
+    return model
+
+
+def seeded_images(*shape: int) -> torch.Tensor:
+    return torch.from_numpy(seeded_image(shape))
+
+
+def write_image(path: Path, *, size=(32, 32), seed: int = 0):
+    """A picture of smooth random colours, (width, height) pixels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize(size, Image.BICUBIC).save(path)
+
+
+def write_folders(root: Path, *, classes=('cat', 'dog'), per_class: int = 8, size=(32, 32), suffix='.png') -> Path:
+    """train/ and val/ with class folders; returns `root`."""
+    for split, count in (('train', per_class), ('val', max(1, per_class // 2))):
+        for label, name in enumerate(classes):
+            for i in range(count):
+                write_image(root / split / name / f'{i}{suffix}', size=size, seed=1000 * label + i)
+    return root
+
+
+@pytest.fixture
+def folders(tmp_path) -> Path:
+    """A data set of 2 classes with 8 training and 4 validation images each, 32 x 32 pixels."""
+    return write_folders(tmp_path / 'data')
+
+
+TINY = ['--model', 'xcit_nano_12_p16', '--input-size', '32', '--device', 'cpu', '--num-workers', '0',
+        '--batch-size', '4', '--epochs', '2', '--warmup-epochs', '0', '--lr', '1e-2']
+
+
+def tiny(data: Path, *more: str) -> list:
+    """Command line of a training that takes seconds: nano, 32 pixels, on class folders."""
+    return [*TINY, '--data-set', 'FOLDER', '--data-path', str(data), *more]

@@ -1,0 +1,69 @@
+"""The training loss against the original's numbers."""
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from losses import DistillationLoss, classification_loss
+
+
+class FixedTeacher(nn.Module):
+    """Predicts the same logits for every batch."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, images):
+        return self.logits + 0 * images.mean()
+
+
+@pytest.mark.parametrize('case', range(6))
+def test_distillation_equals_the_originals(case, reference):
+    """none, soft and hard, two weights and temperatures."""
+    numbers = reference['distillation']
+    expected = numbers['cases'][case]
+    outputs, outputs_kd, teacher = (torch.tensor(numbers[k]) for k in ('outputs', 'outputs_kd', 'teacher'))
+    criterion = DistillationLoss(nn.CrossEntropyLoss(), FixedTeacher(teacher), expected['type'],
+                                 alpha=expected['alpha'], tau=expected['tau'])
+    loss = criterion(torch.zeros(6, 3, 8, 8), (outputs, outputs_kd), torch.tensor(numbers['labels']))
+    assert loss.item() == pytest.approx(expected['loss'], abs=1e-6)
+
+
+def test_one_output_feeds_both_terms():
+    """A tensor of logits counts as both heads' output."""
+    outputs, targets = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    criterion = DistillationLoss(nn.CrossEntropyLoss(), FixedTeacher(torch.randn(4, 5)), 'soft')
+    images = torch.zeros(4, 3, 8, 8)
+    assert criterion(images, outputs, targets) == criterion(images, (outputs, outputs), targets)
+
+
+def test_teacher_gets_no_gradient():
+    """Distillation trains the student alone."""
+    teacher = FixedTeacher(torch.randn(4, 5))
+    outputs = torch.randn(4, 5, requires_grad=True)
+    criterion = DistillationLoss(nn.CrossEntropyLoss(), teacher, 'soft', alpha=1.)
+    criterion(torch.zeros(4, 3, 8, 8), outputs, torch.tensor([0, 1, 2, 3])).backward()
+    assert outputs.grad.any()
+    assert teacher.logits.grad is None
+
+
+def test_unknown_type_is_refused():
+    """The message names the value."""
+    with pytest.raises(ValueError, match="'medium' is not one of"):
+        DistillationLoss(nn.CrossEntropyLoss(), None, 'medium')
+
+
+@pytest.mark.parametrize('smoothing', [0., .1])
+def test_hard_targets_are_smoothed_by_the_criterion(smoothing):
+    """With class indices the criterion smooths as torch's cross-entropy does."""
+    logits, targets = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    loss = classification_loss(soft_targets=False, smoothing=smoothing)(logits, targets)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, targets, label_smoothing=smoothing))
+
+
+def test_soft_targets_are_taken_as_they_are():
+    """With probabilities the criterion smooths no more."""
+    logits, targets = torch.randn(4, 5), torch.randn(4, 5).softmax(dim=1)
+    loss = classification_loss(soft_targets=True, smoothing=.1)(logits, targets)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, targets))

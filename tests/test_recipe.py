@@ -1,0 +1,102 @@
+"""Arguments, learning rates and parameter groups against the original's."""
+import pytest
+import timm
+import torch
+
+import main
+from main import build_mixup, build_optimizer, build_scheduler, get_args_parser, parse_args, uses_soft_targets
+
+# Defaults that are defects of the original, or that a device-independent program cannot have.
+CHANGED_DEFAULTS = {'model': 'xcit_small_12_p16', 'device': 'auto', 'dist_eval': True}
+
+
+def test_every_flag_of_the_original_is_there(reference):
+    """Each spelling is accepted."""
+    flags = {flag for action in get_args_parser()._actions for flag in action.option_strings}
+    assert set(reference['cli_flags']) <= flags
+
+
+def test_defaults_are_the_originals(reference):
+    """Except the ones listed above."""
+    own = vars(get_args_parser().parse_args([]))
+    expected = {**reference['cli_defaults'], **CHANGED_DEFAULTS}
+    assert {key: own[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize('option', ['output-dir', 'num-workers', 'start-epoch', 'world-size', 'dist-url', 'full-crop'])
+def test_published_spellings_have_a_dashed_alias(option):
+    """Both spellings set the same value."""
+    value = {'full-crop': []}.get(option, ['3'])
+    dashed, underscored = (get_args_parser().parse_args([f'--{spelling}', *value])
+                           for spelling in (option, option.replace('-', '_')))
+    assert dashed == underscored != get_args_parser().parse_args([])
+
+
+def test_learning_rates_equal_the_originals(reference, monkeypatch):
+    """The rate that each epoch is trained with, for every command line of the reference."""
+    for expected in reference['lr']:
+        args = parse_args([*expected['argv'], '--batch-size', str(expected['batch_size']), '--device', 'cpu'])
+        monkeypatch.setattr(main.utils, 'get_world_size', lambda expected=expected: expected['world_size'])
+        optimizer = build_optimizer(args, torch.nn.Linear(2, 2))
+        scheduler = build_scheduler(args, optimizer)
+        used = []
+        for epoch in range(len(expected['lr_used_in_epoch'])):
+            used.append(optimizer.param_groups[0]['lr'])
+            scheduler.step(epoch)
+        assert used == pytest.approx(expected['lr_used_in_epoch'], abs=1e-12, rel=1e-6), expected['argv']
+
+
+def test_parameter_groups_equal_the_originals(reference):
+    """Class, who is decayed, betas and eps."""
+    expected = reference['optimizer']
+    optimizer = build_optimizer(parse_args(['--device', 'cpu']), timm.create_model('xcit_nano_12_p16'))
+    assert type(optimizer).__name__ == expected['class']
+    for own, theirs in zip(optimizer.param_groups, expected['groups'], strict=True):
+        assert own['weight_decay'] == theirs['weight_decay']
+        assert list(own['betas']) == theirs['lr_betas']
+        assert own['eps'] == theirs['eps']
+        assert len(own['params']) == theirs['n']
+
+
+def test_decayed_parameters_are_the_originals(reference):
+    """The names in each group: the temperatures are decayed, the CLS token is not."""
+    model = timm.create_model('xcit_nano_12_p16')
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizer = build_optimizer(parse_args(['--device', 'cpu']), model)
+    for own, theirs in zip(optimizer.param_groups, reference['optimizer']['groups'], strict=True):
+        assert sorted(names[id(p)] for p in own['params']) == sorted(theirs['params'])
+
+
+def test_accumulated_batches_enter_the_learning_rate():
+    """Four batches a step count as one batch four times as large."""
+    wide, accumulated = (build_optimizer(parse_args(['--device', 'cpu', *more]), torch.nn.Linear(2, 2))
+                         for more in (['--batch-size', '64'], ['--batch-size', '16', '--accum-iter', '4']))
+    assert wide.param_groups[0]['lr'] == accumulated.param_groups[0]['lr']
+
+
+@pytest.mark.parametrize(('mixup', 'cutmix', 'soft'), [('0.8', '0', True), ('0', '1', True), ('0', '0', False)])
+def test_mixup_and_criterion_agree_on_soft_targets(mixup, cutmix, soft):
+    """Cutmix alone, too, makes targets soft and takes the criterion for them."""
+    args = parse_args(['--device', 'cpu', '--mixup', mixup, '--cutmix', cutmix])
+    assert uses_soft_targets(args) == soft
+    assert (build_mixup(args, 10) is not None) == soft
+    criterion = main.build_criterion(args, 10, torch.device('cpu'))
+    targets = torch.tensor([1, 2])
+    if soft:
+        targets = build_mixup(args, 10)(torch.randn(2, 3, 8, 8), targets)[1]
+    assert criterion(None, torch.randn(2, 10), targets).isfinite()
+
+
+def test_plateau_lowers_the_rate_after_warm_up():
+    """Two epochs of warm-up, then after `patience` epochs without progress the rate times --decay-rate."""
+    args = parse_args(['--device', 'cpu', '--sched', 'plateau', '--patience-epochs', '1', '--cooldown-epochs', '0',
+                       '--warmup-epochs', '2', '--decay-rate', '0.5'])
+    optimizer = build_optimizer(args, torch.nn.Linear(2, 2))
+    base = optimizer.param_groups[0]['lr']
+    scheduler = build_scheduler(args, optimizer)
+    used = []
+    for epoch in range(7):
+        used.append(optimizer.param_groups[0]['lr'])
+        scheduler.step(epoch, 50.)
+    middle = 1e-6 + (base - 1e-6) / 2
+    assert used == pytest.approx([1e-6, 1e-6, middle, base, base, base, base / 2])

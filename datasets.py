@@ -4,16 +4,17 @@ To add a data set: write a builder that takes (args, is_train) and returns (data
 into `BUILDERS`. Images reach the transform as RGB.
 """
 import gzip
+import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import Dataset, default_collate
 from torchvision import datasets, transforms
@@ -277,10 +278,28 @@ def build_train_transform(args) -> transforms.Compose:
         re_mode=args.remode,
         re_count=args.recount,
     )
+    for op in augment_ops(transform):
+        if op.aug_fn is auto_augment.posterize:
+            op.aug_fn = posterize
     if args.input_size <= SMALL:
         # faithful: small images (CIFAR) are padded and cropped, not resized (original datasets.py, build_transform)
         transform.transforms[0] = transforms.RandomCrop(args.input_size, padding=4, pad_if_needed=True)
     return transform
+
+
+def augment_ops(transform: transforms.Compose) -> Iterator[auto_augment.AugmentOp]:
+    """The operations that timm's policies in `transform` choose from."""
+    for step in transform.transforms:
+        if isinstance(step, auto_augment.AutoAugment):
+            yield from itertools.chain.from_iterable(step.policy)
+        elif isinstance(step, (auto_augment.RandAugment, auto_augment.AugMixAugment)):
+            yield from step.ops
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **kwargs) -> Image.Image:
+    """timm's operation where it asks Pillow for 0 bits too, as `rand-m9-mstd0.5-inc1` does now and then."""
+    # faithful: a black image, as Pillow made it then; newer versions raise an error
+    return image.point(lambda value: 0) if bits_to_keep == 0 else auto_augment.posterize(image, bits_to_keep, **kwargs)
 
 
 def build_eval_transform(args) -> transforms.Compose:

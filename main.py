@@ -217,6 +217,10 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
         if bool(args.teacher_path) == args.teacher_pretrained:
             raise InputError(f'--distillation-type {args.distillation_type}: needs the teacher\'s weights from either '
                              f'--teacher-path or --teacher-pretrained')
+    for flag in ('resume', 'pretrained', 'surgery', 'teacher_path'):
+        path = getattr(args, flag)
+        if path and not utils.is_url(path) and (flag, path) != ('resume', 'auto') and not Path(path).exists():
+            raise InputError(f'--{flag.replace("_", "-")} {path}: no such file')
     if args.resume == 'auto' and not args.output_dir:
         raise InputError('--resume auto: needs --output-dir to look in')
     if args.start_epoch >= args.epochs:

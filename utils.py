@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,7 @@ def init_distributed(device: torch.device, *, world_size: int, dist_url: str) ->
     """
     if 'RANK' not in os.environ:
         if world_size > 1:
-            raise InputError(f'--world_size {world_size}: RANK is not set; start the processes with torchrun')
+            raise InputError(f'--world-size {world_size}: RANK is not set; start the processes with torchrun')
         return device
     world_size = int(os.environ.get('WORLD_SIZE', world_size))
     if device.type == 'cuda' and device.index is None:
@@ -191,7 +192,8 @@ def load_checkpoint(source, flag: str) -> dict:
     """
     try:
         # Checkpoints of the original's main.py hold its parsed arguments, which can do no harm.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # torch's about the format of files that it then refuses
             if is_url(source):
                 checkpoint = torch.hub.load_state_dict_from_url(
                     str(source), map_location='cpu', check_hash=True, weights_only=True)

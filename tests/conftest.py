@@ -10,7 +10,7 @@ from PIL import Image
 from seeded_weights import image as seeded_image
 from seeded_weights import tensor as seeded_tensor
 
-import xcit  # registers the models
+import xcit  # noqa: F401  registers the models
 
 REFERENCE = Path(__file__).parent / 'reference'
 

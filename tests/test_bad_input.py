@@ -1,0 +1,305 @@
+"""Each mistake of a user: one clear line, exit code 2, before any work, and nothing written."""
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import tiny, write_folders, write_image
+
+from main import main, parse_args
+from utils import InputError
+
+ROOT = Path(__file__).parent.parent
+
+
+def refused(argv: list, *words: str, output_dir: Path = None):
+    """Assert that a command is refused in one line that holds `words`, and that nothing was written."""
+    if output_dir is not None:
+        argv = [*argv, '--output-dir', str(output_dir)]
+    with pytest.raises(InputError) as caught:
+        main(argv)
+    message = str(caught.value)
+    assert '\n' not in message
+    for word in words:
+        assert str(word) in message
+    assert output_dir is None or not output_dir.exists()
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory) -> Path:
+    return write_folders(tmp_path_factory.mktemp('data'))
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory) -> Path:
+    """Weights of the tests' model for 2 classes."""
+    path = tmp_path_factory.mktemp('weights') / 'nano.pth'
+    torch.save({'model': timm.create_model('xcit_nano_12_p16', num_classes=2).state_dict()}, path)
+    return path
+
+
+# ----- the command line
+
+def test_program_prints_one_line_and_exits_with_2(tmp_path):
+    """As a user sees it: no traceback, nothing on stdout."""
+    result = subprocess.run([sys.executable, ROOT / 'main.py', '--model', 'xcit_smal_12_p16', '--device', 'cpu'],
+                            cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stdout == ''
+    assert result.stderr.splitlines() == [result.stderr.rstrip('\n')]
+    assert result.stderr.startswith('main.py: error: --model xcit_smal_12_p16: no such model; similar: ')
+    assert 'xcit_small_12_p16' in result.stderr
+
+
+@pytest.mark.parametrize(('flags', 'words'), [
+    (['--batch-size', '-3'], ["'-3'", 'an integer >= 1']),
+    (['--batch-size', '2.5'], ["'2.5'", 'an integer >= 1']),
+    (['--input-size', '0'], ["'0'", 'an integer >= 1']),
+    (['--drop-path', '1.5'], ["'1.5'", '<= 0.999']),
+    (['--drop', '-0.1'], ["'-0.1'", '>= 0 and <= 1']),
+    (['--lr', '0'], ["'0'", 'a number > 0']),
+    (['--lr', 'nan'], ["'nan'", 'a number > 0']),
+    (['--lr', 'inf'], ["'inf'", 'a number > 0']),
+    (['--weight-decay', '-1'], ["'-1'"]),
+    (['--epochs', '0'], ["'0'"]),
+    (['--seed', '-1'], ["'-1'"]),
+    (['--num-workers', '-1'], ["'-1'"]),
+    (['--accum-iter', '0'], ["'0'"]),
+    (['--clip-grad', '0'], ["'0'"]),
+    (['--test-freq', '0'], ["'0'"]),
+    (['--reprob', '2'], ["'2'"]),
+    (['--model-ema-decay', '1.1'], ["'1.1'"]),
+    (['--opt-betas', '0.9'], ['0.9', 'needs 2 values']),
+    (['--cutmix-minmax', '0.1', '0.2', '0.3'], ['needs 2 values']),
+    (['--lr-noise', '0.1', '0.2', '0.3'], ['needs 1 or 2 values']),
+    (['--lr-noise', '0.1', '--sched', 'plateau'], ['plateau']),
+    (['--sched', 'plateau', '--decay-rate', '2'], ['--decay-rate 2.0', 'less than 1']),
+    (['--opt', 'adamww'], ['--opt adamww', 'similar', 'adamw']),
+    (['--aa', 'rand-x9'], ['--aa rand-x9', 'rand-m9']),
+    (['--sched', 'linear'], ['linear', 'cosine']),
+    (['--data-set', 'IMAGENET'], ['IMAGENET', 'IMNET', 'SAMPLE']),
+    (['--inat-category', 'dog'], ['dog', 'genus']),
+    (['--device', 'tpu'], ['--device tpu', 'allowed: auto']),
+    (['--device', 'xpu'], ['--device xpu', 'cpu']),
+    (['--amp', 'fp16', '--device', 'cpu'], ['--amp fp16', 'bf16, off']),
+    (['--mixup', '0.8', '--batch-size', '3'], ['--batch-size 3', 'even']),
+    (['--cutmix', '1', '--mixup', '0', '--batch-size', '3'], ['--batch-size 3', 'even']),
+    (['--teacher-path', 'x.pth'], ['--teacher-path', '--distillation-type']),
+    (['--teacher-pretrained'], ['--teacher-pretrained', '--distillation-type']),
+    (['--distillation-type', 'hard'], ['--distillation-type hard', '--teacher-path', '--teacher-pretrained']),
+    (['--distillation-type', 'hard', '--teacher-path', 'x', '--teacher-model', 'regnety_16'],
+     ['--teacher-model regnety_16', 'regnety_160']),
+    (['--start-epoch', '400'], ['--start-epoch 400', '--epochs 400']),
+    (['--no-such-flag'], ['--no-such-flag']),
+    (['--data-path', '/no/such/place', '--data-set', 'CIFAR10'], ['/no/such/place', 'no such directory']),
+    (['--world-size', '2'], ['--world-size 2', 'RANK']),
+], ids=lambda value: ' '.join(value) if isinstance(value, list) and value[0].startswith('--') else '')
+def test_bad_flag(flags, words, tmp_path):
+    """Values and combinations that can't work; the message says what is allowed."""
+    device = [] if '--device' in flags else ['--device', 'cpu']
+    refused([*device, *flags], *words, output_dir=tmp_path / 'run')
+
+
+def test_resume_auto_without_a_directory():
+    """There is nowhere to look."""
+    refused(['--device', 'cpu', '--resume', 'auto'], '--resume auto', '--output-dir')
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='this machine has a GPU')
+def test_absent_gpu(tmp_path):
+    """--device cuda where there is none names what there is."""
+    refused(['--device', 'cuda'], '--device cuda', 'not available', 'cpu', output_dir=tmp_path / 'run')
+
+
+def test_output_dir_that_is_a_file(tmp_path, data):
+    """It is left as it is."""
+    (tmp_path / 'file').write_text('mine')
+    refused([*tiny(data), '--output-dir', str(tmp_path / 'file')], '--output-dir', 'not a directory')
+    assert (tmp_path / 'file').read_text() == 'mine'
+
+
+def test_odd_batch_is_allowed_without_mixup():
+    """The rule concerns pairs alone."""
+    assert parse_args(['--device', 'cpu', '--batch-size', '3', '--mixup', '0', '--cutmix', '0']).batch_size == 3
+
+
+# ----- the data
+
+def test_no_train_folder(tmp_path):
+    """The message names what was looked for and what is there."""
+    write_image(tmp_path / 'data' / 'val' / 'cat' / '0.png')
+    refused(tiny(tmp_path / 'data'), 'no train/ folder', 'it has: val', output_dir=tmp_path / 'run')
+
+
+def test_empty_class_folder(tmp_path):
+    """It is named."""
+    write_folders(tmp_path / 'data')
+    (tmp_path / 'data' / 'train' / 'emu').mkdir()
+    (tmp_path / 'data' / 'val' / 'emu').mkdir()
+    refused(tiny(tmp_path / 'data'), 'emu', output_dir=tmp_path / 'run')
+
+
+def test_wrong_classes_for_imagenet(tmp_path):
+    """Folders that are no WordNet ids, and not 1000."""
+    write_folders(tmp_path / 'data')
+    refused(['--device', 'cpu', '--data-set', 'IMNET', '--data-path', str(tmp_path / 'data')], '2 class folders',
+            '1000', 'cat, dog', output_dir=tmp_path / 'run')
+
+
+def test_batch_larger_than_the_data(data, tmp_path):
+    """No full batch could be made."""
+    refused(tiny(data, '--batch-size', '32'), '--batch-size 32', '16 images', output_dir=tmp_path / 'run')
+
+
+def test_more_accumulated_batches_than_there_are(data, tmp_path):
+    """No full step could be made."""
+    refused(tiny(data, '--accum-iter', '5'), '--accum-iter 5', '4 batches', output_dir=tmp_path / 'run')
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+@pytest.mark.parametrize('damage', ['text', 'truncated'])
+def test_bad_image_is_found_before_training(tmp_path, split, damage):
+    """A non-image or truncated file in either split is named before anything is written."""
+    write_folders(tmp_path / 'data', suffix='.jpg')
+    path = tmp_path / 'data' / split / 'dog' / '1.jpg'
+    path.write_bytes(b'not an image' if damage == 'text' else path.read_bytes()[:-200])
+    refused(tiny(tmp_path / 'data'), 'unreadable image', path, output_dir=tmp_path / 'run')
+
+
+# ----- weights
+
+def test_missing_checkpoint(data, tmp_path):
+    """The path is named, whichever flag gave it."""
+    for flag in ('--resume', '--pretrained', '--surgery'):
+        refused(tiny(data, flag, str(tmp_path / 'none.pth')), f'{flag} {tmp_path}/none.pth', 'no such file',
+                output_dir=tmp_path / 'run')
+
+
+def test_unreachable_url(data, tmp_path, monkeypatch):
+    """The address and the reason."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    refused(tiny(data, '--pretrained', 'http://127.0.0.1:9/x.pth'), 'http://127.0.0.1:9/x.pth', 'refused',
+            output_dir=tmp_path / 'run')
+
+
+@pytest.mark.parametrize('keep', [0, 100, .5, .999])
+def test_truncated_checkpoint(data, weights, tmp_path, keep):
+    """Cut off at the start, in the middle or near the end."""
+    content = weights.read_bytes()
+    (tmp_path / 'cut.pth').write_bytes(content[:keep if keep >= 1 else int(len(content) * keep)])
+    refused(tiny(data, '--pretrained', str(tmp_path / 'cut.pth')), 'cut.pth', 'damaged, truncated',
+            output_dir=tmp_path / 'run')
+
+
+def test_checkpoint_of_another_model(data, weights, tmp_path):
+    """Missing and unexpected keys are listed."""
+    flags = tiny(data, '--pretrained', str(weights), '--model', 'xcit_nano_12_p8')
+    refused(flags, str(weights), 'unexpected keys: patch_embed.proj.6.0.weight', 'other shapes: patch_embed.proj.0.0',
+            output_dir=tmp_path / 'run')
+
+
+def test_checkpoint_with_a_missing_key(data, weights, tmp_path):
+    """One weight less is an error."""
+    state = torch.load(weights, weights_only=True)['model']
+    del state['blocks.3.gamma2']
+    torch.save(state, tmp_path / 'less.pth')
+    refused(tiny(data, '--pretrained', str(tmp_path / 'less.pth')), 'missing keys: blocks.3.gamma2',
+            output_dir=tmp_path / 'run')
+
+
+class Bomb:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, 'w'))
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+def test_pickle_is_refused_and_not_executed(data, tmp_path, legacy):
+    """A file that would run code, plain or in torch's format."""
+    path = tmp_path / 'bomb.pth'
+    bomb = {'model': Bomb(tmp_path / 'executed')}
+    path.write_bytes(pickle.dumps(bomb)) if legacy else torch.save(bomb, path)
+    refused(tiny(data, '--pretrained', str(path)), 'bomb.pth', 'refused', output_dir=tmp_path / 'run')
+    assert not (tmp_path / 'executed').exists()
+
+
+def test_evaluation_refuses_another_head(tmp_path, weights):
+    """A head for 2 classes can't be evaluated on 3, from either flag."""
+    write_folders(tmp_path / 'three', classes=('a', 'b', 'c'))
+    for flag in ('--pretrained', '--resume'):
+        refused(tiny(tmp_path / 'three', '--eval', flag, str(weights)), 'for 2 classes, not 3',
+                output_dir=tmp_path / 'run')
+
+
+def test_resuming_refuses_another_head(tmp_path, weights):
+    """A training can't go on with another number of classes."""
+    write_folders(tmp_path / 'three', classes=('a', 'b', 'c'))
+    refused(tiny(tmp_path / 'three', '--resume', str(weights)), 'for 2 classes, not 3', output_dir=tmp_path / 'run')
+
+
+def test_resuming_from_bare_weights(data, weights, tmp_path):
+    """What is lacking, and which flag takes weights alone."""
+    refused(tiny(data, '--resume', str(weights)), 'no optimizer', '--pretrained', output_dir=tmp_path / 'run')
+
+
+def test_resuming_with_another_optimizer(data, tmp_path):
+    """The state of AdamW's groups does not fit one group."""
+    main(tiny(data, '--epochs', '1', '--output-dir', str(tmp_path / 'first')))
+    path = tmp_path / 'first' / 'checkpoint.pth'
+    state = torch.load(path, weights_only=True)
+    state['optimizer']['param_groups'].pop()
+    torch.save(state, path)
+    refused(tiny(data, '--resume', str(path)), 'optimizer', output_dir=tmp_path / 'run')
+
+
+def test_damaged_checkpoint_is_not_overwritten(data, tmp_path):
+    """--resume auto with a truncated checkpoint.pth stops, and leaves the file as it is."""
+    run = tmp_path / 'run'
+    main(tiny(data, '--epochs', '1', '--output-dir', str(run)))
+    path = run / 'checkpoint.pth'
+    path.write_bytes(path.read_bytes()[:1000])
+    before = {p: p.read_bytes() for p in run.rglob('*') if p.is_file()}
+    refused([*tiny(data), '--output-dir', str(run), '--resume', 'auto'], 'damaged')
+    assert {p: p.read_bytes() for p in run.rglob('*') if p.is_file()} == before
+
+
+def test_teacher_of_other_classes(data, tmp_path):
+    """A teacher must know the classes that it teaches."""
+    torch.save(timm.create_model('resnet18', num_classes=5).state_dict(), tmp_path / 'teacher.pth')
+    refused(tiny(data, '--distillation-type', 'hard', '--teacher-model', 'resnet18', '--teacher-path',
+                 str(tmp_path / 'teacher.pth')), '--teacher-path', '5 classes, not 2', output_dir=tmp_path / 'run')
+
+
+def test_timms_teacher_of_other_classes(data, tmp_path):
+    """timm's weights for 1000 classes can't teach 2: refused before any download."""
+    refused(tiny(data, '--distillation-type', 'hard', '--teacher-pretrained', '--teacher-model', 'resnet18'),
+            'for 1000 classes, not 2', output_dir=tmp_path / 'run')
+
+
+def test_surgery_on_a_model_without_stem(data, weights, tmp_path):
+    """Only models with a patch_embed can take one."""
+    refused(tiny(data, '--model', 'resnet18', '--surgery', str(weights)), '--surgery', 'no patch_embed',
+            output_dir=tmp_path / 'run')
+
+
+def test_non_finite_loss_is_one_line(data, tmp_path):
+    """A diverging run says where it stopped, exits with 1 and leaves the last checkpoint."""
+    run = tmp_path / 'run'
+    main(tiny(data, '--epochs', '1', '--output-dir', str(run)))
+    state = torch.load(run / 'checkpoint.pth', weights_only=True)
+    state['model']['head.bias'][0] = float('nan')
+    torch.save(state, run / 'checkpoint.pth')
+    before = (run / 'checkpoint.pth').read_bytes()
+    result = subprocess.run([sys.executable, ROOT / 'main.py', *tiny(data), '--output-dir', run, '--resume', 'auto'],
+                            capture_output=True, text=True)
+    assert result.returncode == 1
+    assert 'main.py: error: loss is nan at epoch 1, step 0' in result.stderr
+    assert 'Traceback' not in result.stderr
+    assert (run / 'checkpoint.pth').read_bytes() == before

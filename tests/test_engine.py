@@ -1,0 +1,172 @@
+"""The training and evaluation loops on a real model and a few images."""
+import math
+
+import pytest
+import timm
+import torch
+from conftest import seeded_images, seeded_model
+from torch.utils.data import DataLoader, TensorDataset
+
+from engine import NonFiniteLoss, evaluate, train_one_epoch
+from losses import DistillationLoss
+from main import build_model_ema, parse_args
+
+CPU = torch.device('cpu')
+NANO = 'xcit_nano_12_p16'
+
+
+def batches(images: torch.Tensor, targets: torch.Tensor, batch_size: int) -> DataLoader:
+    return DataLoader(TensorDataset(images, targets), batch_size=batch_size)
+
+
+def train(model, loader, *, optimizer=None, epoch=0, criterion=None, **kwargs) -> dict:
+    return train_one_epoch(
+        model, criterion or DistillationLoss(torch.nn.CrossEntropyLoss()), loader,
+        optimizer=optimizer or torch.optim.SGD(model.parameters(), lr=.1),
+        scaler=torch.amp.GradScaler('cpu', enabled=False), device=CPU, epoch=epoch, seed=0, **kwargs)
+
+
+def weights(model) -> list:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def frozen_statistics(model):
+    """BatchNorm in eval mode, so that an image's gradient does not depend on the rest of its batch."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.train = lambda mode=True: None
+            module.training = False
+    return model
+
+
+def test_eight_images_are_learnt_by_heart():
+    """The loop reduces the loss on 8 random images to almost nothing."""
+    torch.manual_seed(0)
+    model = timm.create_model(NANO, num_classes=8)
+    loader = batches(torch.randn(8, 3, 32, 32), torch.arange(8), 8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = [train(model, loader, optimizer=optimizer, epoch=epoch)['loss'] for epoch in range(40)]
+    assert losses[0] > 1.5
+    assert losses[-1] < .05
+
+
+def test_accumulated_batches_give_the_step_of_their_union():
+    """Two batches of 2 under --accum-iter 2 move the weights as one batch of 4 does."""
+    images, targets = seeded_images(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    moved = []
+    for batch_size, accum_iter in ((4, 1), (2, 2)):
+        model = frozen_statistics(seeded_model(NANO, num_classes=4))
+        train(model, batches(images, targets, batch_size), accum_iter=accum_iter)
+        moved.append(weights(model))
+    torch.testing.assert_close(*moved)
+
+
+def test_last_group_may_be_smaller():
+    """Three batches under --accum-iter 2 are two steps: the third batch counts as a whole step."""
+    images, targets = seeded_images(6, 3, 32, 32), torch.arange(6)
+    grouped, single = (frozen_statistics(seeded_model(NANO, num_classes=6)) for _ in range(2))
+    train(grouped, batches(images, targets, 2), accum_iter=2)
+    train(single, [(images[:4], targets[:4]), (images[4:], targets[4:])])
+    torch.testing.assert_close(weights(grouped), weights(single))
+
+
+def test_clip_grad_limits_the_step():
+    """With plain SGD the step is lr times the clipped norm; the logged norm is the one before clipping."""
+    model = seeded_model(NANO, num_classes=4)
+    before = weights(model)
+    stats = train(model, batches(seeded_images(4, 3, 32, 32), torch.arange(4), 4), clip_grad=.01)
+    step = math.sqrt(sum((new - old).square().sum().item() for new, old in zip(weights(model), before)))
+    assert step == pytest.approx(.1 * .01, rel=1e-2)
+    assert stats['grad_norm'] > 1
+
+
+def test_random_layers_depend_on_epoch_and_step_only():
+    """The same epoch gives the same weights whatever random numbers were drawn before; another epoch, others."""
+    loader = batches(seeded_images(4, 3, 32, 32), torch.arange(4), 2)
+    results = []
+    for epoch, history in ((3, 1), (3, 2), (4, 1)):
+        torch.manual_seed(history)
+        model = seeded_model(NANO, num_classes=4, drop_path_rate=.5)
+        train(model, loader, epoch=epoch)
+        results.append(model.head.weight.detach())
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_non_finite_loss_stops_before_the_step():
+    """The message names epoch, step and value; the weights are as before."""
+    model = seeded_model(NANO, num_classes=4)
+    before = weights(model)
+    with pytest.raises(NonFiniteLoss, match='loss is nan at epoch 5, step 0'):
+        train(model, batches(torch.full((2, 3, 32, 32), math.nan), torch.tensor([0, 1]), 2), epoch=5)
+    torch.testing.assert_close(weights(model), before, rtol=0, atol=0)
+
+
+def test_frozen_part_stays_in_eval_mode():
+    """--surgery's stem: its BatchNorm statistics do not move while the others' do."""
+    model = seeded_model(NANO, num_classes=4)
+    stem, block = model.patch_embed.proj[0][1], model.blocks[0].local_mp.bn
+    before = stem.running_mean.clone(), block.running_mean.clone()
+    train(model, batches(seeded_images(4, 3, 32, 32), torch.arange(4), 4), frozen=model.patch_embed)
+    assert torch.equal(stem.running_mean, before[0])
+    assert not torch.equal(block.running_mean, before[1])
+
+
+def test_moving_average_leaves_the_initial_weights_soon():
+    """After 20 steps the average is far closer to the weights than to where they began, at the default decay."""
+    model = seeded_model(NANO, num_classes=4)
+    model_ema = build_model_ema(parse_args(['--device', 'cpu']), model)
+    start = model.head.weight.detach().clone()
+    loader = batches(seeded_images(40, 3, 32, 32), torch.arange(40) % 4, 2)
+    train(model, loader, optimizer=torch.optim.SGD(model.parameters(), lr=1e-3), model_ema=model_ema)
+    average = model_ema.module.head.weight
+    assert (average - model.head.weight).norm() < .5 * (start - model.head.weight).norm()
+
+
+def test_moving_average_reaches_its_decay():
+    """The warm-up ends: after 314,000 steps the decay is the flag's, as in the original."""
+    model_ema = build_model_ema(parse_args(['--device', 'cpu']), torch.nn.Linear(1, 1))
+    assert model_ema.get_decay(300_000) < .99996
+    assert model_ema.get_decay(320_000) == .99996
+
+
+def test_evaluation_equals_one_pass_over_all_images():
+    """Accuracies and loss of uneven batches are those of all images at once; nothing is counted twice."""
+    model = seeded_model(NANO, num_classes=20).eval()
+    images, targets = torch.randn(11, 3, 32, 32), torch.arange(11)
+    stats = evaluate(model, batches(images, targets, 4), device=CPU)
+    with torch.no_grad():
+        logits = model(images)
+    ranks = (logits > logits.gather(1, targets[:, None])).sum(dim=1)
+    assert stats['images'] == 11
+    assert stats['acc1'] == pytest.approx(100 * (ranks == 0).double().mean().item())
+    assert stats['acc5'] == pytest.approx(100 * (ranks < 5).double().mean().item())
+    assert stats['loss'] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), rel=1e-6)
+
+
+def test_evaluation_ends_with_the_originals_line(capsys):
+    """`* Acc@1 81.982 Acc@5 95.814 loss 0.805`, three decimals each; fewer than 5 classes count as 5."""
+    evaluate(seeded_model(NANO, num_classes=3), batches(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]), 2), device=CPU)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith('* Acc@1 ')
+    assert 'Acc@5 100.000 loss ' in last
+
+
+def test_bf16_training_step_is_close():
+    """One bfloat16 step on the CPU gives about the loss of full precision."""
+    loader = batches(seeded_images(4, 3, 32, 32), torch.arange(4), 4)
+    full, half = (train(seeded_model(NANO, num_classes=4), loader, amp_dtype=dtype)['loss']
+                  for dtype in (None, torch.bfloat16))
+    assert half == pytest.approx(full, rel=.05)
+
+
+def test_teacher_sees_the_same_autocast():
+    """Student and teacher run in the same precision."""
+    seen = []
+    teacher = seeded_model(NANO, num_classes=4).eval()
+    teacher.head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    criterion = DistillationLoss(torch.nn.CrossEntropyLoss(), teacher, 'hard')
+    train(seeded_model(NANO, num_classes=4), batches(seeded_images(2, 3, 32, 32), torch.arange(2), 2),
+          criterion=criterion, amp_dtype=torch.bfloat16)
+    assert seen == [torch.bfloat16]
+    assert not teacher.training

@@ -1,0 +1,328 @@
+"""The whole program by `main([...])`, on tiny class folders."""
+import argparse
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import tiny, write_folders
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import utils
+from main import build_teacher, main, parse_args
+
+ROOT = Path(__file__).parent.parent
+
+
+def checkpoint(output_dir: Path, name: str = 'checkpoint.pth') -> dict:
+    return torch.load(output_dir / name, weights_only=True)
+
+
+def assert_same_training(own: dict, other: dict):
+    """Bitwise the same model, average, optimizer and accuracies."""
+    for key in ('model', 'model_ema', 'optimizer', 'accuracy', 'epoch'):
+        torch.testing.assert_close(own[key], other[key], rtol=0, atol=0)
+
+
+def log_lines(output_dir: Path) -> list:
+    return [json.loads(line) for line in (output_dir / 'log.txt').read_text().splitlines()]
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A finished run of 2 epochs: (data, output directory, statistics)."""
+    data = write_folders(tmp_path_factory.mktemp('data'))
+    output_dir = tmp_path_factory.mktemp('runs') / 'run'
+    stats = main(tiny(data, '--output-dir', str(output_dir)))
+    return data, output_dir, stats
+
+
+# ----- what a training leaves behind
+
+def test_log_has_a_line_for_each_epoch(trained):
+    """Losses, rates, accuracies of the model and of its average, speed and memory."""
+    lines = log_lines(trained[1])
+    assert [line['epoch'] for line in lines] == [0, 1]
+    expected = {'train_loss', 'train_lr', 'train_grad_norm', 'train_images_per_s', 'train_data_s', 'train_memory_mb',
+                'test_acc1', 'test_acc5', 'test_loss', 'test_ema_acc1', 'epoch', 'n_parameters'}
+    assert expected <= set(lines[0])
+    assert all(math.isfinite(value) for value in lines[0].values())
+
+
+def test_tensorboard_has_curves_flags_and_images(trained):
+    """Scalars for both epochs, the run's flags as text and one grid of training images."""
+    events = EventAccumulator(str(trained[1] / 'tb')).Reload()
+    curves = {'train/loss', 'train/lr', 'train/grad_norm', 'train/images_per_s', 'train/memory_mb', 'test/acc1',
+              'test/ema_acc1'}
+    assert curves <= set(events.Tags()['scalars'])
+    assert [event.step for event in events.Scalars('test/acc1')] == [0, 1]
+    assert events.Tags()['tensors'] == ['args/text_summary']
+    image = events.Images('train/images')[0]
+    assert (image.width, image.height) == (4 * 34 + 2, 34 + 2)
+
+
+def test_args_json_tells_what_ran(trained):
+    """Flags, derived values and the versions of the libraries."""
+    written = json.loads((trained[1] / 'args.json').read_text())
+    assert written['args']['model'] == 'xcit_nano_12_p16'
+    assert written['derived']['num_classes'] == 2
+    assert written['environment']['torch'] == torch.__version__
+    assert set(written['environment']) == {'python', 'torch', 'torchvision', 'timm', 'numpy', 'git'}
+
+
+def test_checkpoint_holds_everything(trained):
+    """Both files load without Python objects and hold all that a training needs to go on."""
+    for name in ('checkpoint.pth', 'best_model.pth'):
+        state = checkpoint(trained[1], name)
+        assert set(state) == {'model', 'model_ema', 'optimizer', 'lr_scheduler', 'scaler', 'epoch', 'accuracy', 'args'}
+        assert isinstance(state['args'], dict)
+    assert not list(trained[1].glob('*.tmp'))
+
+
+def test_best_model_is_the_best(tmp_path, folders):
+    """`best_model.pth` is of the epoch with the highest accuracy, the later one among equals."""
+    main(tiny(folders, '--output-dir', str(tmp_path / 'run'), '--epochs', '4'))
+    accuracies = [line['test_acc1'] for line in log_lines(tmp_path / 'run')]
+    best = checkpoint(tmp_path / 'run', 'best_model.pth')
+    assert best['epoch'] == max(range(4), key=lambda epoch: (accuracies[epoch], epoch))
+    assert best['accuracy']['best'] == max(accuracies)
+
+
+def test_next_command_evaluates_the_best_model(tmp_path, folders, capsys):
+    """The last line of a training is a command that works and finds the accuracy of the training."""
+    main(tiny(folders, '--output-dir', str(tmp_path / 'run'), '--full_crop'))
+    command = capsys.readouterr().out.splitlines()[-1].split()
+    assert command[:2] == ['python', 'main.py']
+    stats = main([*command[2:], '--device', 'cpu', '--num-workers', '0'])
+    assert stats['acc1'] == checkpoint(tmp_path / 'run')['accuracy']['best']
+
+
+# ----- going on
+
+@pytest.mark.parametrize('more', [
+    ['--drop-path', '.3', '--drop', '.1'],
+    ['--sched', 'plateau', '--patience-epochs', '0', '--cooldown-epochs', '1', '--mixup', '0', '--cutmix', '0'],
+    ['--opt', 'sgd', '--accum-iter', '3', '--batch-size', '2', '--no-repeated-aug', '--lr-noise', '0.1', '1.0'],
+], ids=['dropout', 'plateau', 'accumulation'])
+def test_resumed_training_is_the_uninterrupted_one(tmp_path, folders, monkeypatch, more):
+    """Stopping after epoch 1 and going on gives bitwise the weights of 4 epochs in one go."""
+    flags = tiny(folders, *more, '--epochs', '4')
+    main([*flags, '--output-dir', str(tmp_path / 'whole')])
+
+    save = utils.save_checkpoint
+
+    def save_and_die(state, path):
+        save(state, path)
+        if state['epoch'] == 1 and path.name == 'checkpoint.pth':
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(utils, 'save_checkpoint', save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        main([*flags, '--output-dir', str(tmp_path / 'parts')])
+    monkeypatch.undo()
+    main([*flags, '--output-dir', str(tmp_path / 'parts'), '--resume', 'auto'])
+    assert_same_training(checkpoint(tmp_path / 'parts'), checkpoint(tmp_path / 'whole'))
+    assert [line['epoch'] for line in log_lines(tmp_path / 'parts')] == [0, 1, 2, 3]
+    for own, other in zip(log_lines(tmp_path / 'parts'), log_lines(tmp_path / 'whole'), strict=True):
+        assert (own['train_loss'], own['train_lr']) == (other['train_loss'], other['train_lr'])
+
+
+def test_workers_do_not_change_the_numbers(tmp_path, folders):
+    """Two loader processes give bitwise the weights of none."""
+    for workers in ('0', '2'):
+        main(tiny(folders, '--epochs', '1', '--num-workers', workers, '--output-dir', str(tmp_path / workers)))
+    assert_same_training(checkpoint(tmp_path / '0'), checkpoint(tmp_path / '2'))
+
+
+def test_resume_reads_the_file_it_names(tmp_path, trained):
+    """--resume PATH continues from that file, not from one in the output directory."""
+    data, run, _ = trained
+    stats = main(tiny(data, '--epochs', '3', '--resume', str(run / 'checkpoint.pth'),
+                      '--output-dir', str(tmp_path / 'other')))
+    assert stats['epoch'] == 2
+    assert [line['epoch'] for line in log_lines(tmp_path / 'other')] == [2]
+
+
+def test_resume_reads_a_url(trained, monkeypatch, tmp_path):
+    """--resume URL downloads to torch.hub's cache."""
+    data, run, _ = trained
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    url = (run / 'checkpoint.pth').as_uri()
+    assert main(tiny(data, '--eval', '--resume', url))['acc1'] == log_lines(run)[-1]['test_acc1']
+
+
+def test_resume_auto_starts_where_there_is_nothing(tmp_path, folders, capsys):
+    """In an empty directory --resume auto is a fresh start, and says so."""
+    stats = main(tiny(folders, '--epochs', '1', '--output-dir', str(tmp_path / 'new'), '--resume', 'auto'))
+    assert stats['epoch'] == 0
+    assert 'a fresh start' in capsys.readouterr().out
+
+
+def test_another_run_in_the_same_directory_keeps_the_first(tmp_path, folders):
+    """Without --resume the files of the earlier run are moved, not overwritten."""
+    flags = tiny(folders, '--epochs', '1', '--output-dir', str(tmp_path / 'run'))
+    main(flags)
+    first = (tmp_path / 'run' / 'checkpoint.pth').read_bytes()
+    main([*flags, '--seed', '1'])
+    assert (tmp_path / 'run' / 'previous-1' / 'checkpoint.pth').read_bytes() == first
+    assert (tmp_path / 'run' / 'checkpoint.pth').read_bytes() != first
+
+
+def test_original_training_checkpoints_can_be_read(tmp_path, trained):
+    """The original's files hold an argparse.Namespace beside the weights."""
+    data, run, _ = trained
+    torch.save({'model': checkpoint(run)['model'], 'args': argparse.Namespace(lr=1.)}, tmp_path / 'original.pth')
+    stats = main(tiny(data, '--eval', '--resume', str(tmp_path / 'original.pth')))
+    assert stats['acc1'] == log_lines(run)[-1]['test_acc1']
+
+
+# ----- evaluation
+
+def test_eval_writes_json(trained, tmp_path):
+    """Accuracies, loss, speed, model, weights, resolution and crop."""
+    data, run, _ = trained
+    main(tiny(data, '--eval', '--resume', str(run / 'checkpoint.pth'), '--output-dir', str(tmp_path / 'eval')))
+    written = json.loads((tmp_path / 'eval' / 'eval.json').read_text())
+    last = log_lines(run)[-1]
+    assert (written['acc1'], written['acc5'], written['loss']) == (
+        last['test_acc1'], last['test_acc5'], last['test_loss'])
+    assert written['images_per_s'] > 0
+    assert written['model'] == 'xcit_nano_12_p16'
+    assert written['weights'] == str(run / 'checkpoint.pth')
+    assert (written['resolution'], written['crop']) == (32, 1.)
+
+
+def test_eval_of_pretrained_weights(trained):
+    """--eval --pretrained evaluates them."""
+    data, run, _ = trained
+    stats = main(tiny(data, '--eval', '--pretrained', str(run / 'checkpoint.pth')))
+    assert stats['acc1'] == log_lines(run)[-1]['test_acc1']
+
+
+def test_test_freq_skips_evaluations(tmp_path, folders):
+    """Every third epoch, and the last."""
+    main(tiny(folders, '--epochs', '5', '--test-freq', '3', '--output-dir', str(tmp_path / 'run')))
+    tested = ['test_acc1' in line for line in log_lines(tmp_path / 'run')]
+    assert tested == [True, False, False, True, True]
+
+
+# ----- options
+
+@pytest.mark.parametrize('more', [
+    ['--clip-grad', '1.0'],
+    ['--model-ema-force-cpu'],
+    ['--no-model-ema'],
+    ['--accum-iter', '2'],
+    ['--grad-checkpointing', '--deterministic'],
+    ['--resplit', '--reprob', '1'],
+    ['--amp', 'bf16'],
+    ['--mixup', '0', '--smoothing', '0'],
+    ['--cutmix-minmax', '0.2', '0.8'],
+    ['--mixup-mode', 'elem', '--no-repeated-aug'],
+    ['--sched', 'step', '--opt', 'lamb'],
+    ['--model', 'resnet18'],
+], ids=' '.join)
+def test_option_trains(folders, more):
+    """Options run on one device without DDP, to a finite loss."""
+    stats = main(tiny(folders, '--epochs', '1', *more))
+    assert math.isfinite(stats['train_loss'])
+    assert ('test_ema_acc1' in stats) == ('--no-model-ema' not in more)
+
+
+def test_pretrained_head_of_other_classes_is_left_out(tmp_path, folders, trained, capsys):
+    """Weights for 2 classes start a training for 3: all but the head is taken, and a message says so."""
+    data = write_folders(tmp_path / 'three', classes=('a', 'b', 'c'))
+    main(tiny(data, '--epochs', '1', '--lr', '1e-12', '--warmup-lr', '0', '--min-lr', '0', '--output-dir',
+              str(tmp_path / 'run'), '--pretrained', str(trained[1] / 'checkpoint.pth')))
+    assert 'its head is for 2 classes, not 3, and is left out' in capsys.readouterr().out
+    own, given = checkpoint(tmp_path / 'run')['model'], checkpoint(trained[1])['model']
+    torch.testing.assert_close(own['blocks.3.mlp.fc1.weight'], given['blocks.3.mlp.fc1.weight'])
+    assert own['head.weight'].shape == (3, 128)
+
+
+def test_surgery_copies_and_freezes_the_stem(tmp_path, folders, trained):
+    """The stem, statistics included, stays bitwise that of the given weights."""
+    source = trained[1] / 'checkpoint.pth'
+    main(tiny(folders, '--surgery', str(source), '--output-dir', str(tmp_path / 'run'), '--seed', '5'))
+    own, given = checkpoint(tmp_path / 'run')['model'], checkpoint(trained[1])['model']
+    stem = {key for key in own if key.startswith('patch_embed.')}
+    assert len(stem) == 24
+    assert all(torch.equal(own[key], given[key]) for key in stem)
+    assert not torch.equal(own['blocks.0.mlp.fc1.weight'], given['blocks.0.mlp.fc1.weight'])
+
+
+@pytest.mark.parametrize('kind', ['soft', 'hard'])
+def test_distillation_trains(folders, tmp_path, kind):
+    """A timm teacher from a file that holds its weights under 'model'."""
+    teacher = timm.create_model('resnet18', num_classes=2)
+    torch.save({'model': teacher.state_dict()}, tmp_path / 'teacher.pth')
+    flags = tiny(folders, '--epochs', '1', '--distillation-type', kind, '--teacher-model', 'resnet18',
+                 '--teacher-path', str(tmp_path / 'teacher.pth'))
+    own, plain = main([*flags, '--distillation-alpha', '.9']), main([*flags, '--distillation-alpha', '0'])
+    assert math.isfinite(own['train_loss'])
+    assert own['train_loss'] != plain['train_loss']
+
+
+def test_teacher_from_timm(folders, tmp_path, monkeypatch):
+    """--teacher-pretrained takes the weights that timm knows for the model."""
+    teacher = timm.create_model('resnet18', num_classes=2)
+    torch.save(teacher.state_dict(), tmp_path / 'resnet18.pth')
+    cfg = timm.models.get_pretrained_cfg('resnet18')
+    for key, value in {'num_classes': 2, 'file': str(tmp_path / 'resnet18.pth')}.items():
+        monkeypatch.setattr(cfg, key, value)
+    monkeypatch.setattr(timm.models._registry, '_model_pretrained_cfgs', {
+        **timm.models._registry._model_pretrained_cfgs, 'resnet18': cfg,
+        f'resnet18.{cfg.tag}': cfg})
+    args = parse_args(tiny(folders, '--distillation-type', 'hard', '--teacher-model', 'resnet18',
+                                   '--teacher-pretrained'))
+    loaded = build_teacher(args, 2)
+    assert torch.equal(loaded.fc.weight, teacher.fc.weight)
+    assert not loaded.training
+
+
+def test_seed_decides_the_run(tmp_path, folders):
+    """The same seed gives bitwise the same weights, another one others."""
+    for name, seed in (('a', '0'), ('b', '0'), ('c', '1')):
+        main(tiny(folders, '--epochs', '1', '--seed', seed, '--output-dir', str(tmp_path / name)))
+    assert_same_training(checkpoint(tmp_path / 'a'), checkpoint(tmp_path / 'b'))
+    assert not torch.equal(checkpoint(tmp_path / 'a')['model']['head.weight'],
+                           checkpoint(tmp_path / 'c')['model']['head.weight'])
+
+
+def test_importing_does_nothing(tmp_path):
+    """Importing every module prints nothing, parses nothing and writes nothing."""
+    modules = 'main, xcit, engine, datasets, losses, samplers, utils'
+    result = subprocess.run([sys.executable, '-c', f'import {modules}', '--no-such-flag'], cwd=tmp_path,
+                            env={'PYTHONPATH': str(ROOT), 'PATH': ''}, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, list(tmp_path.iterdir())) == (0, '', [])
+
+
+def test_timms_train_loop_can_use_the_model(folders):
+    """In training mode, too, the output is one tensor: a plain cross-entropy step works."""
+    model = timm.create_model('xcit_nano_12_p16', num_classes=2).train()
+    output = model(torch.randn(2, 3, 32, 32))
+    assert isinstance(output, torch.Tensor)
+    torch.nn.functional.cross_entropy(output, torch.tensor([0, 1])).backward()
+
+
+# ----- on a GPU
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('amp', ['fp16', 'bf16', 'off'])
+def test_trains_on_cuda(tmp_path, folders, amp):
+    """Each precision, to a finite loss; the scaler's state is stored under fp16."""
+    flags = [flag if flag != 'cpu' else 'cuda' for flag in tiny(folders)]
+    stats = main([*flags, '--amp', amp, '--output-dir', str(tmp_path / 'run'), '--clip-grad', '1'])
+    assert math.isfinite(stats['train_loss'])
+    assert bool(checkpoint(tmp_path / 'run')['scaler']) == (amp == 'fp16')
+
+
+@pytest.mark.gpu
+def test_average_in_cpu_memory_on_cuda(folders):
+    """--model-ema-force-cpu keeps the average off the GPU and still evaluates it."""
+    flags = [flag if flag != 'cpu' else 'cuda' for flag in tiny(folders)]
+    assert math.isfinite(main([*flags, '--model-ema-force-cpu'])['test_ema_loss'])

@@ -272,7 +272,7 @@ def build_train_transform(args) -> transforms.Compose:
         input_size=args.input_size,
         is_training=True,
         color_jitter=args.color_jitter,
-        auto_augment=args.aa,
+        auto_augment=None if args.aa == 'none' else args.aa,
         interpolation=args.train_interpolation,
         re_prob=0. if args.resplit else args.reprob,  # --resplit erases whole batches, see CleanHalfErasing
         re_mode=args.remode,

@@ -1,0 +1,69 @@
+"""What the README says is true of the code."""
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import timm
+
+import datasets
+import xcit
+from main import get_args_parser
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / 'README.md').read_text()
+
+
+def commands() -> list:
+    """The words after main.py of every command in a code block, lines joined."""
+    blocks = re.findall(r'```(?:bash|sh|console)\n(.*?)```', README, re.DOTALL)
+    lines = '\n'.join(blocks).replace('\\\n', ' ').splitlines()
+    return [line.split('main.py', 1)[1].strip() for line in lines if 'main.py' in line]
+
+
+def table(header: str) -> list:
+    """The rows, as lists of cells, of the table whose first header cell is `header`."""
+    lines = README.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f'| {header} |'))
+    rows = []
+    for line in lines[start + 2:]:
+        if not line.startswith('|'):
+            break
+        rows.append([cell.strip() for cell in line.strip('|').split('|')])
+    return rows
+
+
+def test_there_are_commands():
+    """The extraction finds the quick start, the evaluation and the training."""
+    assert len(commands()) >= 6
+
+
+@pytest.mark.parametrize('command', commands())
+def test_command_parses(command):
+    """Every command of the README is accepted, with a model that exists."""
+    args = get_args_parser().parse_args(shlex.split(command, comments=True))
+    assert timm.is_model(args.model)
+
+
+def test_model_table_is_the_codes():
+    """Size, width, depth, heads, parameters of both patch sizes."""
+    rows = table('model')
+    assert [row[0].strip('`') for row in rows] == [f'xcit_{size}' for size in xcit.SIZES]
+    for row, (size, config) in zip(rows, xcit.SIZES.items()):
+        assert [int(cell) for cell in row[1:4]] == [config['embed_dim'], config['depth'], config['num_heads']]
+        for cell, patch in zip(row[4:6], xcit.PATCH_SIZES):
+            model = timm.create_model(f'xcit_{size}_p{patch}')
+            assert float(cell.removesuffix(' M')) == round(sum(p.numel() for p in model.parameters()) / 1e6, 1)
+
+
+def test_every_data_set_is_described():
+    """The data set table has each choice of --data-set."""
+    assert {row[0].strip('`') for row in table('`--data-set`')} == set(datasets.BUILDERS)
+
+
+def test_every_difference_is_listed():
+    """Each `# differs:` in the code has its place in the README's list, by file."""
+    section = README.split('## Differences from the original', 1)[1].split('\n## ', 1)[0]
+    for path in ROOT.glob('*.py'):
+        if '# differs:' in path.read_text():
+            assert f'`{path.name}`' in section, path.name

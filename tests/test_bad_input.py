@@ -3,6 +3,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Optional
 
 import pytest
 import timm
@@ -15,7 +16,7 @@ from utils import InputError
 ROOT = Path(__file__).parent.parent
 
 
-def refused(argv: list, *words: str, output_dir: Path = None):
+def refused(argv: list, *words: str, output_dir: Optional[Path] = None):
     """Assert that a command is refused in one line that holds `words`, and that nothing was written."""
     if output_dir is not None:
         argv = [*argv, '--output-dir', str(output_dir)]

@@ -6,6 +6,7 @@ into `BUILDERS`. Images reach the transform as RGB.
 import gzip
 import itertools
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -318,18 +319,40 @@ def build_eval_transform(args) -> transforms.Compose:
 # From samples to batches
 
 class SeededSamples(Dataset):
-    """Samples under keys (index, seed), as `samplers.TrainingSampler` gives them: the seed decides the augmentation."""
+    """Samples under keys (index, seed), as `samplers.TrainingSampler` gives them: the seed decides the augmentation.
 
-    def __init__(self, dataset: Dataset):
+    Args:
+        most_bad: up to so many unreadable images are each replaced by the next one in the data set, and reported.
+    """
+
+    def __init__(self, dataset: Dataset, *, most_bad: int = 0):
         self.dataset = dataset
+        self.most_bad = most_bad
+        self.bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # one for all loading processes
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: Tuple[int, int]):
         index, seed = key
-        utils.seed_everything(seed)  # Python's, NumPy's and torch's generators: timm's transforms use all three
-        return self.dataset[index]
+        while True:
+            utils.seed_everything(seed)  # Python's, NumPy's and torch's generators: timm's transforms use all three
+            try:
+                return self.dataset[index]
+            except UnreadableImage as error:
+                self.note_bad(index, error)
+                index = (index + 1) % len(self)
+
+    def note_bad(self, index: int, error: UnreadableImage):
+        if self.bad[index]:
+            return
+        self.bad[index] = True
+        count = int(self.bad.sum())
+        if count > self.most_bad:
+            if self.most_bad:
+                raise UnreadableImage(f'{error}; that is one more than --skip-bad-images {self.most_bad}') from None
+            raise error
+        print(f'{error}: skipped ({count} of at most {self.most_bad})', file=sys.stderr, flush=True)
 
 
 def collate(samples: list) -> List[torch.Tensor]:

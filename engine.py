@@ -1,6 +1,7 @@
 """One epoch of training, and evaluation: the same loops for every device, precision and number of processes."""
+import contextlib
 import math
-from typing import Iterable, Optional
+from typing import Callable, Iterable, Optional
 
 import torch
 import torch.nn as nn
@@ -20,7 +21,8 @@ def train_one_epoch(
         scaler: torch.amp.GradScaler, device: torch.device, epoch: int, seed: int,
         amp_dtype: Optional[torch.dtype] = None, accum_iter: int = 1, clip_grad: Optional[float] = None,
         mixup_fn: Optional[Mixup] = None, model_ema: Optional[ModelEmaV3] = None,
-        frozen: Optional[nn.Module] = None) -> dict:
+        frozen: Optional[nn.Module] = None, first_step: int = 0, sums: Optional[dict] = None,
+        after_update: Optional[Callable[[int, dict], None]] = None) -> dict:
     """Train on every batch of `loader` once.
 
     Args:
@@ -33,6 +35,10 @@ def train_one_epoch(
         clip_grad: largest gradient norm; None: no clipping.
         model_ema: updated after each step.
         frozen: part of the model that stays in eval mode.
+        first_step: batches of this epoch that an earlier run did; they are not in `loader`.
+        sums: what they summed up to, as `after_update` was told.
+        after_update: called after each change of the weights with the batches done and their sums of loss and gradient
+            norm on this process.
 
     Returns:
         Averages over the epoch: loss, grad_norm, lr; and images_per_s, data_s, memory_mb.
@@ -43,15 +49,15 @@ def train_one_epoch(
     model.train()
     if frozen is not None:
         frozen.eval()
-    steps = len(loader)
+    steps = first_step + len(loader)
     updates_per_epoch = -(-steps // accum_iter)
-    progress = utils.Progress(loader, f'Epoch {epoch}', device)
+    progress = utils.Progress(loader, f'Epoch {epoch}', device, first_step=first_step)
     parameters = [p for p in model.parameters() if p.requires_grad]
     lr = optimizer.param_groups[0]['lr']
-    loss_sum = norm_sum = 0.
+    sums = {'loss': 0., 'grad_norm': 0., **(sums or {})}
     optimizer.zero_grad()
 
-    for step, (images, targets) in enumerate(progress):
+    for step, (images, targets) in enumerate(progress, start=first_step):
         utils.seed_everything(seed, epoch, step, utils.get_rank())
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
@@ -60,12 +66,13 @@ def train_one_epoch(
 
         first_of_group = step - step % accum_iter
         group = min(accum_iter, steps - first_of_group)  # the last group of an epoch may be smaller
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            loss = criterion(images, model(images), targets)
-        # timm marks the optimizers that need the graph of the gradient (AdaHessian)
-        scaler.scale(loss / group).backward(create_graph=getattr(optimizer, 'is_second_order', False))
-
         last_of_group = step + 1 == first_of_group + group
+        with contextlib.nullcontext() if last_of_group else utils.without_sync(model):
+            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+                loss = criterion(images, model(images), targets)
+            # timm marks the optimizers that need the graph of the gradient (AdaHessian)
+            scaler.scale(loss / group).backward(create_graph=getattr(optimizer, 'is_second_order', False))
+
         grad_norm = loss.new_zeros(())
         if last_of_group:
             scaler.unscale_(optimizer)
@@ -79,33 +86,45 @@ def train_one_epoch(
             scaler.step(optimizer)  # under fp16 only if the gradient is finite
             scaler.update()
             optimizer.zero_grad()
-            norm_sum += norm_value if math.isfinite(norm_value) else 0.
+            sums['grad_norm'] += norm_value if math.isfinite(norm_value) else 0.
             if model_ema is not None:
                 # the number of this update, so that the warm-up of the average survives a restart
                 model_ema.update(utils.unwrap(model), step=epoch * updates_per_epoch + step // accum_iter + 1)
 
-        loss_sum += loss_value
-        progress.values = {'loss': f'{loss_sum / (step + 1):.4f}', 'lr': f'{lr:.2e}'}
+        sums['loss'] += loss_value
+        progress.values = {'loss': f'{sums["loss"] / (step + 1):.4f}', 'lr': f'{lr:.2e}'}
+        if last_of_group and after_update is not None:
+            after_update(step + 1, sums)
 
-    # Each process has its own share of the batch: its loss, but the norm of the common gradient.
-    loss_sum = utils.sum_over_processes(torch.tensor(loss_sum, dtype=torch.float64)).item()
-    return {'loss': loss_sum / steps / utils.get_world_size(), 'grad_norm': norm_sum / updates_per_epoch, 'lr': lr,
+    totals = sum_over_processes(sums)
+    return {'loss': totals['loss'] / steps / utils.get_world_size(),
+            'grad_norm': totals['grad_norm'] / updates_per_epoch / utils.get_world_size(), 'lr': lr,
             **progress.stats()}
+
+
+def sum_over_processes(sums: dict) -> dict:
+    """The totals of all processes' `sums`, value by value."""
+    if not sums:
+        return {}
+    return dict(zip(sums, utils.reduce_over_processes(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()))
 
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: Iterable, *, device: torch.device, amp_dtype: Optional[torch.dtype] = None,
-             header: str = 'Test') -> dict:
+             header: str = 'Test', after_batch: Optional[Callable[[], None]] = None) -> dict:
     """Top-1 and top-5 accuracy (percent) and mean cross-entropy over the images of all processes' loaders.
 
     Args:
         loader: yields images (B, 3, img_h, img_w) and class indices (B,); each image is in one process's loader.
         amp_dtype: autocast type; None: full precision.
+        after_batch: called after each batch, equally often on all processes.
 
     Returns:
         acc1, acc5, loss, images (their number), images_per_s.
     """
     model.eval()
+    utils.broadcast_buffers(model)
+    most_batches = utils.max_over_processes(len(loader))
     totals = torch.zeros(4, dtype=torch.float64)  # images, right, right among five, loss
     progress = utils.Progress(loader, header, device)
     for images, targets in progress:
@@ -118,7 +137,12 @@ def evaluate(model: nn.Module, loader: Iterable, *, device: torch.device, amp_dt
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         totals += torch.stack([torch.tensor(len(targets)).double(), hits[:, 0].sum().double().cpu(),
                                hits.sum().double().cpu(), loss.double().sum().cpu()])
-    images, top1, top5, loss = utils.sum_over_processes(totals).tolist()
+        if after_batch is not None:
+            after_batch()
+    for _ in range(most_batches - len(loader)):
+        if after_batch is not None:
+            after_batch()
+    images, top1, top5, loss = utils.reduce_over_processes(totals).tolist()
     stats = {'acc1': 100 * top1 / images, 'acc5': 100 * top5 / images, 'loss': loss / images, 'images': int(images),
              'images_per_s': progress.stats()['images_per_s']}
     utils.notice(f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}')

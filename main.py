@@ -9,9 +9,10 @@ import datetime
 import difflib
 import os
 import shlex
+import signal
 import time
 from pathlib import Path
-from typing import Optional
+from typing import Callable, Optional, Tuple
 
 import timm
 import torch
@@ -27,11 +28,12 @@ import datasets
 import samplers
 import utils
 import xcit
-from engine import evaluate, train_one_epoch
+from engine import evaluate, sum_over_processes, train_one_epoch
 from losses import DISTILLATION_TYPES, DistillationLoss, classification_loss
 from utils import InputError, notice
 
 AMP_DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16, 'off': None}
+CHECKPOINT, PREVIOUS, BEST = 'checkpoint.pth', 'checkpoint_previous.pth', 'best_model.pth'
 REFERENCE_BATCH = 512  # images for which --lr is meant
 
 
@@ -82,6 +84,8 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help='refuse operations whose result varies from run to run; slower on GPUs')
     group.add_argument('--resume', default='', metavar='PATH|URL|auto',
                        help='go on with a training, or evaluate its model; auto: the one in --output-dir, if any')
+    group.add_argument('--save-every', default=0, type=COUNT_OR_0, metavar='STEPS',
+                       help='steps between two checkpoints within an epoch; 0: at its end only')
     group.add_argument('--start-epoch', '--start_epoch', default=0, type=COUNT_OR_0, metavar='N',
                        help='first epoch, without --resume')
     group.add_argument('--epochs', default=400, type=COUNT, metavar='N')
@@ -98,6 +102,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help='copy the patch stem from these weights and keep it frozen: steadier for large models')
     group.add_argument('--grad-checkpointing', action=boolean, default=False,
                        help='compute activations twice to save memory')
+    group.add_argument('--compile', action=boolean, default=False, help='torch.compile: a slow start, then faster')
     group.add_argument('--model-ema', action=boolean, default=True, help='keep a moving average of the weights')
     group.add_argument('--model-ema-decay', default=.99996, type=FRACTION, metavar='FRACTION',
                        help='of the average; rises to this value over the first steps')
@@ -170,6 +175,8 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help='level of the taxonomy that makes the classes of INAT and INAT19')
     group.add_argument('--num-workers', '--num_workers', default=10, type=COUNT_OR_0, metavar='N',
                        help='processes that load data, at most one for each core; 0: load in the main process')
+    group.add_argument('--skip-bad-images', default=0, type=COUNT_OR_0, metavar='N',
+                       help='up to N unreadable training images (of each process) are replaced by their neighbours')
     group.add_argument('--pin-mem', action=boolean, default=True, help='page-locked host memory for cuda')
 
     group = parser.add_argument_group('evaluation')
@@ -183,6 +190,9 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help='share the evaluation images between the processes')
     group.add_argument('--world-size', '--world_size', default=1, type=COUNT, metavar='N',
                        help='number of processes, where the launcher has not set WORLD_SIZE')
+    group.add_argument('--dist-timeout', default=10., type=POSITIVE, metavar='MINUTES',
+                       help='how long a process waits for the others')
+    group.add_argument('--sync-bn', action=boolean, default=True, help='synchronise BatchNorm over several GPUs')
     group.add_argument('--dist-url', '--dist_url', default='env://', metavar='URL', help='where the processes meet')
     return parser
 
@@ -261,6 +271,7 @@ def build_loader(dataset: Dataset, args, device: torch.device, **kwargs) -> Data
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     workers = min(args.num_workers, cores)
     return DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0,
+                      worker_init_fn=utils.ignore_stop_signals,
                       pin_memory=args.pin_mem and device.type == 'cuda', **kwargs)
 
 
@@ -276,7 +287,8 @@ def build_train_loader(dataset: Dataset, args, device: torch.device) -> DataLoad
     if args.accum_iter > len(sampler) // args.batch_size:
         raise InputError(f'--accum-iter {args.accum_iter}: an epoch has {len(sampler) // args.batch_size} batches')
     return build_loader(
-        datasets.SeededSamples(dataset), args, device, sampler=sampler, batch_size=args.batch_size, drop_last=True,
+        datasets.SeededSamples(dataset, most_bad=args.skip_bad_images), args, device, sampler=sampler,
+        batch_size=args.batch_size, drop_last=True,
         collate_fn=datasets.CleanHalfErasing(args) if args.resplit else datasets.collate)
 
 
@@ -355,9 +367,14 @@ def build_teacher(args, num_classes: int) -> torch.nn.Module:
     return teacher.eval().requires_grad_(False)
 
 
+def images_per_batch(args) -> int:
+    """Images of one forward and backward pass, of all processes together."""
+    return args.batch_size * utils.get_world_size()
+
+
 def global_batch(args) -> int:
     """Images that make one step."""
-    return args.batch_size * args.accum_iter * utils.get_world_size()
+    return images_per_batch(args) * args.accum_iter
 
 
 def build_optimizer(args, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -417,9 +434,12 @@ class Training:
     scheduler: object
     scaler: torch.amp.GradScaler
     epoch: int = -1  # the last finished one
+    step: int = 0  # batches done of the next one
+    sums: dict = dataclasses.field(default_factory=dict)  # this process's share of those batches' sums
     accuracy: dict = dataclasses.field(default_factory=lambda: {'last': 0., 'best': 0., 'best_ema': 0.})
 
     def state_dict(self, args) -> dict:
+        """What a checkpoint holds; all processes must ask for it together."""
         return {
             'model': self.model.state_dict(),
             'model_ema': self.model_ema.module.state_dict() if self.model_ema else None,
@@ -427,11 +447,14 @@ class Training:
             'lr_scheduler': self.scheduler.state_dict(),
             'scaler': self.scaler.state_dict(),
             'epoch': self.epoch,
+            'step': self.step,
+            'sums': sum_over_processes(self.sums),
+            'batch': images_per_batch(args),
             'accuracy': self.accuracy,
             'args': vars(args),
         }
 
-    def load(self, checkpoint: dict, source: str):
+    def load(self, checkpoint: dict, source: str, args):
         """Go on where `checkpoint` was stored; `source` is what to call it in messages."""
         utils.load_weights(self.model, checkpoint, source)
         lacking = [key for key in ('optimizer', 'epoch') if key not in checkpoint]
@@ -449,17 +472,70 @@ class Training:
             self.model_ema.module.load_state_dict(checkpoint.get('model_ema') or checkpoint['model'])
         self.epoch = checkpoint['epoch']
         self.accuracy.update(checkpoint.get('accuracy', {}))
+        self.step, batch = checkpoint.get('step', 0), checkpoint.get('batch', images_per_batch(args))
+        # The file has the sums over all processes: the main one goes on with them, since only totals are ever used.
+        self.sums = checkpoint.get('sums', {}) if utils.is_main_process() else {}
+        if self.step and batch != images_per_batch(args):
+            notice(f'{source}: was stored in the middle of an epoch with {batch} images a batch, now there are '
+                   f'{images_per_batch(args)}: goes on with about the same images')
+            self.step = self.step * batch // images_per_batch(args) // args.accum_iter * args.accum_iter
 
 
-def find_checkpoint(args) -> Optional[str]:
-    """Path or URL that --resume means; None: a fresh start."""
+def load_for_resume(args) -> Tuple[Optional[dict], str]:
+    """The checkpoint that --resume means (None: a fresh start), and what to call it in messages.
+
+    Raises:
+        InputError: it can't be read; with `auto`, none that is there can be.
+    """
     if args.resume != 'auto':
-        return args.resume or None
-    path = Path(args.output_dir, 'checkpoint.pth')
-    if path.exists():
-        return str(path)
-    notice(f'--resume auto: no checkpoint.pth in {args.output_dir}, a fresh start')
-    return None
+        return (utils.load_checkpoint(args.resume, '--resume') if args.resume else None), f'--resume {args.resume}'
+    candidates = [path for name in (CHECKPOINT, PREVIOUS) if (path := Path(args.output_dir, name)).exists()]
+    if not candidates:
+        notice(f'--resume auto: no {CHECKPOINT} in {args.output_dir}, a fresh start')
+    for path in candidates:
+        try:
+            return utils.load_checkpoint(path, '--resume auto:'), f'--resume auto: {path}'
+        except InputError as error:
+            if path == candidates[-1]:
+                raise
+            notice(f'{error}; trying the one before')
+    return None, ''
+
+
+class Keeper:
+    """Stores a training between two steps: when asked to stop, and every --save-every steps.
+
+    Args:
+        run: what to store.
+        stop: the signals that ask to stop.
+    """
+
+    def __init__(self, args, run: Training, stop: utils.StopRequest):
+        self.args, self.run, self.stop = args, run, stop
+
+    def save(self):
+        if self.args.output_dir:
+            folder = Path(self.args.output_dir)
+            utils.save_checkpoint(self.run.state_dict(self.args), folder / CHECKPOINT, keep=folder / PREVIOUS)
+
+    def after_update(self, step: int, sums: dict):
+        self.run.step, self.run.sums = step, sums
+        update = -(-step // self.args.accum_iter)
+        self.look_up(save=bool(self.args.save_every) and update % self.args.save_every == 0)
+
+    def look_up(self, *, save: bool = False):
+        """Store the training if asked to; stop, stored, if any process got a signal."""
+        signum = self.stop.agreed()
+        if save or signum:
+            self.save()
+        if signum:
+            self.interrupt(signum)
+
+    def interrupt(self, signum: int):
+        where = f'epoch {self.run.epoch + 1}, step {self.run.step}'
+        folder = self.args.output_dir
+        kept = f'stored in {folder}, to go on: --resume auto' if folder else 'nothing is stored without --output-dir'
+        raise utils.Interrupted(signum, f'{signal.Signals(signum).name}: stopped at {where}; {kept}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -469,57 +545,71 @@ def train(args, device: torch.device) -> dict:
     """Train a model; returns the last epoch's statistics."""
     dataset_train, num_classes = datasets.build_dataset(args, is_train=True)
     dataset_val, _ = datasets.build_dataset(args, is_train=False)
-    for dataset in (dataset_train, dataset_val):
+    for dataset in (dataset_val,) if args.skip_bad_images else (dataset_train, dataset_val):
         datasets.probe_images(dataset)
     train_loader = build_train_loader(dataset_train, args, device)
     eval_loader = build_eval_loader(dataset_val, args, device)
 
+    amp_dtype = build_amp_dtype(args, device)
     model = build_model(args, num_classes, new_head=True).to(device)
     criterion = build_criterion(args, num_classes, device)
-    mixup_fn = build_mixup(args, num_classes)
-    amp_dtype = build_amp_dtype(args, device)
     optimizer = build_optimizer(args, model)
     run = Training(model, build_model_ema(args, model), optimizer, build_scheduler(args, optimizer),
                    torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16), epoch=args.start_epoch - 1)
-    source = find_checkpoint(args)
-    if source:
-        run.load(utils.load_checkpoint(source, '--resume'), f'--resume {source}')
-        notice(f'Resumed from {source}: epoch {run.epoch} is done')
+    checkpoint, source = load_for_resume(args)
+    if checkpoint is not None:
+        run.load(checkpoint, source, args)
+        notice(f'{source}: goes on at epoch {run.epoch + 1}, step {run.step}')
+        checkpoint = None  # its tensors take as much memory as the training's
     if run.epoch >= 0 and not isinstance(run.scheduler, WarmupPlateau):
         run.scheduler.step(run.epoch)
 
-    n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     derived = {'device': str(device), 'amp_dtype': str(amp_dtype), 'processes': utils.get_world_size(),
                'global_batch': global_batch(args), 'scaled_lr': args.lr * global_batch(args) / REFERENCE_BATCH,
                'num_classes': num_classes, 'train_images': len(dataset_train), 'eval_images': len(dataset_val),
-               'n_parameters': n_parameters}
+               'n_parameters': sum(p.numel() for p in model.parameters() if p.requires_grad)}
     for description in (args, utils.environment(), derived):
         notice(description)
-    log = open_log(args, derived, train_loader, first_epoch=run.epoch + 1)
-    ddp_model = utils.wrap_for_distributed(model, device)
+    if args.compile:
+        model.compile()
+    loop = dict(ddp_model=utils.wrap_for_distributed(model, device, sync_bn=args.sync_bn), criterion=criterion,
+                mixup_fn=build_mixup(args, num_classes), device=device, amp_dtype=amp_dtype)
+    lock = utils.DirectoryLock(Path(args.output_dir) if args.output_dir else None)
+    try:
+        log = open_log(args, derived, train_loader, run)
+        with utils.StopRequest() as stop:
+            return run_epochs(args, run, train_loader, eval_loader, log=log, keeper=Keeper(args, run, stop), **loop)
+    finally:
+        lock.release()
 
-    started = time.monotonic()
-    first_epoch, stats = run.epoch + 1, {}
+
+def run_epochs(args, run: Training, train_loader: DataLoader, eval_loader: DataLoader, *, log: Optional[utils.EpochLog],
+               keeper: 'Keeper', ddp_model: torch.nn.Module, criterion: torch.nn.Module, mixup_fn: Optional[Mixup],
+               device: torch.device, amp_dtype: Optional[torch.dtype]) -> dict:
+    """The loop over the epochs that are left; returns the last one's statistics."""
+    n_parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    started, first_epoch, stats = time.monotonic(), run.epoch + 1, {}
     for epoch in range(first_epoch, args.epochs):
-        train_loader.sampler.set_epoch(epoch)
+        train_loader.sampler.set_epoch(epoch, first=run.step * args.batch_size)
         train_stats = train_one_epoch(
-            ddp_model, criterion, train_loader, optimizer=optimizer, scaler=run.scaler, device=device, epoch=epoch,
+            ddp_model, criterion, train_loader, optimizer=run.optimizer, scaler=run.scaler, device=device, epoch=epoch,
             seed=args.seed, amp_dtype=amp_dtype, accum_iter=args.accum_iter, clip_grad=args.clip_grad,
-            mixup_fn=mixup_fn, model_ema=run.model_ema, frozen=model.patch_embed if args.surgery else None)
+            mixup_fn=mixup_fn, model_ema=run.model_ema, frozen=run.model.patch_embed if args.surgery else None,
+            first_step=run.step, sums=run.sums, after_update=keeper.after_update)
         stats = {f'train_{k}': v for k, v in train_stats.items()}
         if epoch % args.test_freq == 0 or epoch == args.epochs - 1:
-            stats.update(test(run, eval_loader, device=device, amp_dtype=amp_dtype))
+            stats.update(test(run, eval_loader, device=device, amp_dtype=amp_dtype,
+                              after_batch=keeper.look_up))
         # faithful: stepped with the epoch just finished, so that epochs 0 and 1 share a rate (original main.py)
         run.scheduler.step(epoch, run.accuracy['last'])
-        run.epoch = epoch
+        run.epoch, run.step, run.sums = epoch, 0, {}
         stats.update(epoch=epoch, n_parameters=n_parameters)
+        # In this order a crash between two of these lines only means that the epoch is done again.
         if log is not None:
             log.write(stats)
-        if args.output_dir:
-            state = run.state_dict(args)
-            utils.save_checkpoint(state, Path(args.output_dir, 'checkpoint.pth'))
-            if stats.get('test_acc1', -1.) >= run.accuracy['best']:
-                utils.save_checkpoint(state, Path(args.output_dir, 'best_model.pth'))
+        if args.output_dir and stats.get('test_acc1', -1.) >= run.accuracy['best']:
+            utils.save_checkpoint(run.state_dict(args), Path(args.output_dir, BEST))
+        keeper.save()
         spent = time.monotonic() - started
         left = spent / (epoch + 1 - first_epoch) * (args.epochs - epoch - 1)
         notice(f'Epoch {epoch} done: loss {stats["train_loss"]:.4f}, best Acc@1 {run.accuracy["best"]:.2f}, '
@@ -533,9 +623,10 @@ def train(args, device: torch.device) -> dict:
     return stats
 
 
-def test(run: Training, loader: DataLoader, *, device: torch.device, amp_dtype: Optional[torch.dtype]) -> dict:
+def test(run: Training, loader: DataLoader, *, device: torch.device, amp_dtype: Optional[torch.dtype],
+         after_batch: Callable[[], None]) -> dict:
     """Evaluate the model and its moving average, and enter their accuracies into `run`."""
-    stats = evaluate(run.model, loader, device=device, amp_dtype=amp_dtype)
+    stats = evaluate(run.model, loader, device=device, amp_dtype=amp_dtype, after_batch=after_batch)
     run.accuracy['last'] = stats['acc1']
     run.accuracy['best'] = max(run.accuracy['best'], stats['acc1'])
     result = {f'test_{k}': v for k, v in stats.items() if k != 'images'}
@@ -543,23 +634,25 @@ def test(run: Training, loader: DataLoader, *, device: torch.device, amp_dtype: 
         average = run.model_ema.module
         if run.model_ema.device is not None:
             average = copy.deepcopy(average).to(device)
-        ema_stats = evaluate(average, loader, device=device, amp_dtype=amp_dtype, header='Test of the moving average')
+        ema_stats = evaluate(average, loader, device=device, amp_dtype=amp_dtype, header='Test of the moving average',
+                             after_batch=after_batch)
         run.accuracy['best_ema'] = max(run.accuracy['best_ema'], ema_stats['acc1'])
         result.update({f'test_ema_{k}': ema_stats[k] for k in ('acc1', 'acc5', 'loss')})
     return result
 
 
-def open_log(args, derived: dict, train_loader: DataLoader, *, first_epoch: int) -> Optional[utils.EpochLog]:
-    """Prepare --output-dir: nothing before this has written anything."""
+def open_log(args, derived: dict, train_loader: DataLoader, run: Training) -> Optional[utils.EpochLog]:
+    """Prepare --output-dir: but for its lock, nothing before this has written anything."""
     if not args.output_dir:
         return None
-    utils.open_output_dir(Path(args.output_dir), keep=first_epoch > 0)
+    first_epoch = run.epoch + 1
+    utils.open_output_dir(Path(args.output_dir), keep=first_epoch > 0 or run.step > 0)
     if not utils.is_main_process():
         return None
     utils.write_json(Path(args.output_dir, 'args.json'),
                      {'args': vars(args), 'derived': derived, 'environment': utils.environment()})
     log = utils.EpochLog(Path(args.output_dir), first_epoch)
-    if first_epoch == 0:
+    if first_epoch == 0 and run.step == 0:
         log.tensorboard.add_text('args', '\n'.join(f'    {k}: {v}' for k, v in vars(args).items()))
         keys = list(train_loader.sampler)[:min(args.batch_size, 32)]
         images = torch.stack([train_loader.dataset[key][0] for key in keys])
@@ -581,14 +674,15 @@ def evaluate_only(args, device: torch.device) -> dict:
     dataset, num_classes = datasets.build_dataset(args, is_train=False)
     datasets.probe_images(dataset)
     model = build_model(args, num_classes, new_head=False)
-    weights = find_checkpoint(args) or args.pretrained
-    if args.resume and weights != args.pretrained:
-        utils.load_weights(model, utils.load_checkpoint(weights, '--resume'), f'--resume {weights}')
+    checkpoint, source = load_for_resume(args)
+    if checkpoint is not None:
+        utils.load_weights(model, checkpoint, source)
+    weights = source if checkpoint is not None else args.pretrained
     if not weights:
         notice('Neither --resume nor --pretrained: the weights are random')
     loader = build_eval_loader(dataset, args, device)
     stats = evaluate(model.to(device), loader, device=device, amp_dtype=build_amp_dtype(args, device))
-    stats.update(model=args.model, weights=weights, resolution=args.input_size,
+    stats.update(model=args.model, weights=(weights or '').rsplit(' ', 1)[-1], resolution=args.input_size,
                  crop=1. if args.full_crop or args.input_size <= datasets.SMALL else .875)
     if args.output_dir and utils.is_main_process():
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -612,7 +706,7 @@ def main(argv: Optional[list] = None) -> dict:
     args = parse_args(argv)
     set_deterministic(args.deterministic)
     device = utils.init_distributed(utils.choose_device(args.device), world_size=args.world_size,
-                                    dist_url=args.dist_url)
+                                    dist_url=args.dist_url, timeout_minutes=args.dist_timeout)
     try:
         return evaluate_only(args, device) if args.eval else train(args, device)
     finally:

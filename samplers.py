@@ -1,4 +1,5 @@
 """In which order a process sees the training images, and which images it evaluates."""
+import itertools
 from typing import Iterator, Sized, Tuple
 
 from timm.data.distributed_sampler import RepeatAugSampler
@@ -13,7 +14,8 @@ GROUP = 256  # an epoch of repeated augmentation is a whole number of groups of 
 class TrainingSampler(Sampler):
     """Yields, for this process and epoch, pairs (index of the image, seed of its augmentation).
 
-    Both are functions of (seed, epoch, position) alone. Call `set_epoch` before each epoch.
+    Both are functions of (seed, epoch, position) alone. Call `set_epoch` before each epoch, with the number of samples
+    to leave out where an earlier run had them.
 
     Args:
         dataset: only its length matters.
@@ -37,15 +39,15 @@ class TrainingSampler(Sampler):
         self.seed, self.num_replicas, self.rank = seed, num_replicas, rank
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int):
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first: int = 0):
+        self.epoch, self.first = epoch, first
         self.order.set_epoch(self.seed + epoch)
 
     def __len__(self) -> int:
-        return len(self.order)
+        return max(0, len(self.order) - self.first)
 
     def __iter__(self) -> Iterator[Tuple[int, int]]:
-        for i, index in enumerate(self.order):
+        for i, index in itertools.islice(enumerate(self.order), self.first, None):
             position = i * self.num_replicas + self.rank
             yield index, utils.derive_seed(self.seed, self.epoch, position)
 

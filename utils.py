@@ -3,18 +3,25 @@
 The only file that calls `torch.distributed`. Every helper for several processes has a safe answer for one.
 """
 import argparse
+import contextlib
 import datetime
 import json
+import math
 import os
 import pickle
 import platform
 import random
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import warnings
+import zipfile
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import timm
@@ -23,22 +30,42 @@ import torch.distributed as dist
 import torchvision
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 class InputError(ValueError):
     """Something that the user gave can't be used: one line that says what, where, and what is allowed."""
+    exit_code = 2
 
 
 class RunStopped(RuntimeError):
     """A run can't go on, for a reason that one line tells."""
+    exit_code = 1
+
+
+class Interrupted(RunStopped):
+    """A signal asked a run to stop, and its state is stored."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + signum
 
 
 def run_program(main):
-    """Run a program's `main()`; what stops it for a known reason is one line on stderr, and the exit code."""
+    """Run a program's `main()`; what stops it for a known reason is one line on stderr, and the exit code.
+
+    2: the user's input; 128 + n: signal n; 1: anything else.
+    """
     try:
         main()
     except (InputError, RunStopped) as error:
-        print(f'{Path(sys.argv[0]).name}: error: {error}', file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        rank = os.environ.get('RANK', '0')
+        where = '' if rank == '0' else f' (rank {rank})'
+        print(f'{Path(sys.argv[0]).name}: error{where}: {error}', file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
 
 
 def notice(*words):
@@ -71,52 +98,83 @@ def barrier():
         dist.barrier()
 
 
-def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """Elementwise sum of a CPU tensor over all processes."""
+def reduce_over_processes(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+    """Elementwise sum (or another reduction) of a CPU tensor over all processes."""
     if not is_distributed():
         return values
     values = values.to('cuda' if dist.get_backend() == 'nccl' else 'cpu')
-    dist.all_reduce(values)
+    dist.all_reduce(values, op)
     return values.cpu()
 
 
-def init_distributed(device: torch.device, *, world_size: int, dist_url: str) -> torch.device:
-    """Join the other processes where a launcher (torchrun, srun) has set RANK and WORLD_SIZE.
+def max_over_processes(value: int) -> int:
+    """The largest of the processes' values, on every process."""
+    return int(reduce_over_processes(torch.tensor(value), dist.ReduceOp.MAX)) if is_distributed() else value
+
+
+def init_distributed(device: torch.device, *, world_size: int, dist_url: str, timeout_minutes: float) -> torch.device:
+    """Join the other processes where a launcher (torchrun, srun) has set the environment.
 
     Args:
         device: the kind of device, e.g. `cuda`.
         world_size: the number of processes, where the environment doesn't say it.
         dist_url: where the processes meet; `env://` reads MASTER_ADDR and MASTER_PORT.
+        timeout_minutes: how long a process waits for the others before it gives up.
 
     Returns:
         This process's own device.
+
+    Raises:
+        InputError: the environment is set in part.
     """
-    if 'RANK' not in os.environ:
-        if world_size > 1:
-            raise InputError(f'--world-size {world_size}: RANK is not set; start the processes with torchrun')
+    needed = ['RANK'] + ['WORLD_SIZE'] * (world_size == 1) + ['MASTER_ADDR', 'MASTER_PORT'] * (dist_url == 'env://')
+    given = [name for name in ('RANK', 'WORLD_SIZE') if name in os.environ]
+    missing = [name for name in needed if name not in os.environ]
+    if not given and world_size == 1:
         return device
-    world_size = int(os.environ.get('WORLD_SIZE', world_size))
+    if missing:
+        raise InputError(f'{", ".join(given) or f"--world-size {world_size}"} is set, but {", ".join(missing)} is not: '
+                         f'start the processes with torchrun, or set all of them')
+    world_size, rank = int(os.environ.get('WORLD_SIZE', world_size)), int(os.environ['RANK'])
     if device.type == 'cuda' and device.index is None:
         device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
         torch.cuda.set_device(device)
-    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', init_method=dist_url,
-                            world_size=world_size, rank=int(os.environ['RANK']))
+    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', init_method=dist_url, rank=rank,
+                            world_size=world_size, timeout=datetime.timedelta(minutes=timeout_minutes))
     return device
 
 
-def wrap_for_distributed(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+def wrap_for_distributed(model: torch.nn.Module, device: torch.device, *, sync_bn: bool) -> torch.nn.Module:
     """DistributedDataParallel where there are several processes, with BatchNorm synchronised over several GPUs."""
     if not is_distributed():
         return model
-    if device.type == 'cuda':
+    if device.type != 'cuda':
+        notice('BatchNorm is not synchronised: each process normalises with its own batch (only CUDA can do that)')
+        return torch.nn.parallel.DistributedDataParallel(model)
+    if sync_bn:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index])
-    return torch.nn.parallel.DistributedDataParallel(model)
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index])
+
+
+def without_sync(model: torch.nn.Module):
+    """A context in which DistributedDataParallel leaves the gradients of this process alone."""
+    return model.no_sync() if is_wrapped(model) else contextlib.nullcontext()
+
+
+def is_wrapped(model: torch.nn.Module) -> bool:
+    return isinstance(model, torch.nn.parallel.DistributedDataParallel)
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     """The model inside DistributedDataParallel."""
-    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+    return model.module if is_wrapped(model) else model
+
+
+def broadcast_buffers(model: torch.nn.Module):
+    """Give every process the main one's BatchNorm statistics, which differ where they are not synchronised."""
+    if is_distributed():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def end_distributed():
@@ -146,6 +204,45 @@ def choose_device(name: str) -> torch.device:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Signals
+
+class StopRequest:
+    """Notes the signals that ask a run to stop, so that it can do so between two steps.
+
+    Use as a context; a second SIGINT (Ctrl-C) interrupts at once.
+    """
+    SIGNALS = tuple(s for s in signal.Signals if s.name in ('SIGTERM', 'SIGINT', 'SIGUSR1', 'SIGUSR2'))
+
+    def __init__(self):
+        self.signum = 0
+
+    def __enter__(self):
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self.previous = {signum: signal.signal(signum, self._note) for signum in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, _frame):
+        if self.signum and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signum = self.signum or signum
+
+    def agreed(self) -> int:
+        """The signal that any process has got, 0 for none; all processes must ask at the same step."""
+        return max_over_processes(self.signum)
+
+
+def ignore_stop_signals(_worker_id: int = 0):
+    """Leave a signal to a whole process group to the main process: for data-loading workers."""
+    for signum in StopRequest.SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Randomness: always a function of where in the training it is used, never of what happened before
 
 def derive_seed(*keys: int) -> int:
@@ -164,16 +261,42 @@ def seed_everything(*keys: int):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: plain values and state dicts
 
-def save_checkpoint(state: dict, path: Path):
-    """Write `state` so that `path` holds either the old file or the whole new one, at every moment."""
+def save_checkpoint(state: dict, path: Path, *, keep: Optional[Path] = None):
+    """Write `state` so that `path` holds either the old file or the whole new one, at every moment.
+
+    Args:
+        keep: where the old file goes; None: it is replaced.
+
+    Raises:
+        RunStopped: the disk is full, or can't be written to; the old file is as it was.
+    """
     if not is_main_process():
         return
     unfinished = path.with_name(path.name + '.tmp')
-    with open(unfinished, 'wb') as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(unfinished, 'wb') as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch wraps the system's error
+        unfinished.unlink(missing_ok=True)
+        raise RunStopped(f'{path} can\'t be written ({first_line(error)}); the one before is intact') from None
+    if keep is not None and path.exists():
+        os.replace(path, keep)
     os.replace(unfinished, path)
+
+
+def check_integrity(path):
+    """Compare a checkpoint's contents with its checksums, which `torch.load` ignores.
+
+    Raises:
+        zipfile.BadZipFile: they differ.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f'wrong checksum of {damaged}')
 
 
 def is_url(source) -> bool:
@@ -198,6 +321,7 @@ def load_checkpoint(source, flag: str) -> dict:
                 checkpoint = torch.hub.load_state_dict_from_url(
                     str(source), map_location='cpu', check_hash=True, weights_only=True)
             else:
+                check_integrity(source)
                 checkpoint = torch.load(source, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise InputError(f'{flag} {source}: no such file') from None
@@ -208,7 +332,7 @@ def load_checkpoint(source, flag: str) -> dict:
     except pickle.UnpicklingError:
         raise InputError(f'{flag} {source}: not a checkpoint of tensors and plain values; files that need Python '
                          f'code to be run are refused') from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise InputError(f'{flag} {source}: damaged, truncated or not a checkpoint ({first_line(error)})') from None
     if not isinstance(checkpoint, dict):
         raise InputError(f'{flag} {source}: holds a {type(checkpoint).__name__}, not a checkpoint')
@@ -275,7 +399,39 @@ def open_output_dir(path: Path, *, keep: bool):
     notice(f'{path} held another run: its files are now in {path}/previous-{number} (to continue it: --resume auto)')
 
 
-RUN_FILES = ('checkpoint.pth', 'best_model.pth', 'log.txt', 'args.json', 'eval.json', 'tb')
+class DirectoryLock:
+    """Keeps a second run out of an output directory for as long as this one lives, even if it dies by kill -9.
+
+    Args:
+        path: the directory; None: nothing to lock.
+
+    Raises:
+        InputError: on every process, when another run holds it.
+    """
+
+    def __init__(self, path: Optional[Path]):
+        self.file = None
+        holder = ''
+        if path is not None and is_main_process() and fcntl is not None:
+            path.mkdir(parents=True, exist_ok=True)
+            self.file = open(path / '.lock', 'a+')
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.file.truncate(0)
+                self.file.write(f'process {os.getpid()} on {socket.gethostname()}')
+                self.file.flush()
+            except BlockingIOError:
+                self.file.seek(0)
+                holder = self.file.read() or 'another process'
+        if max_over_processes(bool(holder)):
+            raise InputError(f'--output-dir {path}: another run is writing there ({holder or "see rank 0"})')
+
+    def release(self):
+        if self.file is not None:
+            self.file.close()
+
+
+RUN_FILES = ('checkpoint.pth', 'checkpoint_previous.pth', 'best_model.pth', 'log.txt', 'args.json', 'eval.json', 'tb')
 
 
 def environment() -> dict:
@@ -307,10 +463,18 @@ class EpochLog:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only runs with a directory need it
         self.path = output_dir / 'log.txt'
         if self.path.exists():
-            lines = self.path.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)['epoch'] < start_epoch]
-            self.path.write_text(''.join(line + '\n' for line in kept))
+            kept = [line for line in self.path.read_text().splitlines() if self._epoch(line) < start_epoch]
+            unfinished = self.path.with_name('log.txt.tmp')
+            unfinished.write_text(''.join(line + '\n' for line in kept))
+            os.replace(unfinished, self.path)
         self.tensorboard = SummaryWriter(output_dir / 'tb', purge_step=start_epoch)
+
+    @staticmethod
+    def _epoch(line: str) -> float:
+        try:
+            return json.loads(line)['epoch']
+        except ValueError:  # cut short by a crash
+            return math.inf
 
     def write(self, stats: dict):
         with open(self.path, 'a') as file:
@@ -335,13 +499,15 @@ class Progress:
         loader: yields batches whose first element is a tensor (B, ...).
         header: what is running.
         device: for peak memory.
+        first_step: steps that an earlier process did.
         every: steps between two lines.
 
     After the loop, `stats()` gives images a second, data time and peak memory.
     """
 
-    def __init__(self, loader, header: str, device: torch.device, every: int = 50):
+    def __init__(self, loader, header: str, device: torch.device, *, first_step: int = 0, every: int = 50):
         self.loader, self.header, self.device, self.every = loader, header, device, every
+        self.first_step, self.steps = first_step, first_step + len(loader)
         self.values = {}
         self.images = 0
         self.data_time = 0.
@@ -349,31 +515,31 @@ class Progress:
     def __iter__(self):
         if self.device.type == 'cuda':
             torch.cuda.reset_peak_memory_stats(self.device)
-        bar = tqdm(total=len(self.loader), desc=self.header, leave=False, disable=not shows_bar())
+        bar = tqdm(total=self.steps, initial=self.first_step, desc=self.header, leave=False, disable=not shows_bar())
         self.start = asked = time.perf_counter()
         with bar:
-            for step, batch in enumerate(self.loader, start=1):
+            for step, batch in enumerate(self.loader, start=self.first_step + 1):
                 self.data_time += time.perf_counter() - asked
                 yield batch
                 self.images += len(batch[0]) * get_world_size()
                 bar.set_postfix(self.values, refresh=False)
                 bar.update()
-                if not shows_bar() and (step % self.every == 0 or step == len(self.loader)):
+                if not shows_bar() and (step % self.every == 0 or step == self.steps):
                     notice(self.line(step))
                 asked = time.perf_counter()
         self.seconds = time.perf_counter() - self.start
 
     def line(self, step: int) -> str:
-        seconds = time.perf_counter() - self.start
-        eta = datetime.timedelta(seconds=int(seconds / step * (len(self.loader) - step)))
+        seconds, done = time.perf_counter() - self.start, step - self.first_step
+        eta = datetime.timedelta(seconds=int(seconds / done * (self.steps - step)))
         shown = '  '.join(f'{name} {value}' for name, value in self.values.items())
         memory = f'  max mem {peak_memory(self.device):.0f} MB' if self.device.type == 'cuda' else ''
-        return (f'{self.header} [{step:{len(str(len(self.loader)))}}/{len(self.loader)}]  eta {eta}  {shown}  '
-                f'{self.images / seconds:.0f} images/s  data {self.data_time / step:.4f} s{memory}')
+        return (f'{self.header} [{step:{len(str(self.steps))}}/{self.steps}]  eta {eta}  {shown}  '
+                f'{self.images / seconds:.0f} images/s  data {self.data_time / done:.4f} s{memory}')
 
     def stats(self) -> dict:
-        return {'images_per_s': self.images / self.seconds, 'data_s': self.data_time / max(len(self.loader), 1),
-                'memory_mb': peak_memory(self.device)}
+        return {'images_per_s': self.images / max(self.seconds, 1e-9),
+                'data_s': self.data_time / max(len(self.loader), 1), 'memory_mb': peak_memory(self.device)}
 
 
 def shows_bar() -> bool:

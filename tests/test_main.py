@@ -78,7 +78,8 @@ def test_checkpoint_holds_everything(trained):
     """Both files load without Python objects and hold all that a training needs to go on."""
     for name in ('checkpoint.pth', 'best_model.pth'):
         state = checkpoint(trained[1], name)
-        assert set(state) == {'model', 'model_ema', 'optimizer', 'lr_scheduler', 'scaler', 'epoch', 'accuracy', 'args'}
+        assert set(state) == {'model', 'model_ema', 'optimizer', 'lr_scheduler', 'scaler', 'epoch', 'step', 'sums',
+                              'batch', 'accuracy', 'args'}
         assert isinstance(state['args'], dict)
     assert not list(trained[1].glob('*.tmp'))
 
@@ -115,8 +116,8 @@ def test_resumed_training_is_the_uninterrupted_one(tmp_path, folders, monkeypatc
 
     save = utils.save_checkpoint
 
-    def save_and_die(state, path):
-        save(state, path)
+    def save_and_die(state, path, **kwargs):
+        save(state, path, **kwargs)
         if state['epoch'] == 1 and path.name == 'checkpoint.pth':
             raise KeyboardInterrupt
 

@@ -7,6 +7,7 @@ import gzip
 import itertools
 import json
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from utils import InputError
 
 INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
 SAMPLE_DATA = Path(__file__).parent / 'sample_data'  # part of Fashion-MNIST, see the README there
+NUM_FASHION = 10  # classes
 NUM_PROBED = 1000  # images looked at before a run starts
 SMALL = 32  # up to this many pixels, images are cropped but not resized
 
@@ -36,11 +38,6 @@ SMALL = 32  # up to this many pixels, images are cropped but not resized
 
 class UnreadableImage(InputError):
     """An image file can't be decoded; the message names it."""
-
-    def __init__(self, message: str):
-        # A worker's exception comes back with the worker's traceback before its text.
-        last_line = message.strip().splitlines()[-1]
-        super().__init__(last_line.removeprefix(f'{__name__}.{type(self).__name__}: '))
 
 
 def load_rgb(path: str) -> Image.Image:
@@ -55,13 +52,25 @@ def load_rgb(path: str) -> Image.Image:
         raise UnreadableImage(f'unreadable image {path}: {utils.first_line(error)}') from None
 
 
-def probe_images(dataset: Dataset):
-    """Decode up to NUM_PROBED images of a data set of files, evenly spread, so that bad data shows at once."""
+def probe_images(dataset: Dataset, *, same_size: bool = False):
+    """Decode up to NUM_PROBED images of a data set of files, evenly spread, so that bad data shows at once.
+
+    Raises:
+        UnreadableImage: the first that can't be decoded.
+        InputError: they differ in size, and must not (`same_size`).
+    """
     paths = [path for path, _ in getattr(dataset, 'samples', [])]
-    chosen = paths if len(paths) <= NUM_PROBED else paths[::len(paths) // NUM_PROBED][:NUM_PROBED]
     with ThreadPoolExecutor(max_workers=8) as pool:
-        for _ in pool.map(load_rgb, chosen):
-            pass
+        sizes = set(pool.map(lambda path: load_rgb(path).size[::-1], paths[::-(-len(paths) // NUM_PROBED) or 1]))
+    if same_size:
+        check_same_size(sizes)
+
+
+def check_same_size(sizes: set):
+    """Refuse images of several sizes (img_h, img_w), which can't be stacked to a batch."""
+    if len(sizes) > 1:
+        raise InputError(f'--input-size up to {SMALL} leaves evaluation images as they are, and these are of different '
+                         f'sizes ({utils.abridge(sorted(sizes), 3)} pixels): add --full_crop')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,7 +111,7 @@ class ClassFolders(datasets.ImageFolder):
 
 
 class FashionMNIST(Dataset):
-    """Fashion-MNIST (or any MNIST-like set) from its four IDX files, gzipped or not, as RGB images.
+    """Fashion-MNIST (or another set of 10 classes like it) from its four IDX files, gzipped or not, as RGB images.
 
     Args:
         root: a folder that holds the files, or torchvision's `FashionMNIST/raw` with them.
@@ -114,6 +123,9 @@ class FashionMNIST(Dataset):
         self.labels = read_idx(root, f'{split}-labels-idx1-ubyte')
         if len(self.images) != len(self.labels):
             raise InputError(f'--data-path: {root}: {len(self.images)} {split} images but {len(self.labels)} labels')
+        if self.labels.max(initial=0) >= NUM_FASHION:
+            raise InputError(f'--data-path: {root}: a {split} label is {self.labels.max()}, the last is '
+                             f'{NUM_FASHION - 1}')
         self.transform = transform
 
     def __len__(self) -> int:
@@ -135,7 +147,7 @@ def read_idx(root: Path, name: str) -> np.ndarray:
         rank = content[3]
         shape = np.frombuffer(content, '>u4', count=rank, offset=4)
         return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
-    except (OSError, EOFError, IndexError, ValueError) as error:
+    except (OSError, EOFError, IndexError, ValueError, zlib.error) as error:
         raise InputError(f'--data-path: {path}: truncated or not an IDX file ({utils.first_line(error)})') from None
 
 
@@ -241,13 +253,13 @@ BUILDERS = {
     'IMNET22k': partial(build_imagenet, subset='imagenet-22k'),
     'CIFAR10': partial(build_cifar, cls=datasets.CIFAR10),
     'CIFAR100': partial(build_cifar, cls=datasets.CIFAR100),
-    'FASHION': lambda args, is_train: (FashionMNIST(Path(args.data_path), is_train), 10),
+    'FASHION': lambda args, is_train: (FashionMNIST(Path(args.data_path), is_train), NUM_FASHION),
     'INAT': partial(build_inaturalist, year=2018),
     'INAT19': partial(build_inaturalist, year=2019),
     'CARS': partial(build_folder, num_classes=196),
     'FLOWERS': partial(build_folder, num_classes=102),
     'FOLDER': build_folder,
-    'SAMPLE': lambda args, is_train: (FashionMNIST(SAMPLE_DATA, is_train), 10),
+    'SAMPLE': lambda args, is_train: (FashionMNIST(SAMPLE_DATA, is_train), NUM_FASHION),
 }
 
 
@@ -284,6 +296,7 @@ def build_train_transform(args) -> transforms.Compose:
             op.aug_fn = posterize
     if args.input_size <= SMALL:
         # faithful: small images (CIFAR) are padded and cropped, not resized (original datasets.py, build_transform)
+        # differs: small images - still smaller ones are padded up to the size, where the original raises an error
         transform.transforms[0] = transforms.RandomCrop(args.input_size, padding=4, pad_if_needed=True)
     return transform
 
@@ -303,10 +316,14 @@ def posterize(image: Image.Image, bits_to_keep: int, **kwargs) -> Image.Image:
     return image.point(lambda value: 0) if bits_to_keep == 0 else auto_augment.posterize(image, bits_to_keep, **kwargs)
 
 
+def resizes_for_evaluation(args) -> bool:
+    return args.full_crop or args.input_size > SMALL
+
+
 def build_eval_transform(args) -> transforms.Compose:
     """Source: original datasets.py, build_transform."""
     steps = []
-    if args.full_crop or args.input_size > SMALL:
+    if resizes_for_evaluation(args):
         # faithful: without --full_crop 256/224 of the size is resized to, and the middle of it cropped
         resized = args.input_size if args.full_crop else int(args.input_size * 256 / 224)
         steps = [transforms.Resize(resized, interpolation=InterpolationMode.BICUBIC),
@@ -336,7 +353,8 @@ class SeededSamples(Dataset):
     def __getitem__(self, key: Tuple[int, int]):
         index, seed = key
         while True:
-            utils.seed_everything(seed)  # Python's, NumPy's and torch's generators: timm's transforms use all three
+            # differs: randomness - a function of the position; the original's generators run on from sample to sample
+            utils.seed_everything(seed)  # timm's transforms use Python's, NumPy's and torch's generators
             try:
                 return self.dataset[index]
             except UnreadableImage as error:
@@ -357,10 +375,7 @@ class SeededSamples(Dataset):
 
 def collate(samples: list) -> List[torch.Tensor]:
     """Stack samples to a batch: images (B, 3, img_h, img_w), targets (B,)."""
-    sizes = {tuple(image.shape[1:]) for image, _ in samples}
-    if len(sizes) > 1:
-        raise InputError(f'--input-size up to {SMALL} leaves evaluation images as they are, and these are of different '
-                         f'sizes ({utils.abridge(sorted(sizes), 3)} pixels): add --full_crop')
+    check_same_size({tuple(image.shape[1:]) for image, _ in samples})
     return default_collate(samples)
 
 

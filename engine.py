@@ -15,6 +15,9 @@ import utils
 class NonFiniteLoss(utils.RunStopped):
     """The training diverged."""
 
+    def __init__(self, what: str, value: float, where: str):
+        super().__init__(f'{what} is {value} at {where}: training stopped; the last checkpoint is as it was')
+
 
 def train_one_epoch(
         model: nn.Module, criterion: nn.Module, loader: Iterable, *, optimizer: torch.optim.Optimizer,
@@ -80,8 +83,9 @@ def train_one_epoch(
         # The one point of a step where the CPU waits for the device: before the weights change.
         loss_value, norm_value = torch.stack([loss.detach().float(), grad_norm.float()]).tolist()
         if not math.isfinite(loss_value):
-            raise NonFiniteLoss(f'loss is {loss_value} at epoch {epoch}, step {step}: training stopped; '
-                                f'the last checkpoint is as it was')
+            raise NonFiniteLoss('loss', loss_value, f'epoch {epoch}, step {step}')
+        if not math.isfinite(norm_value) and not scaler.is_enabled():  # a scaler skips such a step, and goes on
+            raise NonFiniteLoss('gradient norm', norm_value, f'epoch {epoch}, step {step}')
         if last_of_group:
             scaler.step(optimizer)  # under fp16 only if the gradient is finite
             scaler.update()
@@ -120,30 +124,32 @@ def evaluate(model: nn.Module, loader: Iterable, *, device: torch.device, amp_dt
         after_batch: called after each batch, equally often on all processes.
 
     Returns:
-        acc1, acc5, loss, images (their number), images_per_s.
+        acc1, acc5, loss, images (their number), resolution ([img_h, img_w] of the last), images_per_s.
     """
     model.eval()
     utils.broadcast_buffers(model)
     most_batches = utils.max_over_processes(len(loader))
     totals = torch.zeros(4, dtype=torch.float64)  # images, right, right among five, loss
     progress = utils.Progress(loader, header, device)
+    resolution = None
     for images, targets in progress:
+        resolution = list(images.shape[-2:])
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             logits = model(images)
-        # differs: every image counts the same; the original averages the loss over batches, of which the last is short
+        # differs: evaluation loss - the mean over images; the original's over batches, of which the last is short
         loss = F.cross_entropy(logits.float(), targets, reduction='none')
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-        totals += torch.stack([torch.tensor(len(targets)).double(), hits[:, 0].sum().double().cpu(),
-                               hits.sum().double().cpu(), loss.double().sum().cpu()])
+        batch = torch.stack([hits[:, 0].sum(), hits.sum(), loss.sum()]).cpu()  # float32: some devices have no float64
+        totals += torch.cat([torch.tensor([len(targets)]), batch.double()])
         if after_batch is not None:
             after_batch()
     for _ in range(most_batches - len(loader)):
         if after_batch is not None:
             after_batch()
-    images, top1, top5, loss = utils.reduce_over_processes(totals).tolist()
-    stats = {'acc1': 100 * top1 / images, 'acc5': 100 * top5 / images, 'loss': loss / images, 'images': int(images),
-             'images_per_s': progress.stats()['images_per_s']}
+    count, top1, top5, loss = utils.reduce_over_processes(totals).tolist()
+    stats = {'acc1': 100 * top1 / count, 'acc5': 100 * top5 / count, 'loss': loss / count, 'images': int(count),
+             'resolution': resolution, 'images_per_s': progress.stats()['images_per_s']}
     utils.notice(f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}')
     return stats

@@ -7,6 +7,8 @@ import copy
 import dataclasses
 import datetime
 import difflib
+import itertools
+import math
 import os
 import shlex
 import signal
@@ -28,7 +30,7 @@ import datasets
 import samplers
 import utils
 import xcit
-from engine import evaluate, sum_over_processes, train_one_epoch
+from engine import NonFiniteLoss, evaluate, sum_over_processes, train_one_epoch
 from losses import DISTILLATION_TYPES, DistillationLoss, classification_loss
 from utils import InputError, notice
 
@@ -79,7 +81,8 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help='where checkpoints and logs go; empty: nothing is written')
     group.add_argument('--device', default='auto', help='auto (cuda, mps or cpu, the first there is) or a device')
     group.add_argument('--amp', choices=list(AMP_DTYPES), help='autocast type; fp16 on cuda and off elsewhere if unset')
-    group.add_argument('--seed', default=0, type=COUNT_OR_0, help='of weights, data order, augmentation and dropout')
+    group.add_argument('--seed', default=0, type=number(int, 0, 2 ** 32 - 1),
+                       help='of weights, data order, augmentation and dropout')
     group.add_argument('--deterministic', action=boolean, default=False,
                        help='refuse operations whose result varies from run to run; slower on GPUs')
     group.add_argument('--resume', default='', metavar='PATH|URL|auto',
@@ -88,7 +91,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help='steps between two checkpoints within an epoch; 0: at its end only')
     group.add_argument('--start-epoch', '--start_epoch', default=0, type=COUNT_OR_0, metavar='N',
                        help='first epoch, without --resume')
-    group.add_argument('--epochs', default=400, type=COUNT, metavar='N')
+    group.add_argument('--epochs', default=400, type=COUNT, metavar='N', help='of the whole training')
 
     group = parser.add_argument_group('model')
     group.add_argument('--model', default='xcit_small_12_p16', help='one of the 14 XCiT models, or of timm\'s')
@@ -112,20 +115,21 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument('--batch-size', default=64, type=COUNT, metavar='IMAGES', help='of one process and one pass')
     group.add_argument('--accum-iter', default=1, type=COUNT, metavar='N', help='batches that make one step')
     group.add_argument('--opt', default='adamw', help='name of a timm optimizer')
-    group.add_argument('--opt-eps', default=1e-8, type=POSITIVE, metavar='EPS')
+    group.add_argument('--opt-eps', default=1e-8, type=POSITIVE, metavar='EPS', help='added to denominators')
     group.add_argument('--opt-betas', type=number(float, 0, .99999999), nargs='+', metavar='BETA',
                        help='the optimizer\'s own if unset')
     group.add_argument('--momentum', default=.9, type=FRACTION, help='of SGD and its like')
-    group.add_argument('--weight-decay', default=.05, type=NON_NEGATIVE)
+    group.add_argument('--weight-decay', default=.05, type=NON_NEGATIVE, help='of matrices; vectors are spared')
     group.add_argument('--clip-grad', type=POSITIVE, metavar='NORM', help='largest gradient norm; unset: no clipping')
 
     group = parser.add_argument_group('schedule')
-    group.add_argument('--sched', default='cosine', choices=['cosine', 'tanh', 'step', 'plateau'])
+    group.add_argument('--sched', default='cosine', choices=['cosine', 'tanh', 'step', 'plateau'],
+                       help='course of the learning rate')
     group.add_argument('--lr', default=5e-4, type=POSITIVE,
                        help=f'peak learning rate for {REFERENCE_BATCH} images a step; scaled with the real number')
     group.add_argument('--warmup-lr', default=1e-6, type=NON_NEGATIVE, help='learning rate to start at, not scaled')
     group.add_argument('--min-lr', default=1e-5, type=NON_NEGATIVE, help='learning rate to end at, not scaled')
-    group.add_argument('--warmup-epochs', default=5, type=COUNT_OR_0, metavar='N')
+    group.add_argument('--warmup-epochs', default=5, type=COUNT_OR_0, metavar='N', help='0: no warm-up')
     group.add_argument('--decay-epochs', default=30, type=POSITIVE, metavar='N', help='between two decays of "step"')
     group.add_argument('--decay-rate', '--dr', default=.1, type=POSITIVE, help='of "step" and "plateau"')
     group.add_argument('--patience-epochs', default=10, type=COUNT_OR_0, metavar='N',
@@ -160,7 +164,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'], help='what is drawn anew')
 
     group = parser.add_argument_group('distillation')
-    group.add_argument('--distillation-type', default='none', choices=DISTILLATION_TYPES)
+    group.add_argument('--distillation-type', default='none', choices=DISTILLATION_TYPES,
+                       help='learn from a teacher\'s probabilities or from its class')
     group.add_argument('--teacher-model', default='regnety_160', help='name of a timm model')
     group.add_argument('--teacher-path', default='', metavar='PATH|URL', help='the teacher\'s weights')
     group.add_argument('--teacher-pretrained', action=boolean, default=False, help='take timm\'s weights instead')
@@ -168,7 +173,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument('--distillation-tau', default=1., type=POSITIVE, help='temperature of "soft"')
 
     group = parser.add_argument_group('data')
-    group.add_argument('--data-set', default='IMNET', choices=list(datasets.BUILDERS))
+    group.add_argument('--data-set', default='IMNET', choices=list(datasets.BUILDERS), help='see the README')
     group.add_argument('--data-path', default='/datasets01/imagenet_full_size/061417/', metavar='DIR',
                        help='not needed for SAMPLE')
     group.add_argument('--inat-category', default='name', choices=datasets.INAT_CATEGORIES,
@@ -235,8 +240,10 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
         raise InputError('--resume auto: needs --output-dir to look in')
     if args.start_epoch >= args.epochs:
         raise InputError(f'--start-epoch {args.start_epoch}: must be less than --epochs {args.epochs}')
-    if Path(args.output_dir or '.').exists() and not Path(args.output_dir or '.').is_dir():
-        raise InputError(f'--output-dir {args.output_dir}: is not a directory')
+    folder = Path(args.output_dir).absolute()
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f'--output-dir {args.output_dir}: {existing} is not a directory that can be written to')
     try:
         datasets.build_train_transform(args)
     except Exception as error:  # timm checks a policy's text with whatever its parsing runs into
@@ -271,7 +278,7 @@ def build_loader(dataset: Dataset, args, device: torch.device, **kwargs) -> Data
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     workers = min(args.num_workers, cores)
     return DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0,
-                      worker_init_fn=utils.ignore_stop_signals,
+                      worker_init_fn=utils.WorkerSignals(),
                       pin_memory=args.pin_mem and device.type == 'cuda', **kwargs)
 
 
@@ -302,10 +309,17 @@ def build_eval_loader(dataset: Dataset, args, device: torch.device) -> DataLoade
 def build_model(args, num_classes: int, *, new_head: bool) -> torch.nn.Module:
     """The model with its initial weights; `new_head`: see utils.load_weights."""
     utils.seed_everything(args.seed)
-    model = timm.create_model(args.model, num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path)
+    try:
+        model = timm.create_model(
+            args.model, num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path)
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise InputError(f'--model {args.model}: timm can\'t build it ({utils.first_line(error)})') from None
+    if args.model not in xcit.MODELS:
+        check_input_size(args, model)
     if args.pretrained:
-        weights = utils.load_checkpoint(args.pretrained, '--pretrained')
-        utils.load_weights(model, weights, f'--pretrained {args.pretrained}', new_head=new_head)
+        source = f'--pretrained {args.pretrained}'
+        weights = utils.model_weights(utils.load_checkpoint(args.pretrained, '--pretrained'), source)
+        utils.load_weights(model, weights, source, new_head=new_head)
     if args.surgery:
         transplant_stem(model, args.surgery)
     if args.grad_checkpointing:
@@ -313,10 +327,19 @@ def build_model(args, num_classes: int, *, new_head: bool) -> torch.nn.Module:
     return model
 
 
+@torch.no_grad()
+def check_input_size(args, model: torch.nn.Module):
+    """Refuse a size that the model is not made for; XCiT takes any."""
+    try:
+        model.eval()(torch.zeros(1, 3, args.input_size, args.input_size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise InputError(f'--input-size {args.input_size}: {args.model} can\'t take it ({utils.first_line(error)})'
+                         ) from None
+
+
 def transplant_stem(model: torch.nn.Module, source: str):
     """Copy `patch_embed` from a checkpoint and freeze it."""
-    checkpoint = utils.load_checkpoint(source, '--surgery')
-    weights = checkpoint.get('model', checkpoint)
+    weights = utils.model_weights(utils.load_checkpoint(source, '--surgery'), f'--surgery {source}')
     prefix = 'patch_embed.'
     stem = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
     if not hasattr(model, 'patch_embed'):
@@ -328,8 +351,8 @@ def transplant_stem(model: torch.nn.Module, source: str):
 def build_model_ema(args, model: torch.nn.Module) -> Optional[ModelEmaV3]:
     if not args.model_ema:
         return None
-    # differs: the decay rises as 1 - (1 + step) ** -0.8, so that the average of a short run is not made of its initial
-    # weights; it reaches 0.99996 after 314,000 steps (251 of ImageNet's 400 epochs), and is the original's from there
+    # differs: moving average - its decay rises as 1 - (1 + step) ** -0.8, so that the average of a short run is not
+    # made of its initial weights; from 314,000 steps on (251 of ImageNet's 400 epochs) it is the original's 0.99996
     return ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=True, warmup_power=.8,
                       device=torch.device('cpu') if args.model_ema_force_cpu else None)
 
@@ -362,8 +385,9 @@ def build_teacher(args, num_classes: int) -> torch.nn.Module:
             raise
         raise InputError(f'{source}: timm can\'t get the weights ({utils.first_line(error)})') from None
     if args.teacher_path:
-        weights = utils.load_checkpoint(args.teacher_path, '--teacher-path')
-        utils.load_weights(teacher, weights, f'--teacher-path {args.teacher_path}')
+        source = f'--teacher-path {args.teacher_path}'
+        weights = utils.model_weights(utils.load_checkpoint(args.teacher_path, '--teacher-path'), source)
+        utils.load_weights(teacher, weights, source)
     return teacher.eval().requires_grad_(False)
 
 
@@ -377,9 +401,15 @@ def global_batch(args) -> int:
     return images_per_batch(args) * args.accum_iter
 
 
+def scaled_lr(args) -> float:
+    return args.lr * global_batch(args) / REFERENCE_BATCH
+
+
 def build_optimizer(args, model: torch.nn.Module) -> torch.optim.Optimizer:
-    lr = args.lr * global_batch(args) / REFERENCE_BATCH
-    return create_optimizer_v2(model, **{**optimizer_kwargs(args), 'lr': lr})
+    try:
+        return create_optimizer_v2(model, **{**optimizer_kwargs(args), 'lr': scaled_lr(args)})
+    except (AssertionError, ImportError, TypeError) as error:  # of another package, or without such an option
+        raise InputError(f'--opt {args.opt}: timm can\'t build it here ({utils.first_line(error)})') from None
 
 
 def build_scheduler(args, optimizer: torch.optim.Optimizer):
@@ -456,18 +486,16 @@ class Training:
 
     def load(self, checkpoint: dict, source: str, args):
         """Go on where `checkpoint` was stored; `source` is what to call it in messages."""
-        utils.load_weights(self.model, checkpoint, source)
+        utils.load_weights(self.model, utils.model_weights(checkpoint, source), source)
         lacking = [key for key in ('optimizer', 'epoch') if key not in checkpoint]
         if lacking:
             raise InputError(f'{source}: has no {" and no ".join(lacking)} to go on with; to start from its weights, '
                              f'use --pretrained')
-        try:
-            self.optimizer.load_state_dict(checkpoint['optimizer'])
-        except (ValueError, KeyError) as error:
-            raise InputError(f'{source}: its optimizer is another one ({utils.first_line(error)})') from None
+        self.load_optimizer(checkpoint, source, args)
         if isinstance(self.scheduler, WarmupPlateau):  # the others are functions of the epoch
             self.scheduler.load_state_dict(checkpoint['lr_scheduler'])
-        self.scaler.load_state_dict(checkpoint.get('scaler') or {})
+        if checkpoint.get('scaler') and self.scaler.is_enabled():
+            self.scaler.load_state_dict(checkpoint['scaler'])
         if self.model_ema is not None:
             self.model_ema.module.load_state_dict(checkpoint.get('model_ema') or checkpoint['model'])
         self.epoch = checkpoint['epoch']
@@ -479,6 +507,23 @@ class Training:
             notice(f'{source}: was stored in the middle of an epoch with {batch} images a batch, now there are '
                    f'{images_per_batch(args)}: goes on with about the same images')
             self.step = self.step * batch // images_per_batch(args) // args.accum_iter * args.accum_iter
+
+    def load_optimizer(self, checkpoint: dict, source: str, args):
+        """Take over the optimizer's state; its options stay those of this command line."""
+        before = checkpoint.get('args', {})
+        opt = (before if isinstance(before, dict) else vars(before)).get('opt', args.opt)
+        if opt != args.opt:
+            raise InputError(f'{source}: was trained with --opt {opt}, not {args.opt}')
+        flags = {'weight_decay', 'betas', 'eps', 'momentum'}
+        if not isinstance(self.scheduler, WarmupPlateau):  # whose rate depends on what happened
+            flags.add('lr')
+        options = [{k: v for k, v in group.items() if k in flags} for group in self.optimizer.param_groups]
+        try:
+            self.optimizer.load_state_dict(checkpoint['optimizer'])
+        except (ValueError, KeyError) as error:
+            raise InputError(f'{source}: its optimizer is another one ({utils.first_line(error)})') from None
+        for group, own in zip(self.optimizer.param_groups, options):
+            group.update(own)
 
 
 def load_for_resume(args) -> Tuple[Optional[dict], str]:
@@ -545,8 +590,9 @@ def train(args, device: torch.device) -> dict:
     """Train a model; returns the last epoch's statistics."""
     dataset_train, num_classes = datasets.build_dataset(args, is_train=True)
     dataset_val, _ = datasets.build_dataset(args, is_train=False)
-    for dataset in (dataset_val,) if args.skip_bad_images else (dataset_train, dataset_val):
-        datasets.probe_images(dataset)
+    if not args.skip_bad_images:
+        datasets.probe_images(dataset_train)
+    datasets.probe_images(dataset_val, same_size=not datasets.resizes_for_evaluation(args))
     train_loader = build_train_loader(dataset_train, args, device)
     eval_loader = build_eval_loader(dataset_val, args, device)
 
@@ -564,8 +610,12 @@ def train(args, device: torch.device) -> dict:
     if run.epoch >= 0 and not isinstance(run.scheduler, WarmupPlateau):
         run.scheduler.step(run.epoch)
 
+    if run.epoch + 1 >= args.epochs:
+        notice(f'--epochs {args.epochs}: nothing is left to do')
+        return {}
+
     derived = {'device': str(device), 'amp_dtype': str(amp_dtype), 'processes': utils.get_world_size(),
-               'global_batch': global_batch(args), 'scaled_lr': args.lr * global_batch(args) / REFERENCE_BATCH,
+               'global_batch': global_batch(args), 'scaled_lr': scaled_lr(args),
                'num_classes': num_classes, 'train_images': len(dataset_train), 'eval_images': len(dataset_val),
                'n_parameters': sum(p.numel() for p in model.parameters() if p.requires_grad)}
     for description in (args, utils.environment(), derived):
@@ -629,7 +679,9 @@ def test(run: Training, loader: DataLoader, *, device: torch.device, amp_dtype: 
     stats = evaluate(run.model, loader, device=device, amp_dtype=amp_dtype, after_batch=after_batch)
     run.accuracy['last'] = stats['acc1']
     run.accuracy['best'] = max(run.accuracy['best'], stats['acc1'])
-    result = {f'test_{k}': v for k, v in stats.items() if k != 'images'}
+    if not math.isfinite(stats['loss']):
+        raise NonFiniteLoss('evaluation loss', stats['loss'], f'the end of epoch {run.epoch + 1}')
+    result = {f'test_{k}': v for k, v in stats.items() if k not in ('images', 'resolution')}
     if run.model_ema is not None:
         average = run.model_ema.module
         if run.model_ema.device is not None:
@@ -645,23 +697,33 @@ def open_log(args, derived: dict, train_loader: DataLoader, run: Training) -> Op
     """Prepare --output-dir: but for its lock, nothing before this has written anything."""
     if not args.output_dir:
         return None
-    first_epoch = run.epoch + 1
-    utils.open_output_dir(Path(args.output_dir), keep=first_epoch > 0 or run.step > 0)
+    folder, first_epoch = Path(args.output_dir), run.epoch + 1
+    if not goes_on_in_place(args):
+        utils.set_aside(folder)
     if not utils.is_main_process():
         return None
-    utils.write_json(Path(args.output_dir, 'args.json'),
+    utils.write_json(folder / 'args.json',
                      {'args': vars(args), 'derived': derived, 'environment': utils.environment()})
-    log = utils.EpochLog(Path(args.output_dir), first_epoch)
+    log = utils.EpochLog(folder, first_epoch)
     if first_epoch == 0 and run.step == 0:
         log.tensorboard.add_text('args', '\n'.join(f'    {k}: {v}' for k, v in vars(args).items()))
-        keys = list(train_loader.sampler)[:min(args.batch_size, 32)]
+        keys = itertools.islice(train_loader.sampler, min(args.batch_size, 32))
         images = torch.stack([train_loader.dataset[key][0] for key in keys])
         log.tensorboard.add_image('train/images', torchvision.utils.make_grid(images, normalize=True, scale_each=True))
     return log
 
 
+def goes_on_in_place(args) -> bool:
+    """Whether --resume continues the run that is in --output-dir."""
+    return args.resume == 'auto' or (
+        bool(args.resume) and not utils.is_url(args.resume)
+        and Path(args.resume).resolve().parent == Path(args.output_dir).resolve())
+
+
 def evaluation_command(args) -> str:
-    words = ['python', 'main.py', '--eval', '--resume', f'{args.output_dir}/best_model.pth', '--model', args.model,
+    best = Path(args.output_dir, BEST)
+    weights = best if best.exists() else Path(args.output_dir, CHECKPOINT)  # no new best after a resume from elsewhere
+    words = ['python', 'main.py', '--eval', '--resume', str(weights), '--model', args.model,
              '--input-size', str(args.input_size), '--data-set', args.data_set]
     words += [] if args.data_set == 'SAMPLE' else ['--data-path', args.data_path]
     words += ['--inat-category', args.inat_category] if args.data_set.startswith('INAT') else []
@@ -672,21 +734,25 @@ def evaluation_command(args) -> str:
 def evaluate_only(args, device: torch.device) -> dict:
     """Evaluate a model; returns and stores its statistics."""
     dataset, num_classes = datasets.build_dataset(args, is_train=False)
-    datasets.probe_images(dataset)
+    datasets.probe_images(dataset, same_size=not datasets.resizes_for_evaluation(args))
     model = build_model(args, num_classes, new_head=False)
     checkpoint, source = load_for_resume(args)
     if checkpoint is not None:
-        utils.load_weights(model, checkpoint, source)
-    weights = source if checkpoint is not None else args.pretrained
-    if not weights:
+        utils.load_weights(model, utils.model_weights(checkpoint, source), source)
+    elif args.resume:
+        raise InputError(f'--resume auto: no {CHECKPOINT} in {args.output_dir} to evaluate')
+    elif not args.pretrained:
         notice('Neither --resume nor --pretrained: the weights are random')
+    for description in (args, utils.environment()):
+        notice(description)
     loader = build_eval_loader(dataset, args, device)
     stats = evaluate(model.to(device), loader, device=device, amp_dtype=build_amp_dtype(args, device))
-    stats.update(model=args.model, weights=(weights or '').rsplit(' ', 1)[-1], resolution=args.input_size,
-                 crop=1. if args.full_crop or args.input_size <= datasets.SMALL else .875)
+    stats.update(model=args.model, weights=args.resume or args.pretrained,
+                 crop=1. if args.full_crop or not datasets.resizes_for_evaluation(args) else .875)
     if args.output_dir and utils.is_main_process():
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        utils.write_json(Path(args.output_dir, 'eval.json'), stats)
+        utils.write_json(Path(args.output_dir, 'eval.json'),
+                         {**stats, 'args': vars(args), 'environment': utils.environment()})
     return stats
 
 

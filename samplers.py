@@ -30,7 +30,7 @@ class TrainingSampler(Sampler):
     def __init__(self, dataset: Sized, *, repeated_aug: bool, seed: int, num_replicas: int, rank: int):
         if repeated_aug:
             # faithful: an epoch has floor(len // 256 * 256 / processes) samples (original samplers.py, RASampler)
-            # differs: fewer than 256 images make an epoch of one partial group; the original's is empty
+            # differs: repeated augmentation - fewer than 256 images are a partial group; the original's epoch is empty
             self.order = RepeatAugSampler(
                 dataset, num_replicas, rank, shuffle=True, num_repeats=REPEATS,
                 selected_round=GROUP if len(dataset) >= GROUP else 0)
@@ -54,5 +54,5 @@ class TrainingSampler(Sampler):
 
 def evaluation_indices(dataset: Sized, *, num_replicas: int, rank: int) -> range:
     """This process's share of the images, each in exactly one share."""
-    # differs: the original repeats images until all shares are equally long, and counts them twice
+    # differs: evaluation by several processes - the original repeats images to make shares equal, and counts them twice
     return range(rank, len(dataset), num_replicas)

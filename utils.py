@@ -3,14 +3,17 @@
 The only file that calls `torch.distributed`. Every helper for several processes has a safe answer for one.
 """
 import argparse
+import atexit
 import contextlib
 import datetime
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import platform
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -40,6 +43,11 @@ class InputError(ValueError):
     """Something that the user gave can't be used: one line that says what, where, and what is allowed."""
     exit_code = 2
 
+    def __init__(self, message: str):
+        # An exception of a data-loading worker comes back with the worker's traceback before its text.
+        last_line = (message.strip().splitlines() or [''])[-1]
+        super().__init__(last_line.removeprefix(f'{type(self).__module__}.{type(self).__qualname__}: '))
+
 
 class RunStopped(RuntimeError):
     """A run can't go on, for a reason that one line tells."""
@@ -66,6 +74,8 @@ def run_program(main):
         where = '' if rank == '0' else f' (rank {rank})'
         print(f'{Path(sys.argv[0]).name}: error{where}: {error}', file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 def notice(*words):
@@ -93,11 +103,6 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
-def barrier():
-    if is_distributed():
-        dist.barrier()
-
-
 def reduce_over_processes(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
     """Elementwise sum (or another reduction) of a CPU tensor over all processes."""
     if not is_distributed():
@@ -113,7 +118,7 @@ def max_over_processes(value: int) -> int:
 
 
 def init_distributed(device: torch.device, *, world_size: int, dist_url: str, timeout_minutes: float) -> torch.device:
-    """Join the other processes where a launcher (torchrun, srun) has set the environment.
+    """Join the other processes where a launcher, such as torchrun, has set the environment.
 
     Args:
         device: the kind of device, e.g. `cuda`.
@@ -236,18 +241,36 @@ class StopRequest:
         return max_over_processes(self.signum)
 
 
-def ignore_stop_signals(_worker_id: int = 0):
-    """Leave a signal to a whole process group to the main process: for data-loading workers."""
-    for signum in StopRequest.SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
+class WorkerSignals:
+    """For data-loading workers (`worker_init_fn`): leave signals to the main process, until that one exits.
+
+    A cluster signals every process of a job; without its workers a run could not finish the step that it is at.
+    """
+
+    def __init__(self):
+        self.exiting = multiprocessing.Value('b', False, lock=False)  # shared with the workers
+        atexit.register(self._allow_termination)  # runs before multiprocessing's own, which terminates and joins them
+
+    def _allow_termination(self):
+        self.exiting.value = True
+
+    def _terminate(self, _signum: int, _frame):
+        if self.exiting.value:
+            os._exit(0)
+
+    def __call__(self, _worker_id: int):
+        for signum in StopRequest.SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._terminate)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Randomness: always a function of where in the training it is used, never of what happened before
 
 def derive_seed(*keys: int) -> int:
-    """A 64-bit seed from any number of integers >= 0, e.g. (seed, epoch, position)."""
-    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
+    """A 64-bit seed from any number of integers from 0 to 2**32 - 1, e.g. (seed, epoch, position)."""
+    # SeedSequence pads with zeros: without their number, (3,) and (3, 0) would give the same.
+    return int(np.random.SeedSequence((len(keys), *keys)).generate_state(1, np.uint64)[0])
 
 
 def seed_everything(*keys: int):
@@ -319,7 +342,8 @@ def load_checkpoint(source, flag: str) -> dict:
             warnings.simplefilter('ignore')  # torch's about the format of files that it then refuses
             if is_url(source):
                 checkpoint = torch.hub.load_state_dict_from_url(
-                    str(source), map_location='cpu', check_hash=True, weights_only=True)
+                    str(source), map_location='cpu', weights_only=True,
+                    check_hash=re.search(r'-[0-9a-f]{8,}\.', str(source)) is not None)
             else:
                 check_integrity(source)
                 checkpoint = torch.load(source, map_location='cpu', weights_only=True)
@@ -339,18 +363,30 @@ def load_checkpoint(source, flag: str) -> dict:
     return checkpoint
 
 
-def load_weights(model: torch.nn.Module, state_dict: dict, source: str, *, new_head: bool = False):
-    """Load every weight of `state_dict` into `model`.
+def model_weights(checkpoint: dict, source: str) -> dict:
+    """The weights by name in a checkpoint: under 'model' (as published and as stored here), 'state_dict', or bare.
+
+    Raises:
+        InputError: there are none.
+    """
+    weights = checkpoint.get('model', checkpoint.get('state_dict', checkpoint))
+    if not isinstance(weights, dict) or not any(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise InputError(f'{source}: no weights under \'model\'; the file has: {abridge(list(checkpoint))}')
+    return weights
+
+
+def load_weights(model: torch.nn.Module, given: dict, source: str, *, new_head: bool = False):
+    """Load all of the weights `given` into `model`.
 
     Args:
-        state_dict: weights by name, or a checkpoint that holds them under 'model'.
+        given: weights by name, as `model_weights` gives them.
         source: the option and value they came from, for messages.
-        new_head: keep the model's fresh head where the file's is for another number of classes.
+        new_head: keep the model's fresh head where the given one is for another number of classes.
 
     Raises:
         InputError: a weight is missing, left over or of another shape.
     """
-    given, own = state_dict.get('model', state_dict), model.state_dict()
+    own = model.state_dict()
     wrong_shape = [k for k in own if k in given and getattr(given[k], 'shape', None) != own[k].shape]
     missing = [k for k in own if k not in given]
     unexpected = [k for k in given if k not in own]
@@ -382,13 +418,10 @@ def first_line(error: Exception) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Output directory
 
-def open_output_dir(path: Path, *, keep: bool):
-    """Make the directory; where it holds another run and `keep` is off, move that run's files into `previous-N`."""
-    if not is_main_process():
-        return
-    path.mkdir(parents=True, exist_ok=True)
+def set_aside(path: Path):
+    """Move the files of the run that a directory holds, if any, into `previous-N` there."""
     files = [p for name in RUN_FILES if (p := path / name).exists()]
-    if keep or not files:
+    if not files or not is_main_process():
         return
     number = 1
     while (path / f'previous-{number}').exists():
@@ -396,25 +429,29 @@ def open_output_dir(path: Path, *, keep: bool):
     (path / f'previous-{number}').mkdir()
     for file in files:
         file.rename(path / f'previous-{number}' / file.name)
-    notice(f'{path} held another run: its files are now in {path}/previous-{number} (to continue it: --resume auto)')
+    notice(f'{path} held another run: its files are now in {path}/previous-{number} (to continue one: --resume auto)')
 
 
 class DirectoryLock:
-    """Keeps a second run out of an output directory for as long as this one lives, even if it dies by kill -9.
+    """Makes an output directory, and keeps a second run out of it for as long as this one lives, kill -9 included.
 
     Args:
         path: the directory; None: nothing to lock.
 
     Raises:
-        InputError: on every process, when another run holds it.
+        InputError: another run holds it (on every process), or it can't be made.
     """
 
     def __init__(self, path: Optional[Path]):
         self.file = None
         holder = ''
-        if path is not None and is_main_process() and fcntl is not None:
-            path.mkdir(parents=True, exist_ok=True)
-            self.file = open(path / '.lock', 'a+')
+        if path is not None and is_main_process():
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                self.file = open(path / '.lock', 'a+')
+            except OSError as error:
+                raise InputError(f'--output-dir {path}: can\'t be written to ({first_line(error)})') from None
+        if self.file is not None and fcntl is not None:
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self.file.truncate(0)
@@ -518,24 +555,27 @@ class Progress:
         bar = tqdm(total=self.steps, initial=self.first_step, desc=self.header, leave=False, disable=not shows_bar())
         self.start = asked = time.perf_counter()
         with bar:
+            step = self.first_step
             for step, batch in enumerate(self.loader, start=self.first_step + 1):
                 self.data_time += time.perf_counter() - asked
                 yield batch
                 self.images += len(batch[0]) * get_world_size()
                 bar.set_postfix(self.values, refresh=False)
                 bar.update()
-                if not shows_bar() and (step % self.every == 0 or step == self.steps):
+                if not shows_bar() and step % self.every == 0 and step < self.steps:
                     notice(self.line(step))
                 asked = time.perf_counter()
         self.seconds = time.perf_counter() - self.start
+        if step > self.first_step:
+            notice(self.line(step))
 
     def line(self, step: int) -> str:
         seconds, done = time.perf_counter() - self.start, step - self.first_step
         eta = datetime.timedelta(seconds=int(seconds / done * (self.steps - step)))
         shown = '  '.join(f'{name} {value}' for name, value in self.values.items())
-        memory = f'  max mem {peak_memory(self.device):.0f} MB' if self.device.type == 'cuda' else ''
         return (f'{self.header} [{step:{len(str(self.steps))}}/{self.steps}]  eta {eta}  {shown}  '
-                f'{self.images / seconds:.0f} images/s  data {self.data_time / done:.4f} s{memory}')
+                f'{self.images / seconds:.0f} images/s  data {self.data_time / done:.4f} s  '
+                f'max mem {peak_memory(self.device):.0f} MB')
 
     def stats(self) -> dict:
         return {'images_per_s': self.images / max(self.seconds, 1e-9),

@@ -152,7 +152,7 @@ class XCA(nn.Module):
 class XCABlock(nn.Module):
     """XCA, LPI and MLP, each normalised before, scaled (LayerScale) and dropped (stochastic depth) after."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, drop: float, attn_drop: float,
+    def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float, qkv_bias: bool, drop: float, attn_drop: float,
                  drop_path: float, eta: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -209,7 +209,7 @@ class ClassAttention(nn.Module):
 class ClassAttentionBlock(nn.Module):
     """Class attention and an MLP on the CLS token; the patches pass through, but not unchanged (see forward)."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, drop: float, attn_drop: float,
+    def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float, qkv_bias: bool, drop: float, attn_drop: float,
                  eta: float, tokens_norm: bool):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -225,7 +225,7 @@ class ClassAttentionBlock(nn.Module):
         # faithful: the patches add their own scaled LayerNorm here, where attention was meant for the CLS token
         # alone (original xcit.py, ClassAttentionBlock)
         x = x + self.gamma1 * torch.cat((self.attn(normed), normed[:, 1:]), dim=1)
-        # differs: the original writes the nano models' CLS row in place, which breaks their backward pass
+        # differs: nano models - the original writes the CLS row in place, which breaks the backward pass
         x = self.norm2(x) if self.tokens_norm else torch.cat((self.norm2(x[:, :1]), x[:, 1:]), dim=1)
         cls = self.gamma2 * self.mlp(x[:, :1])
         # faithful: the residual doubles the patches (original xcit.py, ClassAttentionBlock)

@@ -10,6 +10,8 @@ import timm
 import torch
 from conftest import tiny, write_folders, write_image
 
+import datasets
+from engine import NonFiniteLoss
 from main import main, parse_args
 from utils import InputError
 
@@ -40,6 +42,14 @@ def weights(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp('weights') / 'nano.pth'
     torch.save({'model': timm.create_model('xcit_nano_12_p16', num_classes=2).state_dict()}, path)
     return path
+
+
+@pytest.fixture(scope='module')
+def finished(data, tmp_path_factory) -> Path:
+    """The directory of a run of one epoch; not to be changed."""
+    run = tmp_path_factory.mktemp('runs') / 'run'
+    main(tiny(data, '--epochs', '1', '--output-dir', str(run)))
+    return run
 
 
 # ----- the command line
@@ -95,6 +105,12 @@ def test_program_prints_one_line_and_exits_with_2(tmp_path):
      ['--teacher-model regnety_16', 'regnety_160']),
     (['--start-epoch', '400'], ['--start-epoch 400', '--epochs 400']),
     (['--no-such-flag'], ['--no-such-flag']),
+    (['--seed', '4294967296'], ["'4294967296'", '<= 4294967295']),
+    (['--model', 'xcit_small_12_p16.foo', '--data-set', 'SAMPLE'], ['--model xcit_small_12_p16.foo']),
+    (['--model', 'vgg11', '--data-set', 'SAMPLE'], ['--model vgg11', 'drop_path']),
+    (['--model', 'vit_tiny_patch16_224', '--data-set', 'SAMPLE', '--input-size', '32'],
+     ['--input-size 32', 'vit_tiny_patch16_224']),
+    (['--opt', 'fusedadam', '--data-set', 'SAMPLE', '--model', 'xcit_nano_12_p16'], ['--opt fusedadam']),
     (['--data-path', '/no/such/place', '--data-set', 'CIFAR10'], ['/no/such/place', 'no such directory']),
     (['--world-size', '2'], ['--world-size 2', 'RANK']),
 ], ids=lambda value: ' '.join(value) if isinstance(value, list) and value[0].startswith('--') else '')
@@ -116,9 +132,10 @@ def test_absent_gpu(tmp_path):
 
 
 def test_output_dir_that_is_a_file(tmp_path, data):
-    """It is left as it is."""
+    """It is left as it is; nor can a directory be made in it."""
     (tmp_path / 'file').write_text('mine')
-    refused([*tiny(data), '--output-dir', str(tmp_path / 'file')], '--output-dir', 'not a directory')
+    for path in (tmp_path / 'file', tmp_path / 'file' / 'run'):
+        refused([*tiny(data), '--output-dir', str(path)], f'--output-dir {path}', 'not a directory')
     assert (tmp_path / 'file').read_text() == 'mine'
 
 
@@ -158,6 +175,23 @@ def test_batch_larger_than_the_data(data, tmp_path):
 def test_more_accumulated_batches_than_there_are(data, tmp_path):
     """No full step could be made."""
     refused(tiny(data, '--accum-iter', '5'), '--accum-iter 5', '4 batches', output_dir=tmp_path / 'run')
+
+
+def test_images_of_different_sizes(tmp_path):
+    """Small evaluation images are not resized, so they must be equally large: found before training."""
+    write_folders(tmp_path / 'data')
+    write_image(tmp_path / 'data' / 'val' / 'cat' / '9.png', size=(40, 30))
+    refused(tiny(tmp_path / 'data'), '(30, 40), (32, 32)', '--full_crop', output_dir=tmp_path / 'run')
+
+
+def test_error_of_a_worker_is_one_line(tmp_path):
+    """A truncated image that shows in a loading process is reported as if there was one process."""
+    write_folders(tmp_path / 'data', suffix='.jpg')
+    path = tmp_path / 'data' / 'train' / 'dog' / '7.jpg'
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, 'NUM_PROBED', 1)
+        refused(tiny(tmp_path / 'data', '--num-workers', '1', '--no-repeated-aug'), f'unreadable image {path}')
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])
@@ -250,25 +284,33 @@ def test_resuming_from_bare_weights(data, weights, tmp_path):
     refused(tiny(data, '--resume', str(weights)), 'no optimizer', '--pretrained', output_dir=tmp_path / 'run')
 
 
-def test_resuming_with_another_optimizer(data, tmp_path):
-    """The state of AdamW's groups does not fit one group."""
-    main(tiny(data, '--epochs', '1', '--output-dir', str(tmp_path / 'first')))
-    path = tmp_path / 'first' / 'checkpoint.pth'
-    state = torch.load(path, weights_only=True)
-    state['optimizer']['param_groups'].pop()
-    torch.save(state, path)
-    refused(tiny(data, '--resume', str(path)), 'optimizer', output_dir=tmp_path / 'run')
+def test_resuming_with_another_optimizer(data, finished, tmp_path):
+    """Both optimizers are named."""
+    refused(tiny(data, '--opt', 'sgd', '--resume', str(finished / 'checkpoint.pth')), '--opt adamw', 'sgd',
+            output_dir=tmp_path / 'run')
 
 
-def test_damaged_checkpoint_is_not_overwritten(data, tmp_path):
-    """--resume auto with a truncated checkpoint.pth stops, and leaves the file as it is."""
+def test_evaluating_what_is_not_there(data, tmp_path):
+    """--eval --resume auto needs a checkpoint."""
+    refused(tiny(data, '--eval', '--resume', 'auto'), 'no checkpoint.pth', output_dir=tmp_path / 'run')
+
+
+@pytest.mark.parametrize('content', [{'model': 3}, {'epoch': 3}, {}, [1, 2]], ids=str)
+def test_checkpoint_without_weights(data, tmp_path, content):
+    """What the file holds instead is told."""
+    torch.save(content, tmp_path / 'odd.pth')
+    for flag in ('--pretrained', '--surgery', '--resume'):
+        refused(tiny(data, flag, str(tmp_path / 'odd.pth')), f'{flag} {tmp_path}/odd.pth', output_dir=tmp_path / 'run')
+
+
+def test_damaged_checkpoint_is_not_overwritten(data, finished, tmp_path):
+    """--resume auto with nothing but a truncated checkpoint.pth stops, and leaves the file as it is."""
     run = tmp_path / 'run'
-    main(tiny(data, '--epochs', '1', '--output-dir', str(run)))
-    path = run / 'checkpoint.pth'
-    path.write_bytes(path.read_bytes()[:1000])
-    before = {p: p.read_bytes() for p in run.rglob('*') if p.is_file()}
+    run.mkdir()
+    (run / 'checkpoint.pth').write_bytes((finished / 'checkpoint.pth').read_bytes()[:1000])
     refused([*tiny(data), '--output-dir', str(run), '--resume', 'auto'], 'damaged')
-    assert {p: p.read_bytes() for p in run.rglob('*') if p.is_file()} == before
+    assert [path.name for path in run.iterdir()] == ['checkpoint.pth']
+    assert (run / 'checkpoint.pth').stat().st_size == 1000
 
 
 def test_teacher_of_other_classes(data, tmp_path):
@@ -290,11 +332,11 @@ def test_surgery_on_a_model_without_stem(data, weights, tmp_path):
             output_dir=tmp_path / 'run')
 
 
-def test_non_finite_loss_is_one_line(data, tmp_path):
+def test_non_finite_loss_is_one_line(data, finished, tmp_path):
     """A diverging run says where it stopped, exits with 1 and leaves the last checkpoint."""
     run = tmp_path / 'run'
-    main(tiny(data, '--epochs', '1', '--output-dir', str(run)))
-    state = torch.load(run / 'checkpoint.pth', weights_only=True)
+    run.mkdir()
+    state = torch.load(finished / 'checkpoint.pth', weights_only=True)
     state['model']['head.bias'][0] = float('nan')
     torch.save(state, run / 'checkpoint.pth')
     before = (run / 'checkpoint.pth').read_bytes()
@@ -304,3 +346,12 @@ def test_non_finite_loss_is_one_line(data, tmp_path):
     assert 'main.py: error: loss is nan at epoch 1, step 0' in result.stderr
     assert 'Traceback' not in result.stderr
     assert (run / 'checkpoint.pth').read_bytes() == before
+
+
+def test_overflow_of_the_last_step_is_not_stored(data, tmp_path):
+    """Weights that the epoch's last step made non-finite show in the evaluation, and reach no checkpoint."""
+    run = tmp_path / 'run'
+    with pytest.raises(NonFiniteLoss, match='evaluation loss is nan at the end of epoch 0'):
+        main(tiny(data, '--accum-iter', '4', '--lr', '1e30', '--output-dir', str(run)))
+    assert not (run / 'checkpoint.pth').exists()
+    assert not (run / 'log.txt').exists()

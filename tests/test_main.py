@@ -13,7 +13,7 @@ from conftest import tiny, write_folders
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import utils
-from main import build_teacher, main, parse_args
+from main import Training, build_optimizer, build_scheduler, build_teacher, main, parse_args
 
 ROOT = Path(__file__).parent.parent
 
@@ -181,6 +181,58 @@ def test_original_training_checkpoints_can_be_read(tmp_path, trained):
     assert stats['acc1'] == log_lines(run)[-1]['test_acc1']
 
 
+def test_flags_of_the_resuming_command_count(tmp_path, trained):
+    """The optimizer's state is taken over, its options are the command line's."""
+    data, run, _ = trained
+    main(tiny(data, '--epochs', '3', '--weight-decay', '.5', '--resume', str(run / 'checkpoint.pth'),
+              '--output-dir', str(tmp_path / 'run')))
+    groups = checkpoint(tmp_path / 'run')['optimizer']['param_groups']
+    assert [group['weight_decay'] for group in groups] == [0., .5]
+
+
+def test_resuming_elsewhere_keeps_the_run_that_is_there(tmp_path, trained):
+    """--resume A/checkpoint.pth --output-dir B moves B's files away first."""
+    data, run, _ = trained
+    other = tmp_path / 'other'
+    main(tiny(data, '--epochs', '1', '--seed', '3', '--output-dir', str(other)))
+    before = (other / 'checkpoint.pth').read_bytes()
+    main(tiny(data, '--epochs', '3', '--resume', str(run / 'checkpoint.pth'), '--output-dir', str(other)))
+    assert (other / 'previous-1' / 'checkpoint.pth').read_bytes() == before
+    assert [line['epoch'] for line in log_lines(other)] == [2]
+
+
+def test_finished_run_is_left_alone(trained, capsys):
+    """--resume auto after the last epoch says that nothing is left to do, and writes nothing."""
+    data, run, _ = trained
+    before = {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
+    assert main(tiny(data, '--output-dir', str(run), '--resume', 'auto')) == {}
+    assert 'nothing is left to do' in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in run.rglob('*') if path.is_file()} == before
+
+
+def test_half_a_line_in_the_log_is_dropped(tmp_path, folders):
+    """What a crash cut short does not stop a resumed run."""
+    run = tmp_path / 'run'
+    flags = tiny(folders, '--output-dir', str(run))
+    main([*flags, '--epochs', '1'])
+    with open(run / 'log.txt', 'a') as file:
+        file.write('{"train_loss": 0.')
+    main([*flags, '--resume', 'auto'])
+    assert [line['epoch'] for line in log_lines(run)] == [0, 1]
+
+
+def test_full_precision_checkpoint_can_go_on_with_a_scaler(trained):
+    """The empty state of a disabled scaler is no obstacle to an enabled one."""
+    data, run, _ = trained
+    args = parse_args(tiny(data))
+    model = timm.create_model(args.model, num_classes=2)
+    optimizer = build_optimizer(args, model)
+    training = Training(model, None, optimizer, build_scheduler(args, optimizer),
+                        torch.amp.GradScaler('cpu', enabled=True))
+    training.load(checkpoint(run), 'checkpoint', args)
+    assert training.scaler.get_scale() == 2 ** 16
+
+
 # ----- evaluation
 
 def test_eval_writes_json(trained, tmp_path):
@@ -194,7 +246,8 @@ def test_eval_writes_json(trained, tmp_path):
     assert written['images_per_s'] > 0
     assert written['model'] == 'xcit_nano_12_p16'
     assert written['weights'] == str(run / 'checkpoint.pth')
-    assert (written['resolution'], written['crop']) == (32, 1.)
+    assert (written['resolution'], written['crop']) == ([32, 32], 1.)
+    assert written['environment']['torch'] == torch.__version__
 
 
 def test_eval_of_pretrained_weights(trained):
@@ -300,14 +353,6 @@ def test_importing_does_nothing(tmp_path):
     result = subprocess.run([sys.executable, '-c', f'import {modules}', '--no-such-flag'], cwd=tmp_path,
                             env={'PYTHONPATH': str(ROOT), 'PATH': ''}, capture_output=True, text=True)
     assert (result.returncode, result.stdout, list(tmp_path.iterdir())) == (0, '', [])
-
-
-def test_timms_train_loop_can_use_the_model(folders):
-    """In training mode, too, the output is one tensor: a plain cross-entropy step works."""
-    model = timm.create_model('xcit_nano_12_p16', num_classes=2).train()
-    output = model(torch.randn(2, 3, 32, 32))
-    assert isinstance(output, torch.Tensor)
-    torch.nn.functional.cross_entropy(output, torch.tensor([0, 1])).backward()
 
 
 # ----- on a GPU

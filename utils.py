@@ -23,6 +23,7 @@ import time
 import urllib.error
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Optional
 
@@ -315,11 +316,16 @@ def check_integrity(path):
     Raises:
         zipfile.BadZipFile: they differ.
     """
-    if zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(path):  # an old format without checksums
+        return
+    try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise zipfile.BadZipFile(f'wrong checksum of {damaged}')
+            directories = (entry.filename for entry in archive.infolist() if entry.external_attr & 0x10)
+            damaged = archive.testzip() or next(directories, None)
+    except (zlib.error, NotImplementedError, RuntimeError) as error:  # what a wrong method or flag looks like
+        raise zipfile.BadZipFile(first_line(error)) from None
+    if damaged:  # 0x10 marks a directory, as which torch would read nothing at all
+        raise zipfile.BadZipFile(f'wrong checksum of {damaged}')
 
 
 def is_url(source) -> bool:
@@ -354,8 +360,8 @@ def load_checkpoint(source, flag: str) -> dict:
     except urllib.error.URLError as error:
         raise InputError(f'{flag} {source}: can\'t be downloaded ({error})') from None
     except pickle.UnpicklingError:
-        raise InputError(f'{flag} {source}: not a checkpoint of tensors and plain values; files that need Python '
-                         f'code to be run are refused') from None
+        raise InputError(f'{flag} {source}: damaged, truncated or not a checkpoint of tensors and plain values (files '
+                         f'that need Python code to be run are refused)') from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise InputError(f'{flag} {source}: damaged, truncated or not a checkpoint ({first_line(error)})') from None
     if not isinstance(checkpoint, dict):

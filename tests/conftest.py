@@ -12,6 +12,7 @@ from seeded_weights import tensor as seeded_tensor
 
 import xcit  # noqa: F401  registers the models
 
+ROOT = Path(__file__).parent.parent
 REFERENCE = Path(__file__).parent / 'reference'
 
 

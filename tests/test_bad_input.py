@@ -8,14 +8,12 @@ from typing import Optional
 import pytest
 import timm
 import torch
-from conftest import tiny, write_folders, write_image
+from conftest import ROOT, tiny, write_folders, write_image
 
 import datasets
 from engine import NonFiniteLoss
 from main import main, parse_args
 from utils import InputError
-
-ROOT = Path(__file__).parent.parent
 
 
 def refused(argv: list, *words: str, output_dir: Optional[Path] = None):

@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import tiny, write_folders
+from conftest import ROOT, tiny, write_folders
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import utils
 from main import Training, build_optimizer, build_scheduler, build_teacher, main, parse_args
-
-ROOT = Path(__file__).parent.parent
 
 
 def checkpoint(output_dir: Path, name: str = 'checkpoint.pth') -> dict:

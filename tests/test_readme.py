@@ -1,16 +1,15 @@
 """What the README says is true of the code."""
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import timm
+from conftest import ROOT
 
 import datasets
 import xcit
 from main import get_args_parser
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
 
 

@@ -1,0 +1,312 @@
+"""Runs that are stopped, killed or find damage, and go on as if nothing had been."""
+import json
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, tiny, write_folders
+from processes import finish, start
+
+import datasets
+import utils
+from main import main
+from utils import InputError, RunStopped
+
+STEPS = 4  # of an epoch of the runs below
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory) -> Path:
+    return write_folders(tmp_path_factory.mktemp('data'))
+
+
+@pytest.fixture(scope='module')
+def flags(data) -> list:
+    """A run of 3 epochs with everything random that there is."""
+    return tiny(data, '--epochs', '3', '--drop-path', '.3', '--drop', '.1', '--no-repeated-aug')
+
+
+@pytest.fixture(scope='module')
+def whole(flags, tmp_path_factory) -> Path:
+    """The directory of the uninterrupted run."""
+    run = tmp_path_factory.mktemp('runs') / 'whole'
+    main([*flags, '--output-dir', str(run)])
+    return run
+
+
+def state(run: Path, name: str = 'checkpoint.pth') -> dict:
+    return torch.load(run / name, weights_only=True)
+
+
+def log_lines(run: Path) -> list:
+    return [json.loads(line) for line in (run / 'log.txt').read_text().splitlines()]
+
+
+def assert_same_run(run: Path, other: Path):
+    """Bitwise the same weights, average, optimizer and accuracies, and the same curves."""
+    for name in ('checkpoint.pth', 'best_model.pth'):
+        own, expected = state(run, name), state(other, name)
+        for key in ('model', 'model_ema', 'optimizer', 'accuracy', 'epoch', 'step'):
+            torch.testing.assert_close(own[key], expected[key], rtol=0, atol=0)
+    for own, expected in zip(log_lines(run), log_lines(other), strict=True):
+        for key in ('epoch', 'train_lr', 'test_acc1', 'test_loss', 'test_ema_acc1'):
+            assert own[key] == expected[key], key
+        assert own['train_loss'] == pytest.approx(expected['train_loss'], rel=1e-12)
+
+
+def interrupt_main(argv: list, signum: int, look: int, monkeypatch) -> utils.Interrupted:
+    """Run in this process, and send it a signal just before it looks for one for the `look`-th time."""
+    looks = iter(range(1, 1000))
+    agreed = utils.StopRequest.agreed
+
+    def agreed_after_signal(self):
+        if next(looks) == look:
+            os.kill(os.getpid(), signum)
+        return agreed(self)
+
+    monkeypatch.setattr(utils.StopRequest, 'agreed', agreed_after_signal)
+    with pytest.raises(utils.Interrupted) as caught:
+        main(argv)
+    monkeypatch.undo()
+    return caught.value
+
+
+# ----- signals
+
+@pytest.mark.parametrize(('signum', 'look', 'epoch', 'step'), [
+    (signal.SIGTERM, 1, -1, 1),  # the first step of all
+    (signal.SIGINT, STEPS, -1, STEPS),  # the last step of an epoch: its evaluation is still to do
+    (signal.SIGUSR1, STEPS + 2, -1, STEPS),  # in the evaluation
+    (signal.SIGUSR2, STEPS + 4 + 3, 0, 3),  # in the second epoch
+], ids=lambda value: getattr(value, 'name', None))
+def test_signal_is_survived_to_the_step(flags, whole, tmp_path, monkeypatch, signum, look, epoch, step):
+    """The state is stored where the signal came; going on gives bitwise the uninterrupted run."""
+    run = tmp_path / 'run'
+    error = interrupt_main([*flags, '--output-dir', str(run)], signum, look, monkeypatch)
+    assert error.exit_code == 128 + signum
+    assert (state(run)['epoch'], state(run)['step']) == (epoch, step)
+    main([*flags, '--output-dir', str(run), '--resume', 'auto'])
+    assert_same_run(run, whole)
+
+
+def test_signal_between_accumulated_batches_waits_for_the_step(flags, tmp_path, monkeypatch):
+    """Under --accum-iter 3 the first look is after the third batch."""
+    interrupt_main([*flags, '--accum-iter', '3', '--output-dir', str(tmp_path)], signal.SIGTERM, 1, monkeypatch)
+    assert state(tmp_path)['step'] == 3
+
+
+def test_handlers_are_put_back(flags, tmp_path, monkeypatch):
+    """A program that calls main() keeps its own handlers."""
+    before = [signal.getsignal(signum) for signum in utils.StopRequest.SIGNALS]
+    interrupt_main([*flags, '--output-dir', str(tmp_path)], signal.SIGTERM, 1, monkeypatch)
+    assert [signal.getsignal(signum) for signum in utils.StopRequest.SIGNALS] == before
+
+
+def test_second_interrupt_does_not_wait():
+    """Ctrl-C twice is KeyboardInterrupt at once."""
+    with pytest.raises(KeyboardInterrupt), utils.StopRequest():  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_resuming_reads_no_image_twice(flags, tmp_path, monkeypatch):
+    """After a stop at step 3 only the fourth batch of the epoch is loaded."""
+    interrupt_main([*flags, '--output-dir', str(tmp_path)], signal.SIGTERM, 3, monkeypatch)
+    keys, getitem = [], datasets.SeededSamples.__getitem__
+
+    def noted(self, key):
+        keys.append(key)
+        return getitem(self, key)
+
+    monkeypatch.setattr(datasets.SeededSamples, '__getitem__', noted)
+    main([*flags, '--epochs', '1', '--output-dir', str(tmp_path), '--resume', 'auto'])
+    assert len(keys) == 4
+
+
+def test_group_signal_with_workers(data, tmp_path):
+    """SIGTERM to the whole process group, loading processes included: stored, one line, exit code 143."""
+    flags = tiny(data, '--epochs', '50', '--num-workers', '2', '--output-dir', str(tmp_path / 'run'))
+    process = subprocess.Popen([sys.executable, ROOT / 'main.py', *flags], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(tmp_path / 'run' / 'checkpoint.pth', process)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert err.splitlines()[-1].startswith('main.py: error: SIGTERM: stopped at epoch ')
+    assert 'Traceback' not in err
+    assert state(tmp_path / 'run')['epoch'] < 49
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120):
+    deadline = time.monotonic() + seconds
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(.05)
+    assert path.exists()
+
+
+# ----- checkpoints within epochs
+
+def test_save_every(flags, tmp_path, monkeypatch):
+    """Every 3 updates within an epoch, besides the one at its end."""
+    saved = []
+    save = utils.save_checkpoint
+
+    def noted(content, path, **kwargs):
+        if path.name == 'checkpoint.pth':
+            saved.append((content['epoch'], content['step']))
+        save(content, path, **kwargs)
+
+    monkeypatch.setattr(utils, 'save_checkpoint', noted)
+    main([*flags, '--epochs', '2', '--save-every', '3', '--output-dir', str(tmp_path)])
+    assert saved == [(-1, 3), (0, 0), (0, 3), (1, 0)]
+
+
+# ----- kill -9
+
+def kill_until_done(command: list, world: int, kills: int, seed: int, run: Path) -> int:
+    """Start the command again and again; kill all processes at a random moment the first `kills` times."""
+    chance = random.Random(seed)
+    done = 0
+    for attempt in range(kills + 1):
+        processes = start(command, world)
+        if attempt < kills:
+            before = newest(run)
+            delay, began = chance.uniform(0, 2), time.monotonic()
+            # Most kills should hit the training, not the start: count from the first sign of life.
+            while newest(run) == before and all(p.poll() is None for p in processes) and time.monotonic() < began + 60:
+                time.sleep(.02)
+            time.sleep(delay)
+            for process in processes:
+                process.kill()
+            done += all(code == -signal.SIGKILL for code, _, _ in finish(processes))
+        else:
+            results = finish(processes)
+            assert [code for code, _, _ in results] == [0] * world, results
+    return done
+
+
+def newest(run: Path) -> float:
+    return max((path.stat().st_mtime for path in run.glob('checkpoint*')), default=0.)
+
+
+@pytest.mark.parametrize(('world', 'kills'), [
+    (1, 3), (2, 2),
+    pytest.param(1, 20, marks=pytest.mark.slow), pytest.param(2, 20, marks=pytest.mark.slow)])
+def test_kill_at_random_moments(data, tmp_path, world, kills):
+    """Restarted until it is done, a killed training ends with bitwise the weights of an undisturbed one."""
+    epochs = str(4 if kills < 20 else 40)
+    command = [ROOT / 'main.py', *tiny(data, '--epochs', epochs, '--save-every', '1', '--resume', 'auto',
+                                       '--drop-path', '.3', '--batch-size', '2')]
+    undisturbed, killed = tmp_path / 'undisturbed', tmp_path / 'killed'
+    kill_until_done([*command, '--output-dir', undisturbed], world, 0, 0, undisturbed)
+    kill_until_done([*command, '--output-dir', killed], world, kills, kills, killed)
+    assert_same_run(killed, undisturbed)
+    assert [line['epoch'] for line in log_lines(killed)] == list(range(int(epochs)))
+
+
+# ----- damage
+
+def test_no_damage_goes_unnoticed(tmp_path):
+    """A flipped bit anywhere in a checkpoint is refused, or changes nothing that is read."""
+    path = tmp_path / 'checkpoint.pth'
+    content = {'model': {'weight': torch.arange(100.), 'bias': torch.ones(3)}, 'epoch': 3, 'args': {'lr': .1}}
+    utils.save_checkpoint(content, path)
+    intact = path.read_bytes()
+    refused = 0
+    for position in range(0, len(intact), 5):
+        damaged = bytearray(intact)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        try:
+            torch.testing.assert_close(utils.load_checkpoint(path, '--resume'), content, rtol=0, atol=0)
+        except InputError:
+            refused += 1
+    assert refused > len(intact) / 5 / 2
+
+
+@pytest.mark.parametrize('length', [0, 1, .1, .5, .9, .999])
+def test_truncation_is_noticed(tmp_path, length):
+    """A checkpoint that was cut short is refused in one line."""
+    path = tmp_path / 'checkpoint.pth'
+    utils.save_checkpoint({'model': {'weight': torch.arange(1000.)}}, path)
+    content = path.read_bytes()
+    path.write_bytes(content[:length if length in (0, 1) else int(length * len(content))])
+    with pytest.raises(InputError, match='damaged, truncated'):
+        utils.load_checkpoint(path, '--resume')
+
+
+@pytest.mark.parametrize('damage', ['flip', 'truncate', 'delete'])
+def test_damaged_checkpoint_gives_way_to_the_one_before(flags, whole, tmp_path, capsys, damage):
+    """--resume auto takes the previous one, says which and why, and reaches bitwise the same weights."""
+    run = tmp_path / 'run'
+    main([*flags, '--epochs', '2', '--output-dir', str(run)])
+    path = run / 'checkpoint.pth'
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content if damage == 'flip' else content[:-1000])
+    if damage == 'delete':  # as a crash between the two renames leaves it
+        path.unlink()
+    capsys.readouterr()
+    main([*flags, '--epochs', '3', '--output-dir', str(run), '--resume', 'auto'])
+    out = capsys.readouterr().out
+    assert f'{run}/checkpoint_previous.pth: goes on at epoch 1, step 0' in out
+    assert damage == 'delete' or f'{path}: damaged, truncated' in out
+    assert [line['epoch'] for line in log_lines(run)] == [0, 1, 2]
+
+
+def test_nothing_intact_is_no_fresh_start(flags, tmp_path):
+    """With both checkpoints damaged --resume auto refuses, and changes nothing."""
+    for name in ('checkpoint.pth', 'checkpoint_previous.pth'):
+        (tmp_path / name).write_bytes(b'damaged')
+    with pytest.raises(InputError, match='damaged, truncated'):
+        main([*flags, '--output-dir', str(tmp_path), '--resume', 'auto'])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['checkpoint.pth', 'checkpoint_previous.pth']
+
+
+def test_full_disk_leaves_the_last_checkpoint(flags, whole, tmp_path):
+    """A checkpoint that can't be written ends the run in one line; the files before it are intact."""
+    run = tmp_path / 'run'
+    main([*flags, '--epochs', '1', '--output-dir', str(run)])
+    before = {name: (run / name).read_bytes() for name in ('checkpoint.pth', 'best_model.pth')}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, hard))
+    try:
+        with pytest.raises(RunStopped, match="can't be written"):
+            main([*flags, '--output-dir', str(run), '--resume', 'auto'])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert not list(run.glob('*.tmp'))
+    main([*flags, '--output-dir', str(run), '--resume', 'auto'])
+    assert_same_run(run, whole)
+
+
+# ----- two runs, bad images
+
+def test_second_run_in_a_directory_is_refused(flags, tmp_path):
+    """As long as a run writes there; the holder is named, and its files are left alone."""
+    lock = utils.DirectoryLock(tmp_path)
+    with pytest.raises(InputError, match=f'another run is writing there \\(process {os.getpid()} on '):
+        main([*flags, '--output-dir', str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ['.lock']
+    lock.release()
+    assert math.isfinite(main([*flags, '--epochs', '1', '--output-dir', str(tmp_path)])['train_loss'])
+
+
+def test_bad_image_is_skipped_in_training_only(tmp_path, flags):
+    """--skip-bad-images trains past an unreadable image; evaluation stops at one all the same."""
+    broken = write_folders(tmp_path / 'data')
+    (broken / 'train' / 'cat' / '1.png').write_bytes(b'')
+    argv = [*tiny(broken, '--epochs', '1', '--no-repeated-aug'), '--skip-bad-images', '1']
+    assert math.isfinite(main(argv)['train_loss'])
+    (broken / 'val' / 'cat' / '1.png').write_bytes(b'')
+    with pytest.raises(datasets.UnreadableImage, match=r'val/cat/1\.png'):
+        main(argv)

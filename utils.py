@@ -145,8 +145,15 @@ def init_distributed(device: torch.device, *, world_size: int, dist_url: str, ti
     if device.type == 'cuda' and device.index is None:
         device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
         torch.cuda.set_device(device)
-    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', init_method=dist_url, rank=rank,
-                            world_size=world_size, timeout=datetime.timedelta(minutes=timeout_minutes))
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    meeting = {'init_method': dist_url}
+    if dist_url == 'env://' and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+        # torchrun's store outlives a restart of the processes (--max-restarts), with the addresses of the dead ones
+        store = dist.TCPStore(
+            os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False, timeout=timeout)
+        meeting = {'store': dist.PrefixStore(f'restart_{os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)}
+    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', rank=rank, world_size=world_size,
+                            timeout=timeout, **meeting)
     return device
 
 

@@ -212,6 +212,29 @@ def test_kill_at_random_moments(data, tmp_path, world, kills):
     assert [line['epoch'] for line in log_lines(killed)] == list(range(int(epochs)))
 
 
+def test_elastic_restart_goes_on(data, tmp_path):
+    """torchrun --max-restarts starts the group again after a rank died, and --resume auto goes on."""
+    script = tmp_path / 'dies_once.py'
+    script.write_text(
+        'import os, sys, main, utils\n'
+        'agreed, looks = utils.StopRequest.agreed, []\n'
+        'def die_once(self):\n'
+        '    looks.append(0)\n'
+        '    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1" and len(looks) == 3:\n'
+        '        os.kill(os.getpid(), 9)\n'
+        '    return agreed(self)\n'
+        'utils.StopRequest.agreed = die_once\n'
+        'main.main(sys.argv[1:])\n')
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=1',
+               script, *tiny(data, '--epochs', '1', '--save-every', '1', '--batch-size', '2'), '--resume', 'auto',
+               '--output-dir', tmp_path / 'run']
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120,
+                            env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'})
+    assert result.returncode == 0, result.stderr
+    assert 'goes on at epoch 0, step 2' in result.stdout
+    assert state(tmp_path / 'run')['epoch'] == 0
+
+
 # ----- damage
 
 def test_no_damage_goes_unnoticed(tmp_path):

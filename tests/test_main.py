@@ -347,7 +347,7 @@ def test_seed_decides_the_run(tmp_path, folders):
 
 def test_importing_does_nothing(tmp_path):
     """Importing every module prints nothing, parses nothing and writes nothing."""
-    modules = 'main, xcit, engine, datasets, losses, samplers, utils'
+    modules = 'main, xcit, engine, datasets, losses, samplers, utils, run_with_submitit'
     result = subprocess.run([sys.executable, '-c', f'import {modules}', '--no-such-flag'], cwd=tmp_path,
                             env={'PYTHONPATH': str(ROOT), 'PATH': ''}, capture_output=True, text=True)
     assert (result.returncode, result.stdout, list(tmp_path.iterdir())) == (0, '', [])

@@ -7,17 +7,18 @@ import timm
 from conftest import ROOT
 
 import datasets
+import run_with_submitit
 import xcit
 from main import get_args_parser
 
 README = (ROOT / 'README.md').read_text()
 
 
-def commands() -> list:
-    """The words after main.py of every command in a code block, lines joined."""
+def commands(program: str = 'main.py') -> list:
+    """The words after the program of every command in a code block, lines joined."""
     blocks = re.findall(r'```(?:bash|sh|console)\n(.*?)```', README, re.DOTALL)
     lines = '\n'.join(blocks).replace('\\\n', ' ').splitlines()
-    return [line.split('main.py', 1)[1].strip() for line in lines if 'main.py' in line]
+    return [line.split(program, 1)[1].strip() for line in lines if program in line]
 
 
 def table(header: str) -> list:
@@ -41,6 +42,13 @@ def test_there_are_commands():
 def test_command_parses(command):
     """Every command of the README is accepted, with a model that exists."""
     args = get_args_parser().parse_args(shlex.split(command, comments=True))
+    assert timm.is_model(args.model)
+
+
+@pytest.mark.parametrize('command', commands('run_with_submitit.py'))
+def test_slurm_command_parses(command):
+    """So is every command of the SLURM wrapper."""
+    args = run_with_submitit.get_args_parser().parse_args(shlex.split(command))
     assert timm.is_model(args.model)
 
 

@@ -1,0 +1,481 @@
+"""run_with_submitit.py, with a real SLURM of two nodes on this machine, and without any."""
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import tiny, write_folders
+
+import run_with_submitit
+from run_with_submitit import main, slurm_query, slurm_status
+from utils import InputError
+
+ROOT = Path(__file__).parent.parent
+DAEMONS = ('munged', 'slurmctld', 'slurmd')
+
+
+def free_ports(count: int) -> int:
+    """The first of several consecutive ports that nothing uses."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(('127.0.0.1', 0))
+            first = probe.getsockname()[1]
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as probe:
+                    probe.bind(('', port))
+            return first
+        except OSError:
+            continue
+
+
+@pytest.fixture(scope='session')
+def slurm_conf():
+    """A cluster with the nodes 127.0.0.1 and 127.0.0.2, of 4 CPUs and 2 fake GPUs each, without accounting."""
+    missing = [name for name in DAEMONS if not shutil.which(name, path=f'{os.environ["PATH"]}:/usr/sbin:/sbin')]
+    if missing:
+        message = f'{", ".join(missing)} not found: apt-get install slurm-wlm munge'
+        pytest.fail(message) if os.environ.get('REQUIRE_SLURM') == '1' else pytest.skip(message)
+    base = Path(tempfile.mkdtemp(prefix='slurm-', dir='/tmp'))  # short, as start-slurm.sh needs it
+    try:
+        subprocess.run([ROOT / 'tests/slurm/start-slurm.sh', base, str(free_ports(3))], check=True)
+        yield base / 'slurm.conf'
+    finally:
+        subprocess.run([ROOT / 'tests/slurm/stop-slurm.sh', base], check=True)
+        shutil.rmtree(base)
+
+
+@pytest.fixture
+def cluster(slurm_conf, monkeypatch):
+    """The environment in which SLURM's commands, and so run_with_submitit.py, find the cluster."""
+    monkeypatch.setenv('SLURM_CONF', str(slurm_conf))
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory) -> Path:
+    return write_folders(tmp_path_factory.mktemp('data'))
+
+
+def job_flags(data: Path, base: Path, *more: str) -> list:
+    """A tiny training of one CPU process on each of two nodes, with its directory in `base`."""
+    return [*tiny(data), '--ngpus', '0', '--timeout', '5', '--job-dir', f'{base}/%j', *more]
+
+
+def submit(capsys, flags: list):
+    """Submit without waiting; returns the job's id and directory."""
+    assert main(flags) == 0
+    printed = capsys.readouterr().out
+    return re.match(r'Job (\d+) ', printed)[1], Path(re.search(r'logs: +(.*)/', printed)[1])
+
+
+def wait_for(condition, seconds: float = 90):
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f'not within {seconds} s'
+        time.sleep(.1)
+    return result
+
+
+def end_of(job_id: str) -> str:
+    """Wait for the end of a job; returns its state."""
+    wait_for(lambda: (slurm_status(job_id) or ('',))[0] in run_with_submitit.ENDED)
+    return slurm_status(job_id)[0]
+
+
+def log_of(folder: Path, rank: int = 0) -> str:
+    return next(folder.glob(f'*_{rank}_log.out')).read_text()
+
+
+def epochs_of(output_dir: Path) -> list:
+    return [json.loads(line)['epoch'] for line in (output_dir / 'log.txt').read_text().splitlines()]
+
+
+def stops_of(log: str) -> list:
+    """Where a job stopped, after a check that it went on there."""
+    stopped = re.findall(r'stopped at (epoch \d+, step \d+)', log)
+    assert re.findall(r'goes on at (epoch \d+, step \d+)', log) == stopped
+    return stopped
+
+
+def restarts_of(job_id: str) -> int:
+    return int(re.search(r'Restarts=(\d+)', slurm_query('scontrol', 'show', 'job', job_id)[1])[1])
+
+
+def processes(**variables: str):
+    """Ids of the processes of main.py that have these environment variables."""
+    for entry in Path('/proc').iterdir():
+        try:
+            words = (entry / 'cmdline').read_bytes().decode().split('\0')
+            environment = (entry / 'environ').read_bytes().decode(errors='replace').split('\0')
+        except (OSError, ValueError):  # not a process, not ours, or gone
+            continue
+        if str(ROOT / 'main.py') in words and {f'{k}={v}' for k, v in variables.items()} <= set(environment):
+            yield int(entry.name)
+
+
+def job_processes(job_id: str, **variables: str):
+    """Those of a job of the tests' cluster, and not of another one's that has the same number."""
+    return processes(SLURM_CONF=os.environ['SLURM_CONF'], SLURM_JOB_ID=job_id, **variables)
+
+
+# ----- the command line
+
+def test_dry_run_prints_the_script_and_submits_nothing(tmp_path, monkeypatch, capsys):
+    """Each flag of the job is where SLURM reads it; no directory is made, and SLURM is not needed."""
+    monkeypatch.setenv('PATH', str(tmp_path))
+    job_dir = tmp_path / 'runs' / '%j'
+    assert main(['--dry-run', '--nodes', '3', '--ngpus', '4', '--cpus-per-task', '6', '--mem-gb', '1.5',
+                 '--timeout', '90', '--partition', 'p', '--use-volta32', '--account', 'a', '--qos', 'q',
+                 '--comment', 'it\'s due', '--exclude', 'n1,n2', '--setup', 'module load cuda', '--setup',
+                 'ulimit -c 0', '--job-dir', str(job_dir)]) == 0
+    script = capsys.readouterr().out
+    for option in ('nodes=3', 'ntasks-per-node=4', 'gpus-per-node=4', 'cpus-per-task=6', 'mem=1536M', 'time=90',
+                   'partition=p', 'constraint=volta32gb', 'account=a', 'qos=q', 'comment=\'it\'"\'"\'s due\'',
+                   'exclude=n1,n2', 'signal=USR2@120', 'requeue', 'open-mode=append',
+                   f'output={job_dir}/%j_0_log.out'):
+        assert f'#SBATCH --{option}\n' in script
+    setup, command = script.split('# setup\n')[1].split('# command\n')
+    assert setup.splitlines()[1:3] == ['module load cuda', 'ulimit -c 0']
+    assert '--cpus-per-task=6' in command
+    assert not job_dir.parent.exists()
+
+
+@pytest.mark.parametrize(('flags', 'words'), [
+    (['--model', 'xcit_smal_12_p16'], ['--model xcit_smal_12_p16', 'similar: xcit_small_12_p16']),
+    (['--opt', 'adamwww', '--ngpus', '0'], ['--opt adamwww']),
+    (['--no-such-flag'], ['--no-such-flag']),
+    (['--nodes', '0'], ['--nodes', 'an integer >= 1']),
+    (['--ngpus', '-1'], ['--ngpus', 'an integer >= 0']),
+    (['--mem-gb', '0'], ['--mem-gb', 'a number > 0']),
+    (['--timeout', '1.5'], ['--timeout', 'an integer >= 1']),
+    (['--cluster', 'pbs'], ['--cluster', 'auto', 'slurm', 'local']),
+    (['--ngpus', '8', '--device', 'cpu'], ['--device cpu', '--ngpus 8']),
+    (['--ngpus', '0', '--device', 'cuda'], ['--device cuda', '--ngpus 0']),
+    (['--ngpus', '0', '--amp', 'fp16'], ['--amp fp16', 'cuda']),
+    (['--ngpus', '8', '--tasks-per-node', '4'], ['--tasks-per-node 4', '--ngpus 8']),
+    (['--use-volta32', '--constraint', 'a100'], ['--use-volta32', 'a100']),
+    (['--job-dir', 'runs/%u'], ['--job-dir runs/%u', '%j']),
+    (['--job-dir', __file__ + '/%j', '--ngpus', '0', '--cluster', 'local'], ['--job-dir', 'is not a directory']),
+    (['--dry-run', '--cluster', 'local'], ['--dry-run', '--cluster local']),
+    (['--cluster', 'local', '--nodes', '1000'], ['--nodes 1000 --ngpus 8', '--ngpus 0']),
+])
+def test_bad_flags_are_refused_before_submission(flags, words, tmp_path, monkeypatch):
+    """One line that names the flag, its value and what is allowed, for main.py's flags and for the job's."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as caught:
+        main(flags)
+    assert '\n' not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+    assert not list(tmp_path.glob('runs/*'))
+
+
+def test_program_prints_one_line_and_exits_with_2(tmp_path):
+    """As a user sees it: no traceback, nothing on stdout."""
+    result = subprocess.run([sys.executable, ROOT / 'run_with_submitit.py', '--model', 'resnet', '--dry-run'],
+                            cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, '')
+    assert re.fullmatch(r'run_with_submitit.py: error: --model resnet: no such model.*\n', result.stderr)
+
+
+def test_help_names_the_flags_of_both(capsys):
+    """main.py's and the job's, and what --job-dir must be."""
+    with pytest.raises(SystemExit):
+        main(['--help'])
+    text = ' '.join(capsys.readouterr().out.split())
+    assert '--drop-path FRACTION' in text
+    assert '--max-restarts N' in text
+    assert 'must be on a file system that all nodes share; %j is the job\'s id (default: ./runs/%j)' in text
+
+
+def test_gpu_flags_do_not_need_a_gpu_here(capsys):
+    """The machine from which a job is submitted often has no GPU."""
+    assert main(['--ngpus', '8', '--device', 'cuda', '--amp', 'fp16', '--dry-run']) == 0
+
+
+def test_another_runs_directory_is_refused(tmp_path):
+    """After a requeue, its checkpoint would be taken for the job's own; --resume auto, which means it, is accepted."""
+    (tmp_path / 'checkpoint.pth').touch()
+    with pytest.raises(InputError, match=r'holds the checkpoint of another run; .* --resume auto'):
+        main(['--dry-run', '--output-dir', str(tmp_path)])
+    assert main(['--dry-run', '--output-dir', str(tmp_path), '--resume', 'auto']) == 0
+
+
+# ----- a cluster that does what it is asked
+
+@pytest.fixture(scope='module')
+def finished(slurm_conf, data, tmp_path_factory):
+    """A training of two nodes that was waited for: (its exit code, what was printed, its directory)."""
+    base = tmp_path_factory.mktemp('runs')
+    command = [sys.executable, ROOT / 'run_with_submitit.py', *job_flags(data, base, '--epochs', '1', '--wait')]
+    result = subprocess.run(command, cwd=base, env={**os.environ, 'SLURM_CONF': str(slurm_conf)}, text=True,
+                            stdout=subprocess.PIPE)
+    return result.returncode, result.stdout, base
+
+
+def test_two_nodes_train_to_the_end(finished):
+    """With --wait: the log is printed, the result is 0, and both nodes' processes trained one model in %j."""
+    code, printed, base = finished
+    job_id = re.match(r'Job (\d+) ', printed)[1]
+    assert code == 0
+    assert 'Epoch 0 done' in printed
+    assert printed.endswith(f'Job {job_id}: COMPLETED\n')
+    assert epochs_of(base / job_id) == [0]
+    assert json.loads((base / job_id / 'args.json').read_text())['derived']['processes'] == 2
+    assert [re.search(r' node=(\d)\(2\)', log_of(base / job_id, rank))[1] for rank in (0, 1)] == ['0', '1']
+
+
+def test_nothing_is_left_beside_the_jobs_directory(finished):
+    """No files for rendezvous, and none of the submission."""
+    _, printed, base = finished
+    job_id = re.match(r'Job (\d+) ', printed)[1]
+    assert [path.name for path in base.iterdir()] == [job_id]
+    left = {path.name for path in (base / job_id).iterdir() if path.name.startswith(job_id)}
+    assert left == {f'{job_id}_{name}' for name in ('submission.sh', 'submitted.pkl', '0_log.out', '1_log.out',
+                                                    '0_result.pkl', '1_result.pkl')}
+
+
+def test_dry_run_prints_what_is_submitted(finished, data, capsys):
+    """Line by line the script in the job's directory."""
+    _, _, base = finished
+    assert main(job_flags(data, base, '--dry-run')) == 0
+    assert capsys.readouterr().out.strip() == next(base.glob('*/*_submission.sh')).read_text().strip()
+
+
+# ----- time limit and preemption
+
+def assert_went_on_where_it_stopped(job_id: str, folder: Path, epochs: int):
+    """Every start but the first is at the step of the last stop; each epoch was done once; nothing counts as failed."""
+    assert end_of(job_id) == 'COMPLETED', log_of(folder)
+    assert len(stops_of(log_of(folder))) == restarts_of(job_id) > 0
+    assert epochs_of(folder) == list(range(epochs))
+    assert not list(folder.glob('*_failure.json'))
+
+
+def test_time_limit_requeues_the_job(cluster, data, tmp_path, capsys):
+    """At the signal before the limit, all ranks stop; the same job is started again and goes on at that step."""
+    job_id, folder = submit(capsys, job_flags(data, tmp_path, '--epochs', '5'))
+    wait_for((folder / 'checkpoint.pth').exists)
+    subprocess.run(['scancel', '--signal=USR2', job_id], check=True)  # as SLURM does before the time limit
+    assert_went_on_where_it_stopped(job_id, folder, 5)
+
+
+@pytest.mark.slow
+def test_sigterm_requeues_the_job(cluster, data, tmp_path, capsys):
+    """Some clusters announce preemption by this signal alone."""
+    job_id, folder = submit(capsys, job_flags(data, tmp_path, '--epochs', '5'))
+    wait_for((folder / 'checkpoint.pth').exists)
+    subprocess.run(['scancel', '--signal=TERM', job_id], check=True)
+    assert_went_on_where_it_stopped(job_id, folder, 5)
+
+
+@pytest.mark.slow
+def test_real_time_limit_requeues_the_job(cluster, data, tmp_path, capsys):
+    """A limit of one minute, which the training exceeds."""
+    job_id, folder = submit(capsys, job_flags(data, tmp_path, '--epochs', '90', '--timeout', '1', '--nodes', '1'))
+    wait_for(lambda: restarts_of(job_id), 120)
+    assert_went_on_where_it_stopped(job_id, folder, 90)
+
+
+def test_preemption_requeues_the_job(cluster, data, tmp_path, capsys):
+    """A job of a higher partition takes the node; the training stops, waits, and goes on at the step of the stop."""
+    job_id, folder = submit(capsys, job_flags(data, tmp_path, '--epochs', '5', '--nodes', '1'))
+    wait_for((folder / 'checkpoint.pth').exists)
+    urgent = subprocess.run(['sbatch', '--parsable', '-p', 'urgent', '-N2', '-n2', '-c4', '-o', '/dev/null', '--wrap',
+                             'true'], check=True, capture_output=True, text=True).stdout.strip()
+    assert end_of(urgent) == 'COMPLETED'
+    assert (slurm_status(job_id) or ('',))[0] != 'COMPLETED'
+    assert_went_on_where_it_stopped(job_id, folder, 5)
+
+
+def test_no_more_restarts_than_asked_for(cluster, data, tmp_path, capsys):
+    """With --max-restarts 0 the job ends at the limit with the signal's code, stored, and says how to go on."""
+    job_id, folder = submit(capsys, job_flags(data, tmp_path, '--epochs', '400', '--max-restarts', '0', '--nodes', '1'))
+    wait_for((folder / 'checkpoint.pth').exists)
+    subprocess.run(['scancel', '--signal=USR2', job_id], check=True)
+    assert end_of(job_id) == 'FAILED'
+    assert run_with_submitit.slurm_exit_code(job_id) == 128 + signal.SIGUSR2
+    assert 'timed-out too many times' in log_of(folder)
+    assert f'--output-dir {folder} --resume auto' in log_of(folder)
+    assert 'stored in' in log_of(folder)
+
+
+# ----- jobs that fail
+
+def when(condition, action) -> threading.Thread:
+    """Do something to a job while the test waits for it."""
+    thread = threading.Thread(target=lambda: action(wait_for(condition)))
+    thread.start()
+    return thread
+
+
+def test_a_killed_rank_ends_the_job_with_its_code(cluster, data, tmp_path, capsys):
+    """kill -9 of the second rank while the first one hangs: --wait returns 137 soon, and nothing is left running."""
+    killed = []
+
+    def kill(checkpoints):
+        job_id = checkpoints[0].parent.name
+        for rank, signum in (('0', signal.SIGSTOP), ('1', signal.SIGKILL)):
+            os.kill(next(job_processes(job_id, RANK=rank)), signum)
+        killed.append(time.monotonic())
+
+    thread = when(lambda: list(tmp_path.glob('*/checkpoint.pth')), kill)
+    assert main(job_flags(data, tmp_path, '--epochs', '400', '--wait')) == 128 + signal.SIGKILL
+    thread.join()
+    assert time.monotonic() - killed[0] < 20
+    printed = capsys.readouterr().out
+    job_id = re.match(r'Job (\d+) ', printed)[1]
+    assert f'Job {job_id}: FAILED\n' in printed
+    assert 'Rank 1: main.py ended with exit code 137\n' in printed.split(': FAILED\n')[1]
+    assert not list(job_processes(job_id))
+
+
+def test_cancelling_ends_the_wait(cluster, data, tmp_path, capsys):
+    """scancel: --wait returns, not with success."""
+    thread = when(lambda: slurm_query('squeue', '-h', '-t', 'RUNNING', '-o', '%A')[1],
+                  lambda job_id: subprocess.run(['scancel', job_id], check=True))
+    assert main(job_flags(data, tmp_path, '--nodes', '1', '--wait')) != 0
+    thread.join()
+    assert ': CANCELLED\n' in capsys.readouterr().out
+
+
+def test_mistakes_that_only_the_job_can_see_fail_it(cluster, tmp_path, capsys):
+    """A GPU job without its data, on a node whose GPUs are fake: main.py's line is in the log, 2 is the exit code."""
+    flags = job_flags(tmp_path / 'nowhere', tmp_path, '--ngpus', '1', '--nodes', '1', '--device', 'auto', '--wait')
+    assert main(flags) == 2
+    printed = capsys.readouterr().out
+    assert 'main.py: error: ' in printed
+    assert printed.endswith('Exit code 2\n')
+    script = next(tmp_path.glob('*/*_submission.sh')).read_text()
+    assert '#SBATCH --gpus-per-node=1\n' in script
+
+
+# ----- requests that the cluster can't meet
+
+@pytest.mark.parametrize(('flags', 'words'), [
+    (['--ngpus', '3', '--device', 'auto'], 'Requested node configuration is not available'),
+    (['--partition', 'nope'], 'Invalid partition name specified'),
+    (['--constraint', 'volta32gb'], 'Invalid feature specification'),
+    (['--mem-gb', '1000'], 'Memory specification can not be satisfied'),
+    (['--exclude', '127.0.0.[1-2]'], 'Requested node configuration is not available'),
+])
+def test_over_asking_is_refused_in_slurms_words(cluster, data, tmp_path, capsys, flags, words):
+    """What SLURM said is the error, what the cluster has is on stderr, and no file is left."""
+    with pytest.raises(InputError, match=f'SLURM refuses the job: .*{words}'):
+        main(job_flags(data, tmp_path, *flags))
+    assert re.search(r'normal\* .* 2 +4 +4000 gpu:2 ', capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('flags', [
+    ['--nodes', '3'], ['--partition', 'single'], ['--partition', 'brief', '--timeout', '60'],
+])
+def test_a_job_that_would_never_start_is_cancelled(cluster, data, tmp_path, capsys, flags):
+    """SLURM accepts it and lets it pend: its reason is the error, and neither job nor file is left."""
+    with pytest.raises(InputError, match=r'would never start job .* its reason: Partition\w+$') as caught:
+        main(job_flags(data, tmp_path, *flags))
+    job_id = re.search(r'job (\d+)', str(caught.value))[1]
+    assert slurm_status(job_id)[0] == 'CANCELLED'
+    assert 'normal*' in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def busy(cluster):
+    """Another job has all CPUs of the cluster."""
+    blocker = subprocess.run(['sbatch', '--parsable', '-N2', '-n2', '-c4', '-o', '/dev/null', '--wrap', 'sleep 60'],
+                             check=True, capture_output=True, text=True).stdout.strip()
+    yield
+    subprocess.run(['scancel', blocker], check=True)
+
+
+def test_a_job_that_only_waits_its_turn_is_left_alone(busy, data, tmp_path, capsys):
+    """Pending for resources that another job holds is no mistake; the commands to follow and to stop it are printed."""
+    assert main(job_flags(data, tmp_path)) == 0
+    printed = capsys.readouterr().out
+    job_id = re.match(r'Job (\d+) ', printed)[1]
+    assert slurm_status(job_id)[0] == 'PENDING'
+    assert f'follow:  tail -n +1 -F {tmp_path}/{job_id}/{job_id}_0_log.out\n' in printed
+    stop = re.search(r'stop: +(.*)', printed)[1]
+    subprocess.run(stop, shell=True, check=True)
+    assert end_of(job_id) == 'CANCELLED'
+
+
+def test_a_job_submitted_by_a_job_inherits_nothing(monkeypatch):
+    """Above all not how often that one was restarted; elsewhere the user's preferences stay."""
+    monkeypatch.setenv('SLURM_RESTART_COUNT', '3')
+    monkeypatch.setenv('SLURM_CONF', '/somewhere/slurm.conf')
+    monkeypatch.setenv('SBATCH_ACCOUNT', 'ours')
+    with run_with_submitit.outside_any_job():
+        assert os.environ['SBATCH_ACCOUNT'] == 'ours'
+    monkeypatch.setenv('SLURM_JOB_ID', '1')
+    with run_with_submitit.outside_any_job():
+        assert [name for name in os.environ if name.startswith('SLURM')] == ['SLURM_CONF']
+
+
+# ----- without a cluster
+
+@pytest.fixture
+def no_slurm(tmp_path, monkeypatch):
+    """A PATH on which there is a shell, and nothing of SLURM."""
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin' / 'bash').symlink_to(shutil.which('bash'))
+    monkeypatch.setenv('PATH', str(tmp_path / 'bin'))
+    monkeypatch.delenv('SLURM_CONF', raising=False)
+
+
+def test_without_slurm_the_job_runs_on_this_machine(no_slurm, data, tmp_path, capsys):
+    """As many processes as it has on all nodes, after the lines of --setup; --wait returns 0."""
+    flags = job_flags(data, tmp_path / 'runs', '--epochs', '1', '--setup', 'echo "set up in $PWD"', '--wait')
+    assert main(flags) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith('No SLURM cluster answers (sinfo is not installed): the job runs on this machine\n')
+    assert f'set up in {os.getcwd()}\n' in printed
+    folder, = (tmp_path / 'runs').iterdir()
+    assert folder.name.startswith('local-')
+    assert json.loads((folder / 'args.json').read_text())['derived']['processes'] == 2
+    assert epochs_of(folder) == [0]
+
+
+@pytest.mark.slow
+def test_time_limit_restarts_a_local_job(no_slurm, data, tmp_path, capsys):
+    """After a minute its processes stop and start again in the same directory, each epoch done once."""
+    flags = job_flags(data, tmp_path / 'runs', '--epochs', '90', '--nodes', '1', '--timeout', '1', '--wait')
+    assert main(flags) == 0
+    printed = capsys.readouterr().out
+    assert stops_of(printed)
+    folder, = (tmp_path / 'runs').iterdir()
+    assert epochs_of(folder) == list(range(90))
+
+
+def test_ctrl_c_stops_a_local_job_in_order(data, tmp_path):
+    """The program that waits has the training store its state, and ends with SIGTERM's code after all processes."""
+    command = [sys.executable, ROOT / 'run_with_submitit.py', '--cluster', 'local',
+               *job_flags(data, tmp_path, '--epochs', '400', '--nodes', '1', '--wait')]
+    waiting = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(lambda: list(tmp_path.glob('*/checkpoint.pth')))
+    os.killpg(waiting.pid, signal.SIGINT)  # as a terminal does
+    printed, _ = waiting.communicate(timeout=60)
+    assert waiting.returncode == 128 + signal.SIGTERM
+    assert 'stored in' in printed
+    assert not list(processes(SUBMITIT_LOCAL_JOB_ID=re.match(r'Job (\d+) ', printed)[1]))
+
+
+def test_commands_without_a_cluster_do_not_count_as_slurm(slurm_conf, tmp_path, monkeypatch, capsys):
+    """SLURM is installed, but no controller answers."""
+    conf = slurm_conf.read_text()
+    (tmp_path / 'slurm.conf').write_text(re.sub(r'SlurmctldPort=\d+', 'SlurmctldPort=9\nMessageTimeout=1', conf))
+    monkeypatch.setenv('SLURM_CONF', str(tmp_path / 'slurm.conf'))
+    assert run_with_submitit.choose_cluster('auto') == 'local'
+    assert 'Unable to contact slurm controller' in capsys.readouterr().out
+    with pytest.raises(InputError, match=r'--cluster slurm: no cluster answers .*Unable to contact'):
+        run_with_submitit.choose_cluster('slurm')

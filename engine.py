@@ -100,17 +100,10 @@ def train_one_epoch(
         if last_of_group and after_update is not None:
             after_update(step + 1, sums)
 
-    totals = sum_over_processes(sums)
+    totals = utils.sum_over_processes(sums)
     return {'loss': totals['loss'] / steps / utils.get_world_size(),
             'grad_norm': totals['grad_norm'] / updates_per_epoch / utils.get_world_size(), 'lr': lr,
             **progress.stats()}
-
-
-def sum_over_processes(sums: dict) -> dict:
-    """The totals of all processes' `sums`, value by value."""
-    if not sums:
-        return {}
-    return dict(zip(sums, utils.reduce_over_processes(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()))
 
 
 @torch.inference_mode()

@@ -4,17 +4,15 @@ The recipe is the paper's by default. Data flows one way: arguments -> builders 
 """
 import argparse
 import copy
-import dataclasses
 import datetime
 import difflib
 import itertools
 import math
 import os
 import shlex
-import signal
 import time
 from pathlib import Path
-from typing import Callable, Optional, Tuple
+from typing import Callable, Optional
 
 import timm
 import torch
@@ -26,50 +24,24 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader, Dataset
 
+import checkpoints
 import datasets
 import samplers
+import training
 import utils
 import xcit
-from engine import NonFiniteLoss, evaluate, sum_over_processes, train_one_epoch
+from engine import NonFiniteLoss, evaluate, train_one_epoch
 from losses import DISTILLATION_TYPES, DistillationLoss, classification_loss
-from utils import InputError, notice
+from training import BEST, CHECKPOINT, Keeper, Training, WarmupPlateau, images_per_batch
+from utils import COUNT, COUNT_OR_0, FRACTION, NON_NEGATIVE, POSITIVE, InputError, Parser, notice, number
+from weights import load_weights, model_weights
 
 AMP_DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16, 'off': None}
-CHECKPOINT, PREVIOUS, BEST = 'checkpoint.pth', 'checkpoint_previous.pth', 'best_model.pth'
 REFERENCE_BATCH = 512  # images for which --lr is meant
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise InputError(message)
-
-
-def number(kind: type, low, high=None, *, above: bool = False):
-    """An argparse type: a number of `kind` from `low` (or `above` it) to `high`."""
-    allowed = f'{"an integer" if kind is int else "a number"} {">" if above else ">="} {low}'
-    allowed += '' if high is None else f' and <= {high}'
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float('nan')
-        if not (value > low if above else value >= low) or value == float('inf') or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f'{text!r} is not allowed: it must be {allowed}')
-        return value
-
-    return parse
-
-
-COUNT = number(int, 1)
-COUNT_OR_0 = number(int, 0)
-FRACTION = number(float, 0, 1)
-NON_NEGATIVE = number(float, 0)
-POSITIVE = number(float, 0, above=True)
-
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser('main.py', description=__doc__, allow_abbrev=False,
@@ -234,7 +206,7 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
                              f'--teacher-path or --teacher-pretrained')
     for flag in ('resume', 'pretrained', 'surgery', 'teacher_path'):
         path = getattr(args, flag)
-        if path and not utils.is_url(path) and (flag, path) != ('resume', 'auto') and not Path(path).exists():
+        if path and not checkpoints.is_url(path) and (flag, path) != ('resume', 'auto') and not Path(path).exists():
             raise InputError(f'--{flag.replace("_", "-")} {path}: no such file')
     if args.resume == 'auto' and not args.output_dir:
         raise InputError('--resume auto: needs --output-dir to look in')
@@ -307,7 +279,7 @@ def build_eval_loader(dataset: Dataset, args, device: torch.device) -> DataLoade
 
 
 def build_model(args, num_classes: int, *, new_head: bool) -> torch.nn.Module:
-    """The model with its initial weights; `new_head`: see utils.load_weights."""
+    """The model with its initial weights; `new_head`: see weights.load_weights."""
     utils.seed_everything(args.seed)
     try:
         model = timm.create_model(
@@ -318,8 +290,8 @@ def build_model(args, num_classes: int, *, new_head: bool) -> torch.nn.Module:
         check_input_size(args, model)
     if args.pretrained:
         source = f'--pretrained {args.pretrained}'
-        weights = utils.model_weights(utils.load_checkpoint(args.pretrained, '--pretrained'), source)
-        utils.load_weights(model, weights, source, new_head=new_head)
+        given = model_weights(checkpoints.load_checkpoint(args.pretrained, '--pretrained'), source)
+        load_weights(model, given, source, new_head=new_head)
     if args.surgery:
         transplant_stem(model, args.surgery)
     if args.grad_checkpointing:
@@ -339,12 +311,12 @@ def check_input_size(args, model: torch.nn.Module):
 
 def transplant_stem(model: torch.nn.Module, source: str):
     """Copy `patch_embed` from a checkpoint and freeze it."""
-    weights = utils.model_weights(utils.load_checkpoint(source, '--surgery'), f'--surgery {source}')
+    given = model_weights(checkpoints.load_checkpoint(source, '--surgery'), f'--surgery {source}')
     prefix = 'patch_embed.'
-    stem = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    stem = {key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)}
     if not hasattr(model, 'patch_embed'):
         raise InputError(f'--surgery {source}: the model has no patch_embed')
-    utils.load_weights(model.patch_embed, stem, f'--surgery {source}')
+    load_weights(model.patch_embed, stem, f'--surgery {source}')
     model.patch_embed.requires_grad_(False)
 
 
@@ -386,14 +358,9 @@ def build_teacher(args, num_classes: int) -> torch.nn.Module:
         raise InputError(f'{source}: timm can\'t get the weights ({utils.first_line(error)})') from None
     if args.teacher_path:
         source = f'--teacher-path {args.teacher_path}'
-        weights = utils.model_weights(utils.load_checkpoint(args.teacher_path, '--teacher-path'), source)
-        utils.load_weights(teacher, weights, source)
+        given = model_weights(checkpoints.load_checkpoint(args.teacher_path, '--teacher-path'), source)
+        load_weights(teacher, given, source)
     return teacher.eval().requires_grad_(False)
-
-
-def images_per_batch(args) -> int:
-    """Images of one forward and backward pass, of all processes together."""
-    return args.batch_size * utils.get_world_size()
 
 
 def global_batch(args) -> int:
@@ -419,170 +386,6 @@ def build_scheduler(args, optimizer: torch.optim.Optimizer):
     return create_scheduler_v2(optimizer, **scheduler_kwargs(args))[0]
 
 
-class WarmupPlateau:
-    """Linear warm-up, then a decay whenever the accuracy stops rising.
-
-    timm's own can't be stored, ignores the cooldown and without warm-up stays at --warmup-lr.
-    """
-
-    def __init__(self, args, optimizer: torch.optim.Optimizer):
-        self.optimizer = optimizer
-        self.warmup_epochs, self.warmup_lr = args.warmup_epochs, args.warmup_lr
-        self.base_lrs = [group['lr'] for group in optimizer.param_groups]
-        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            optimizer, mode='max', factor=args.decay_rate, patience=args.patience_epochs,
-            cooldown=args.cooldown_epochs, min_lr=args.min_lr)
-        if self.warmup_epochs:
-            self._warm_up(0)
-
-    def _warm_up(self, epoch: int):
-        for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs):
-            group['lr'] = self.warmup_lr + (base_lr - self.warmup_lr) * epoch / self.warmup_epochs
-
-    def step(self, epoch: int, accuracy: float):
-        if self.warmup_epochs and epoch <= self.warmup_epochs:
-            self._warm_up(epoch)
-        else:
-            self.plateau.step(accuracy)
-
-    def state_dict(self) -> dict:
-        return self.plateau.state_dict()
-
-    def load_state_dict(self, state: dict):
-        self.plateau.load_state_dict(state)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a training holds, and how it is stored
-
-@dataclasses.dataclass
-class Training:
-    """Everything that changes while a model is trained."""
-    model: torch.nn.Module  # without wrappers
-    model_ema: Optional[ModelEmaV3]
-    optimizer: torch.optim.Optimizer
-    scheduler: object
-    scaler: torch.amp.GradScaler
-    epoch: int = -1  # the last finished one
-    step: int = 0  # batches done of the next one
-    sums: dict = dataclasses.field(default_factory=dict)  # this process's share of those batches' sums
-    accuracy: dict = dataclasses.field(default_factory=lambda: {'last': 0., 'best': 0., 'best_ema': 0.})
-
-    def state_dict(self, args) -> dict:
-        """What a checkpoint holds; all processes must ask for it together."""
-        return {
-            'model': self.model.state_dict(),
-            'model_ema': self.model_ema.module.state_dict() if self.model_ema else None,
-            'optimizer': self.optimizer.state_dict(),
-            'lr_scheduler': self.scheduler.state_dict(),
-            'scaler': self.scaler.state_dict(),
-            'epoch': self.epoch,
-            'step': self.step,
-            'sums': sum_over_processes(self.sums),
-            'batch': images_per_batch(args),
-            'accuracy': self.accuracy,
-            'args': vars(args),
-        }
-
-    def load(self, checkpoint: dict, source: str, args):
-        """Go on where `checkpoint` was stored; `source` is what to call it in messages."""
-        utils.load_weights(self.model, utils.model_weights(checkpoint, source), source)
-        lacking = [key for key in ('optimizer', 'epoch') if key not in checkpoint]
-        if lacking:
-            raise InputError(f'{source}: has no {" and no ".join(lacking)} to go on with; to start from its weights, '
-                             f'use --pretrained')
-        self.load_optimizer(checkpoint, source, args)
-        if isinstance(self.scheduler, WarmupPlateau):  # the others are functions of the epoch
-            self.scheduler.load_state_dict(checkpoint['lr_scheduler'])
-        if checkpoint.get('scaler') and self.scaler.is_enabled():
-            self.scaler.load_state_dict(checkpoint['scaler'])
-        if self.model_ema is not None:
-            self.model_ema.module.load_state_dict(checkpoint.get('model_ema') or checkpoint['model'])
-        self.epoch = checkpoint['epoch']
-        self.accuracy.update(checkpoint.get('accuracy', {}))
-        self.step, batch = checkpoint.get('step', 0), checkpoint.get('batch', images_per_batch(args))
-        # The file has the sums over all processes: the main one goes on with them, since only totals are ever used.
-        self.sums = checkpoint.get('sums', {}) if utils.is_main_process() else {}
-        if self.step and batch != images_per_batch(args):
-            notice(f'{source}: was stored in the middle of an epoch with {batch} images a batch, now there are '
-                   f'{images_per_batch(args)}: goes on with about the same images')
-            self.step = self.step * batch // images_per_batch(args) // args.accum_iter * args.accum_iter
-
-    def load_optimizer(self, checkpoint: dict, source: str, args):
-        """Take over the optimizer's state; its options stay those of this command line."""
-        before = checkpoint.get('args', {})
-        opt = (before if isinstance(before, dict) else vars(before)).get('opt', args.opt)
-        if opt != args.opt:
-            raise InputError(f'{source}: was trained with --opt {opt}, not {args.opt}')
-        flags = {'weight_decay', 'betas', 'eps', 'momentum'}
-        if not isinstance(self.scheduler, WarmupPlateau):  # whose rate depends on what happened
-            flags.add('lr')
-        options = [{k: v for k, v in group.items() if k in flags} for group in self.optimizer.param_groups]
-        try:
-            self.optimizer.load_state_dict(checkpoint['optimizer'])
-        except (ValueError, KeyError) as error:
-            raise InputError(f'{source}: its optimizer is another one ({utils.first_line(error)})') from None
-        for group, own in zip(self.optimizer.param_groups, options):
-            group.update(own)
-
-
-def load_for_resume(args) -> Tuple[Optional[dict], str]:
-    """The checkpoint that --resume means (None: a fresh start), and what to call it in messages.
-
-    Raises:
-        InputError: it can't be read; with `auto`, none that is there can be.
-    """
-    if args.resume != 'auto':
-        return (utils.load_checkpoint(args.resume, '--resume') if args.resume else None), f'--resume {args.resume}'
-    candidates = [path for name in (CHECKPOINT, PREVIOUS) if (path := Path(args.output_dir, name)).exists()]
-    if not candidates:
-        notice(f'--resume auto: no {CHECKPOINT} in {args.output_dir}, a fresh start')
-    for path in candidates:
-        try:
-            return utils.load_checkpoint(path, '--resume auto:'), f'--resume auto: {path}'
-        except InputError as error:
-            if path == candidates[-1]:
-                raise
-            notice(f'{error}; trying the one before')
-    return None, ''
-
-
-class Keeper:
-    """Stores a training between two steps: when asked to stop, and every --save-every steps.
-
-    Args:
-        run: what to store.
-        stop: the signals that ask to stop.
-    """
-
-    def __init__(self, args, run: Training, stop: utils.StopRequest):
-        self.args, self.run, self.stop = args, run, stop
-
-    def save(self):
-        if self.args.output_dir:
-            folder = Path(self.args.output_dir)
-            utils.save_checkpoint(self.run.state_dict(self.args), folder / CHECKPOINT, keep=folder / PREVIOUS)
-
-    def after_update(self, step: int, sums: dict):
-        self.run.step, self.run.sums = step, sums
-        update = -(-step // self.args.accum_iter)
-        self.look_up(save=bool(self.args.save_every) and update % self.args.save_every == 0)
-
-    def look_up(self, *, save: bool = False):
-        """Store the training if asked to; stop, stored, if any process got a signal."""
-        signum = self.stop.agreed()
-        if save or signum:
-            self.save()
-        if signum:
-            self.interrupt(signum)
-
-    def interrupt(self, signum: int):
-        where = f'epoch {self.run.epoch + 1}, step {self.run.step}'
-        folder = self.args.output_dir
-        kept = f'stored in {folder}, to go on: --resume auto' if folder else 'nothing is stored without --output-dir'
-        raise utils.Interrupted(signum, f'{signal.Signals(signum).name}: stopped at {where}; {kept}')
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The two programs
 
@@ -602,7 +405,7 @@ def train(args, device: torch.device) -> dict:
     optimizer = build_optimizer(args, model)
     run = Training(model, build_model_ema(args, model), optimizer, build_scheduler(args, optimizer),
                    torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16), epoch=args.start_epoch - 1)
-    checkpoint, source = load_for_resume(args)
+    checkpoint, source = training.load_for_resume(args)
     if checkpoint is not None:
         run.load(checkpoint, source, args)
         notice(f'{source}: goes on at epoch {run.epoch + 1}, step {run.step}')
@@ -634,7 +437,7 @@ def train(args, device: torch.device) -> dict:
 
 
 def run_epochs(args, run: Training, train_loader: DataLoader, eval_loader: DataLoader, *, log: Optional[utils.EpochLog],
-               keeper: 'Keeper', ddp_model: torch.nn.Module, criterion: torch.nn.Module, mixup_fn: Optional[Mixup],
+               keeper: Keeper, ddp_model: torch.nn.Module, criterion: torch.nn.Module, mixup_fn: Optional[Mixup],
                device: torch.device, amp_dtype: Optional[torch.dtype]) -> dict:
     """The loop over the epochs that are left; returns the last one's statistics."""
     n_parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
@@ -658,7 +461,7 @@ def run_epochs(args, run: Training, train_loader: DataLoader, eval_loader: DataL
         if log is not None:
             log.write(stats)
         if args.output_dir and stats.get('test_acc1', -1.) >= run.accuracy['best']:
-            utils.save_checkpoint(run.state_dict(args), Path(args.output_dir, BEST))
+            checkpoints.save_checkpoint(run.state_dict(args), Path(args.output_dir, BEST))
         keeper.save()
         spent = time.monotonic() - started
         left = spent / (epoch + 1 - first_epoch) * (args.epochs - epoch - 1)
@@ -698,7 +501,7 @@ def open_log(args, derived: dict, train_loader: DataLoader, run: Training) -> Op
     if not args.output_dir:
         return None
     folder, first_epoch = Path(args.output_dir), run.epoch + 1
-    if not goes_on_in_place(args):
+    if not training.goes_on_in_place(args):
         utils.set_aside(folder)
     if not utils.is_main_process():
         return None
@@ -711,13 +514,6 @@ def open_log(args, derived: dict, train_loader: DataLoader, run: Training) -> Op
         images = torch.stack([train_loader.dataset[key][0] for key in keys])
         log.tensorboard.add_image('train/images', torchvision.utils.make_grid(images, normalize=True, scale_each=True))
     return log
-
-
-def goes_on_in_place(args) -> bool:
-    """Whether --resume continues the run that is in --output-dir."""
-    return args.resume == 'auto' or (
-        bool(args.resume) and not utils.is_url(args.resume)
-        and Path(args.resume).resolve().parent == Path(args.output_dir).resolve())
 
 
 def evaluation_command(args) -> str:
@@ -736,9 +532,9 @@ def evaluate_only(args, device: torch.device) -> dict:
     dataset, num_classes = datasets.build_dataset(args, is_train=False)
     datasets.probe_images(dataset, same_size=not datasets.resizes_for_evaluation(args))
     model = build_model(args, num_classes, new_head=False)
-    checkpoint, source = load_for_resume(args)
+    checkpoint, source = training.load_for_resume(args)
     if checkpoint is not None:
-        utils.load_weights(model, utils.model_weights(checkpoint, source), source)
+        load_weights(model, model_weights(checkpoint, source), source)
     elif args.resume:
         raise InputError(f'--resume auto: no {CHECKPOINT} in {args.output_dir} to evaluate')
     elif not args.pretrained:

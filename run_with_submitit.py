@@ -282,7 +282,7 @@ def refusal(message: str) -> Exception:
 
 
 def add_job_arguments(parser: argparse.ArgumentParser):
-    from main import COUNT, COUNT_OR_0, POSITIVE
+    from utils import COUNT, COUNT_OR_0, POSITIVE
     group = parser.add_argument_group('job')
     group.add_argument('--cluster', default='auto', choices=['auto', 'slurm', 'local'],
                        help='auto: slurm where a cluster answers to sinfo, else local, as processes of this machine')
@@ -318,8 +318,8 @@ def add_job_arguments(parser: argparse.ArgumentParser):
 
 def get_args_parser() -> argparse.ArgumentParser:
     """main.py's flags and the job's."""
-    import main as training
-    parser = training.get_args_parser()
+    import main as program
+    parser = program.get_args_parser()
     parser.prog, parser.description = Path(__file__).name, __doc__
     add_job_arguments(parser)
     return parser
@@ -334,10 +334,10 @@ def parse_args(argv: Optional[list] = None) -> Tuple[argparse.Namespace, list]:
     Raises:
         InputError: a flag, of main.py or of the job, can't be used.
     """
-    import main as training
+    import main as program
     argv = sys.argv[1:] if argv is None else argv
     args = get_args_parser().parse_args(argv)
-    job_parser = training.Parser(add_help=False, allow_abbrev=False)
+    job_parser = program.Parser(add_help=False, allow_abbrev=False)
     add_job_arguments(job_parser)
     _, training_argv = job_parser.parse_known_args(argv)
 
@@ -363,7 +363,7 @@ def parse_args(argv: Optional[list] = None) -> Tuple[argparse.Namespace, list]:
     args.output_dir = str(Path(args.output_dir or args.job_dir).absolute())
     # The job's nodes have the GPUs; this machine need not
     unchecked = ['--device', 'cpu', *(['--amp', 'off'] if args.ngpus else [])]
-    training.parse_args([*training_argv, '--output-dir', args.output_dir, *unchecked])
+    program.parse_args([*training_argv, '--output-dir', args.output_dir, *unchecked])
     check_checkpoint(args)
     return args, [*training_argv, '--device', kind]
 

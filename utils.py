@@ -1,4 +1,4 @@
-"""What the programs share: errors, processes, randomness, checkpoints, meters and logs.
+"""What the programs share: errors, processes, command lines, randomness, meters and logs.
 
 The only file that calls `torch.distributed`. Every helper for several processes has a safe answer for one.
 """
@@ -10,20 +10,14 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import platform
 import random
-import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import warnings
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Optional
 
@@ -85,6 +79,48 @@ def notice(*words):
         print(*words, flush=True)
 
 
+def abridge(items: list, most: int = 8) -> str:
+    """The first `most` of the items, and how many more there are."""
+    more = f', ... {len(items) - most} more' if len(items) > most else ''
+    return ', '.join(map(str, items[:most])) + more
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command lines
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(message)
+
+
+def number(kind: type, low, high=None, *, above: bool = False):
+    """An argparse type: a number of `kind` from `low` (or `above` it) to `high`."""
+    allowed = f'{"an integer" if kind is int else "a number"} {">" if above else ">="} {low}'
+    allowed += '' if high is None else f' and <= {high}'
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float('nan')
+        if not (value > low if above else value >= low) or value == float('inf') or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f'{text!r} is not allowed: it must be {allowed}')
+        return value
+
+    return parse
+
+
+COUNT = number(int, 1)
+COUNT_OR_0 = number(int, 0)
+FRACTION = number(float, 0, 1)
+NON_NEGATIVE = number(float, 0)
+POSITIVE = number(float, 0, above=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes and devices
 
@@ -111,6 +147,13 @@ def reduce_over_processes(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.T
     values = values.to('cuda' if dist.get_backend() == 'nccl' else 'cpu')
     dist.all_reduce(values, op)
     return values.cpu()
+
+
+def sum_over_processes(sums: dict) -> dict:
+    """The totals of all processes' `sums`, value by value."""
+    if not sums:
+        return {}
+    return dict(zip(sums, reduce_over_processes(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()))
 
 
 def max_over_processes(value: int) -> int:
@@ -287,145 +330,6 @@ def seed_everything(*keys: int):
     random.seed(seed)
     np.random.seed(seed % 2 ** 32)
     torch.manual_seed(seed % 2 ** 63)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: plain values and state dicts
-
-def save_checkpoint(state: dict, path: Path, *, keep: Optional[Path] = None):
-    """Write `state` so that `path` holds either the old file or the whole new one, at every moment.
-
-    Args:
-        keep: where the old file goes; None: it is replaced.
-
-    Raises:
-        RunStopped: the disk is full, or can't be written to; the old file is as it was.
-    """
-    if not is_main_process():
-        return
-    unfinished = path.with_name(path.name + '.tmp')
-    try:
-        with open(unfinished, 'wb') as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch wraps the system's error
-        unfinished.unlink(missing_ok=True)
-        raise RunStopped(f'{path} can\'t be written ({first_line(error)}); the one before is intact') from None
-    if keep is not None and path.exists():
-        os.replace(path, keep)
-    os.replace(unfinished, path)
-
-
-def check_integrity(path):
-    """Compare a checkpoint's contents with its checksums, which `torch.load` ignores.
-
-    Raises:
-        zipfile.BadZipFile: they differ.
-    """
-    if not zipfile.is_zipfile(path):  # an old format without checksums
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            directories = (entry.filename for entry in archive.infolist() if entry.external_attr & 0x10)
-            damaged = archive.testzip() or next(directories, None)
-    except (zlib.error, NotImplementedError, RuntimeError) as error:  # what a wrong method or flag looks like
-        raise zipfile.BadZipFile(first_line(error)) from None
-    if damaged:  # 0x10 marks a directory, as which torch would read nothing at all
-        raise zipfile.BadZipFile(f'wrong checksum of {damaged}')
-
-
-def is_url(source) -> bool:
-    return str(source).startswith(('http://', 'https://', 'file://'))
-
-
-def load_checkpoint(source, flag: str) -> dict:
-    """Read a checkpoint onto the CPU, without executing anything that it holds.
-
-    Args:
-        source: path or URL (kept in torch.hub's cache).
-        flag: the option that named it, for the error's text.
-
-    Raises:
-        InputError: not there, damaged, or holding Python objects.
-    """
-    try:
-        # Checkpoints of the original's main.py hold its parsed arguments, which can do no harm.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # torch's about the format of files that it then refuses
-            if is_url(source):
-                checkpoint = torch.hub.load_state_dict_from_url(
-                    str(source), map_location='cpu', weights_only=True,
-                    check_hash=re.search(r'-[0-9a-f]{8,}\.', str(source)) is not None)
-            else:
-                check_integrity(source)
-                checkpoint = torch.load(source, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f'{flag} {source}: no such file') from None
-    except IsADirectoryError:
-        raise InputError(f'{flag} {source}: a directory, not a checkpoint file') from None
-    except urllib.error.URLError as error:
-        raise InputError(f'{flag} {source}: can\'t be downloaded ({error})') from None
-    except pickle.UnpicklingError:
-        raise InputError(f'{flag} {source}: damaged, truncated or not a checkpoint of tensors and plain values (files '
-                         f'that need Python code to be run are refused)') from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise InputError(f'{flag} {source}: damaged, truncated or not a checkpoint ({first_line(error)})') from None
-    if not isinstance(checkpoint, dict):
-        raise InputError(f'{flag} {source}: holds a {type(checkpoint).__name__}, not a checkpoint')
-    return checkpoint
-
-
-def model_weights(checkpoint: dict, source: str) -> dict:
-    """The weights by name in a checkpoint: under 'model' (as published and as stored here), 'state_dict', or bare.
-
-    Raises:
-        InputError: there are none.
-    """
-    weights = checkpoint.get('model', checkpoint.get('state_dict', checkpoint))
-    if not isinstance(weights, dict) or not any(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise InputError(f'{source}: no weights under \'model\'; the file has: {abridge(list(checkpoint))}')
-    return weights
-
-
-def load_weights(model: torch.nn.Module, given: dict, source: str, *, new_head: bool = False):
-    """Load all of the weights `given` into `model`.
-
-    Args:
-        given: weights by name, as `model_weights` gives them.
-        source: the option and value they came from, for messages.
-        new_head: keep the model's fresh head where the given one is for another number of classes.
-
-    Raises:
-        InputError: a weight is missing, left over or of another shape.
-    """
-    own = model.state_dict()
-    wrong_shape = [k for k in own if k in given and getattr(given[k], 'shape', None) != own[k].shape]
-    missing = [k for k in own if k not in given]
-    unexpected = [k for k in given if k not in own]
-    head = [f'{getattr(model, "default_cfg", {}).get("classifier", "head")}.{part}' for part in ('weight', 'bias')]
-    if missing or unexpected or set(wrong_shape) - set(head):
-        shapes = [f'{k} {tuple(getattr(given[k], "shape", ()))}, model has {tuple(own[k].shape)}' for k in wrong_shape]
-        problems = {'missing keys': missing, 'unexpected keys': unexpected, 'other shapes': shapes}
-        raise InputError(f'{source}: the weights are not this model\'s; '
-                         + '; '.join(f'{what}: {abridge(keys)}' for what, keys in problems.items() if keys))
-    if wrong_shape:
-        classes = f'{len(given[head[0]])} classes, not {len(own[head[0]])}'
-        if not new_head:
-            raise InputError(f'{source}: the weights are for {classes}')
-        notice(f'{source}: its head is for {classes}, and is left out; the model keeps a fresh one')
-        given = {k: v for k, v in given.items() if k not in head}
-    model.load_state_dict(given, strict=not wrong_shape)
-
-
-def abridge(items: list, most: int = 8) -> str:
-    """The first `most` of the items, and how many more there are."""
-    more = f', ... {len(items) - most} more' if len(items) > most else ''
-    return ', '.join(map(str, items[:most])) + more
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

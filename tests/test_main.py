@@ -12,8 +12,9 @@ import torch
 from conftest import ROOT, tiny, write_folders
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import utils
-from main import Training, build_optimizer, build_scheduler, build_teacher, main, parse_args
+import checkpoints
+from main import build_optimizer, build_scheduler, build_teacher, main, parse_args
+from training import Training
 
 
 def checkpoint(output_dir: Path, name: str = 'checkpoint.pth') -> dict:
@@ -112,14 +113,14 @@ def test_resumed_training_is_the_uninterrupted_one(tmp_path, folders, monkeypatc
     flags = tiny(folders, *more, '--epochs', '4')
     main([*flags, '--output-dir', str(tmp_path / 'whole')])
 
-    save = utils.save_checkpoint
+    save = checkpoints.save_checkpoint
 
     def save_and_die(state, path, **kwargs):
         save(state, path, **kwargs)
         if state['epoch'] == 1 and path.name == 'checkpoint.pth':
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(utils, 'save_checkpoint', save_and_die)
+    monkeypatch.setattr(checkpoints, 'save_checkpoint', save_and_die)
     with pytest.raises(KeyboardInterrupt):
         main([*flags, '--output-dir', str(tmp_path / 'parts')])
     monkeypatch.undo()
@@ -347,7 +348,7 @@ def test_seed_decides_the_run(tmp_path, folders):
 
 def test_importing_does_nothing(tmp_path):
     """Importing every module prints nothing, parses nothing and writes nothing."""
-    modules = 'main, xcit, engine, datasets, losses, samplers, utils, run_with_submitit'
+    modules = 'main, xcit, engine, datasets, losses, samplers, utils, checkpoints, weights, training, run_with_submitit'
     result = subprocess.run([sys.executable, '-c', f'import {modules}', '--no-such-flag'], cwd=tmp_path,
                             env={'PYTHONPATH': str(ROOT), 'PATH': ''}, capture_output=True, text=True)
     assert (result.returncode, result.stdout, list(tmp_path.iterdir())) == (0, '', [])

@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, tiny, write_folders
 from processes import finish, start
 
+import checkpoints
 import datasets
 import utils
 from main import main
@@ -157,14 +158,14 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120):
 def test_save_every(flags, tmp_path, monkeypatch):
     """Every 3 updates within an epoch, besides the one at its end."""
     saved = []
-    save = utils.save_checkpoint
+    save = checkpoints.save_checkpoint
 
     def noted(content, path, **kwargs):
         if path.name == 'checkpoint.pth':
             saved.append((content['epoch'], content['step']))
         save(content, path, **kwargs)
 
-    monkeypatch.setattr(utils, 'save_checkpoint', noted)
+    monkeypatch.setattr(checkpoints, 'save_checkpoint', noted)
     main([*flags, '--epochs', '2', '--save-every', '3', '--output-dir', str(tmp_path)])
     assert saved == [(-1, 3), (0, 0), (0, 3), (1, 0)]
 
@@ -241,7 +242,7 @@ def test_no_damage_goes_unnoticed(tmp_path):
     """A flipped bit anywhere in a checkpoint is refused, or changes nothing that is read."""
     path = tmp_path / 'checkpoint.pth'
     content = {'model': {'weight': torch.arange(100.), 'bias': torch.ones(3)}, 'epoch': 3, 'args': {'lr': .1}}
-    utils.save_checkpoint(content, path)
+    checkpoints.save_checkpoint(content, path)
     intact = path.read_bytes()
     refused = 0
     for position in range(0, len(intact), 5):
@@ -249,7 +250,7 @@ def test_no_damage_goes_unnoticed(tmp_path):
         damaged[position] ^= 1 << position % 8
         path.write_bytes(damaged)
         try:
-            torch.testing.assert_close(utils.load_checkpoint(path, '--resume'), content, rtol=0, atol=0)
+            torch.testing.assert_close(checkpoints.load_checkpoint(path, '--resume'), content, rtol=0, atol=0)
         except InputError:
             refused += 1
     assert refused > len(intact) / 5 / 2
@@ -259,11 +260,11 @@ def test_no_damage_goes_unnoticed(tmp_path):
 def test_truncation_is_noticed(tmp_path, length):
     """A checkpoint that was cut short is refused in one line."""
     path = tmp_path / 'checkpoint.pth'
-    utils.save_checkpoint({'model': {'weight': torch.arange(1000.)}}, path)
+    checkpoints.save_checkpoint({'model': {'weight': torch.arange(1000.)}}, path)
     content = path.read_bytes()
     path.write_bytes(content[:length if length in (0, 1) else int(length * len(content))])
     with pytest.raises(InputError, match='damaged, truncated'):
-        utils.load_checkpoint(path, '--resume')
+        checkpoints.load_checkpoint(path, '--resume')
 
 
 @pytest.mark.parametrize('damage', ['flip', 'truncate', 'delete'])

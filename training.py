@@ -1,0 +1,189 @@
+"""What a training holds, how it is stored, and how it goes on."""
+import dataclasses
+import signal
+from pathlib import Path
+from typing import Optional, Tuple
+
+import torch
+from timm.utils import ModelEmaV3
+
+import checkpoints
+import utils
+import weights
+from utils import InputError, notice
+
+CHECKPOINT, PREVIOUS, BEST = 'checkpoint.pth', 'checkpoint_previous.pth', 'best_model.pth'
+
+
+class WarmupPlateau:
+    """Linear warm-up, then a decay whenever the accuracy stops rising.
+
+    timm's own can't be stored, ignores the cooldown and without warm-up stays at --warmup-lr.
+    """
+
+    def __init__(self, args, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+        self.warmup_epochs, self.warmup_lr = args.warmup_epochs, args.warmup_lr
+        self.base_lrs = [group['lr'] for group in optimizer.param_groups]
+        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, mode='max', factor=args.decay_rate, patience=args.patience_epochs,
+            cooldown=args.cooldown_epochs, min_lr=args.min_lr)
+        if self.warmup_epochs:
+            self._warm_up(0)
+
+    def _warm_up(self, epoch: int):
+        for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs):
+            group['lr'] = self.warmup_lr + (base_lr - self.warmup_lr) * epoch / self.warmup_epochs
+
+    def step(self, epoch: int, accuracy: float):
+        if self.warmup_epochs and epoch <= self.warmup_epochs:
+            self._warm_up(epoch)
+        else:
+            self.plateau.step(accuracy)
+
+    def state_dict(self) -> dict:
+        return self.plateau.state_dict()
+
+    def load_state_dict(self, state: dict):
+        self.plateau.load_state_dict(state)
+
+
+def images_per_batch(args) -> int:
+    """Images of one forward and backward pass, of all processes together."""
+    return args.batch_size * utils.get_world_size()
+
+
+@dataclasses.dataclass
+class Training:
+    """Everything that changes while a model is trained."""
+    model: torch.nn.Module  # without wrappers
+    model_ema: Optional[ModelEmaV3]
+    optimizer: torch.optim.Optimizer
+    scheduler: object
+    scaler: torch.amp.GradScaler
+    epoch: int = -1  # the last finished one
+    step: int = 0  # batches done of the next one
+    sums: dict = dataclasses.field(default_factory=dict)  # this process's share of those batches' sums
+    accuracy: dict = dataclasses.field(default_factory=lambda: {'last': 0., 'best': 0., 'best_ema': 0.})
+
+    def state_dict(self, args) -> dict:
+        """What a checkpoint holds; all processes must ask for it together."""
+        return {
+            'model': self.model.state_dict(),
+            'model_ema': self.model_ema.module.state_dict() if self.model_ema else None,
+            'optimizer': self.optimizer.state_dict(),
+            'lr_scheduler': self.scheduler.state_dict(),
+            'scaler': self.scaler.state_dict(),
+            'epoch': self.epoch,
+            'step': self.step,
+            'sums': utils.sum_over_processes(self.sums),
+            'batch': images_per_batch(args),
+            'accuracy': self.accuracy,
+            'args': vars(args),
+        }
+
+    def load(self, checkpoint: dict, source: str, args):
+        """Go on where `checkpoint` was stored; `source` is what to call it in messages."""
+        weights.load_weights(self.model, weights.model_weights(checkpoint, source), source)
+        lacking = [key for key in ('optimizer', 'epoch') if key not in checkpoint]
+        if lacking:
+            raise InputError(f'{source}: has no {" and no ".join(lacking)} to go on with; to start from its weights, '
+                             f'use --pretrained')
+        self.load_optimizer(checkpoint, source, args)
+        if isinstance(self.scheduler, WarmupPlateau):  # the others are functions of the epoch
+            self.scheduler.load_state_dict(checkpoint['lr_scheduler'])
+        if checkpoint.get('scaler') and self.scaler.is_enabled():
+            self.scaler.load_state_dict(checkpoint['scaler'])
+        if self.model_ema is not None:
+            self.model_ema.module.load_state_dict(checkpoint.get('model_ema') or checkpoint['model'])
+        self.epoch = checkpoint['epoch']
+        self.accuracy.update(checkpoint.get('accuracy', {}))
+        self.step, batch = checkpoint.get('step', 0), checkpoint.get('batch', images_per_batch(args))
+        # The file has the sums over all processes: the main one goes on with them, since only totals are ever used.
+        self.sums = checkpoint.get('sums', {}) if utils.is_main_process() else {}
+        if self.step and batch != images_per_batch(args):
+            notice(f'{source}: was stored in the middle of an epoch with {batch} images a batch, now there are '
+                   f'{images_per_batch(args)}: goes on with about the same images')
+            self.step = self.step * batch // images_per_batch(args) // args.accum_iter * args.accum_iter
+
+    def load_optimizer(self, checkpoint: dict, source: str, args):
+        """Take over the optimizer's state; its options stay those of this command line."""
+        before = checkpoint.get('args', {})
+        opt = (before if isinstance(before, dict) else vars(before)).get('opt', args.opt)
+        if opt != args.opt:
+            raise InputError(f'{source}: was trained with --opt {opt}, not {args.opt}')
+        flags = {'weight_decay', 'betas', 'eps', 'momentum'}
+        if not isinstance(self.scheduler, WarmupPlateau):  # whose rate depends on what happened
+            flags.add('lr')
+        options = [{k: v for k, v in group.items() if k in flags} for group in self.optimizer.param_groups]
+        try:
+            self.optimizer.load_state_dict(checkpoint['optimizer'])
+        except (ValueError, KeyError) as error:
+            raise InputError(f'{source}: its optimizer is another one ({utils.first_line(error)})') from None
+        for group, own in zip(self.optimizer.param_groups, options):
+            group.update(own)
+
+
+def load_for_resume(args) -> Tuple[Optional[dict], str]:
+    """The checkpoint that --resume means (None: a fresh start), and what to call it in messages.
+
+    Raises:
+        InputError: it can't be read; with `auto`, none that is there can be.
+    """
+    if args.resume != 'auto':
+        checkpoint = checkpoints.load_checkpoint(args.resume, '--resume') if args.resume else None
+        return checkpoint, f'--resume {args.resume}'
+    candidates = [path for name in (CHECKPOINT, PREVIOUS) if (path := Path(args.output_dir, name)).exists()]
+    if not candidates:
+        notice(f'--resume auto: no {CHECKPOINT} in {args.output_dir}, a fresh start')
+    for path in candidates:
+        try:
+            return checkpoints.load_checkpoint(path, '--resume auto:'), f'--resume auto: {path}'
+        except InputError as error:
+            if path == candidates[-1]:
+                raise
+            notice(f'{error}; trying the one before')
+    return None, ''
+
+
+class Keeper:
+    """Stores a training between two steps: when asked to stop, and every --save-every steps.
+
+    Args:
+        run: what to store.
+        stop: the signals that ask to stop.
+    """
+
+    def __init__(self, args, run: Training, stop: utils.StopRequest):
+        self.args, self.run, self.stop = args, run, stop
+
+    def save(self):
+        if self.args.output_dir:
+            folder = Path(self.args.output_dir)
+            checkpoints.save_checkpoint(self.run.state_dict(self.args), folder / CHECKPOINT, keep=folder / PREVIOUS)
+
+    def after_update(self, step: int, sums: dict):
+        self.run.step, self.run.sums = step, sums
+        update = -(-step // self.args.accum_iter)
+        self.look_up(save=bool(self.args.save_every) and update % self.args.save_every == 0)
+
+    def look_up(self, *, save: bool = False):
+        """Store the training if asked to; stop, stored, if any process got a signal."""
+        signum = self.stop.agreed()
+        if save or signum:
+            self.save()
+        if signum:
+            self.interrupt(signum)
+
+    def interrupt(self, signum: int):
+        where = f'epoch {self.run.epoch + 1}, step {self.run.step}'
+        folder = self.args.output_dir
+        kept = f'stored in {folder}, to go on: --resume auto' if folder else 'nothing is stored without --output-dir'
+        raise utils.Interrupted(signum, f'{signal.Signals(signum).name}: stopped at {where}; {kept}')
+
+
+def goes_on_in_place(args) -> bool:
+    """Whether --resume continues the run that is in --output-dir."""
+    return args.resume == 'auto' or (
+        bool(args.resume) and not checkpoints.is_url(args.resume)
+        and Path(args.resume).resolve().parent == Path(args.output_dir).resolve())

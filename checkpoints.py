@@ -1,18 +1,28 @@
 """Checkpoint files: plain values and state dicts, written whole or not at all, read without executing anything."""
 import argparse
+import contextlib
+import http.client
 import os
 import pickle
 import re
-import urllib.error
+import sys
+import urllib.parse
 import warnings
 import zipfile
 import zlib
 from pathlib import Path
 from typing import Optional
 
+import safetensors
+import safetensors.torch
 import torch
 
 from utils import InputError, RunStopped, first_line, is_main_process
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 def save_checkpoint(state: dict, path: Path, *, keep: Optional[Path] = None):
@@ -62,38 +72,88 @@ def is_url(source) -> bool:
     return str(source).startswith(('http://', 'https://', 'file://'))
 
 
+def cache_path(url: str) -> Path:
+    """Where a download of `url` is kept: torch.hub's cache."""
+    return Path(torch.hub.get_dir(), 'checkpoints', Path(urllib.parse.urlparse(str(url)).path).name)
+
+
+class DownloadError(InputError):
+    """A file can't be downloaded."""
+
+
 def load_checkpoint(source, flag: str) -> dict:
     """Read a checkpoint onto the CPU, without executing anything that it holds.
 
     Args:
-        source: path or URL (kept in torch.hub's cache).
+        source: path (.safetensors, or anything that torch.save wrote) or URL (kept in torch.hub's cache).
         flag: the option that named it, for the error's text.
 
     Raises:
         InputError: not there, damaged, or holding Python objects.
+        DownloadError: of these, what the network or the server is to blame for.
     """
+    return load_from_url(str(source), flag) if is_url(source) else load_file(Path(source), f'{flag} {source}')
+
+
+def load_from_url(url: str, flag: str) -> dict:
+    """A file that can't be read is not kept, so that what was cut short is downloaded anew."""
+    path = cache_path(url)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with only_one_process(path.with_name(path.name + '.lock')):
+        if path.exists():
+            try:
+                return load_file(path, f'{flag} {url}: {path}')
+            except InputError as error:
+                print(f'{error}; downloading it again', file=sys.stderr, flush=True)
+        hash_in_name = re.search(r'-([0-9a-f]{8,})\.', path.name)
+        fresh = path.with_name(path.name + '.new')
+        try:
+            torch.hub.download_url_to_file(
+                url, str(fresh), hash_in_name and hash_in_name[1], progress=is_main_process())
+            checkpoint = load_file(fresh, f'{flag} {url}: cut short on its way, or')
+        except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
+            raise DownloadError(f'{flag} {url}: can\'t be downloaded ({first_line(error)}); without a network, put the '
+                                f'file at {path}') from None
+        except RuntimeError as error:
+            raise DownloadError(f'{flag} {url}: {first_line(error)}') from None
+        except InputError as error:
+            raise DownloadError(str(error)) from None
+        else:
+            os.replace(fresh, path)
+        finally:
+            fresh.unlink(missing_ok=True)
+    return checkpoint
+
+
+@contextlib.contextmanager
+def only_one_process(lock: Path):
+    """A context for one process of this machine at a time."""
+    with open(lock, 'w') as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def load_file(path: Path, name: str) -> dict:
+    """Read a file, which messages call `name`; see `load_checkpoint`."""
     try:
+        if path.suffix == '.safetensors':
+            return safetensors.torch.load_file(path)
         # Checkpoints of the original's main.py hold its parsed arguments, which can do no harm.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # torch's about the format of files that it then refuses
-            if is_url(source):
-                checkpoint = torch.hub.load_state_dict_from_url(
-                    str(source), map_location='cpu', weights_only=True,
-                    check_hash=re.search(r'-[0-9a-f]{8,}\.', str(source)) is not None)
-            else:
-                check_integrity(source)
-                checkpoint = torch.load(source, map_location='cpu', weights_only=True)
+            check_integrity(path)
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
-        raise InputError(f'{flag} {source}: no such file') from None
+        raise InputError(f'{name}: no such file') from None
     except IsADirectoryError:
-        raise InputError(f'{flag} {source}: a directory, not a checkpoint file') from None
-    except urllib.error.URLError as error:
-        raise InputError(f'{flag} {source}: can\'t be downloaded ({error})') from None
+        raise InputError(f'{name}: a directory, not a checkpoint file') from None
     except pickle.UnpicklingError:
-        raise InputError(f'{flag} {source}: damaged, truncated or not a checkpoint of tensors and plain values (files '
-                         f'that need Python code to be run are refused)') from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise InputError(f'{flag} {source}: damaged, truncated or not a checkpoint ({first_line(error)})') from None
+        raise InputError(f'{name}: damaged, truncated or not a checkpoint of tensors and plain values (files that need '
+                         f'Python code to be run are refused)') from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile,
+            safetensors.SafetensorError) as error:
+        raise InputError(f'{name}: damaged, truncated or not a checkpoint ({first_line(error)})') from None
     if not isinstance(checkpoint, dict):
-        raise InputError(f'{flag} {source}: holds a {type(checkpoint).__name__}, not a checkpoint')
+        raise InputError(f'{name}: holds a {type(checkpoint).__name__}, not a checkpoint')
     return checkpoint

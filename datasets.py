@@ -111,7 +111,7 @@ class ClassFolders(datasets.ImageFolder):
 
 
 class FashionMNIST(Dataset):
-    """Fashion-MNIST (or another set of 10 classes like it) from its four IDX files, gzipped or not, as RGB images.
+    """Fashion-MNIST from its four IDX files, gzipped or not, as RGB images.
 
     Args:
         root: a folder that holds the files, or torchvision's `FashionMNIST/raw` with them.
@@ -127,6 +127,7 @@ class FashionMNIST(Dataset):
             raise InputError(f'--data-path: {root}: a {split} label is {self.labels.max()}, the last is '
                              f'{NUM_FASHION - 1}')
         self.transform = transform
+        self.classes = datasets.FashionMNIST.classes
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -179,7 +180,7 @@ class INaturalist(Dataset):
         except (KeyError, IndexError, ValueError, TypeError) as error:
             raise InputError(f'--data-path {root}: the annotations of {year} are not iNaturalist\'s '
                              f'({type(error).__name__}: {error}, --inat-category {category})') from None
-        self.num_classes = len(class_to_idx)
+        self.classes = list(class_to_idx)
         self.transform = transform
 
     def __len__(self) -> int:
@@ -245,7 +246,7 @@ def build_cifar(args, is_train: bool, cls: type):
 
 def build_inaturalist(args, is_train: bool, year: int):
     dataset = INaturalist(Path(args.data_path), is_train, year, args.inat_category)
-    return dataset, dataset.num_classes
+    return dataset, len(dataset.classes)
 
 
 BUILDERS = {
@@ -274,6 +275,12 @@ def build_dataset(args, is_train: bool) -> Tuple[Dataset, int]:
     dataset, num_classes = BUILDERS[args.data_set](args, is_train)
     dataset.transform = build_train_transform(args) if is_train else build_eval_transform(args)
     return dataset, num_classes
+
+
+def class_names(dataset: Dataset) -> List[str]:
+    """What the data set calls the classes 0, 1, ...: words, or the WordNet ids of ImageNet."""
+    standard = getattr(dataset, 'standard', None)
+    return standard if standard and set(dataset.classes) <= set(standard) else list(dataset.classes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ The recipe is the paper's by default. Data flows one way: arguments -> builders 
 """
 import argparse
 import copy
+import dataclasses
 import datetime
 import difflib
 import itertools
@@ -29,12 +30,12 @@ import datasets
 import samplers
 import training
 import utils
+import weights
 import xcit
 from engine import NonFiniteLoss, evaluate, train_one_epoch
 from losses import DISTILLATION_TYPES, DistillationLoss, classification_loss
 from training import BEST, CHECKPOINT, Keeper, Training, WarmupPlateau, images_per_batch
 from utils import COUNT, COUNT_OR_0, FRACTION, NON_NEGATIVE, POSITIVE, InputError, Parser, notice, number
-from weights import load_weights, model_weights
 
 AMP_DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16, 'off': None}
 REFERENCE_BATCH = 512  # images for which --lr is meant
@@ -71,9 +72,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument('--drop', default=0., type=FRACTION, metavar='FRACTION', help='dropout')
     group.add_argument('--drop-path', default=.1, type=number(float, 0, .999), metavar='FRACTION',
                        help='stochastic depth, the same in all layers of XCiT')
-    group.add_argument('--pretrained', metavar='PATH|URL',
-                       help='initial weights; a head for another number of classes is left out')
-    group.add_argument('--surgery', metavar='PATH|URL',
+    group.add_argument('--pretrained', metavar='TAG|PATH|URL|hf-hub:NAME',
+                       help='initial weights: published ones by their tag (see the README), or any others; a head for '
+                       'another number of classes is left out')
+    group.add_argument('--use-ema', action=boolean, default=False,
+                       help='take the moving average that a training\'s checkpoint holds beside the weights')
+    group.add_argument('--surgery', metavar='TAG|PATH|URL|hf-hub:NAME',
                        help='copy the patch stem from these weights and keep it frozen: steadier for large models')
     group.add_argument('--grad-checkpointing', action=boolean, default=False,
                        help='compute activations twice to save memory')
@@ -139,7 +143,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument('--distillation-type', default='none', choices=DISTILLATION_TYPES,
                        help='learn from a teacher\'s probabilities or from its class')
     group.add_argument('--teacher-model', default='regnety_160', help='name of a timm model')
-    group.add_argument('--teacher-path', default='', metavar='PATH|URL', help='the teacher\'s weights')
+    group.add_argument('--teacher-path', default='', metavar='TAG|PATH|URL|hf-hub:NAME',
+                       help='the teacher\'s weights')
     group.add_argument('--teacher-pretrained', action=boolean, default=False, help='take timm\'s weights instead')
     group.add_argument('--distillation-alpha', default=.5, type=FRACTION, help='weight of the teacher\'s term')
     group.add_argument('--distillation-tau', default=1., type=POSITIVE, help='temperature of "soft"')
@@ -204,10 +209,13 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
         if bool(args.teacher_path) == args.teacher_pretrained:
             raise InputError(f'--distillation-type {args.distillation_type}: needs the teacher\'s weights from either '
                              f'--teacher-path or --teacher-pretrained')
-    for flag in ('resume', 'pretrained', 'surgery', 'teacher_path'):
-        path = getattr(args, flag)
-        if path and not checkpoints.is_url(path) and (flag, path) != ('resume', 'auto') and not Path(path).exists():
-            raise InputError(f'--{flag.replace("_", "-")} {path}: no such file')
+    for flag, model in (('pretrained', args.model), ('surgery', args.model), ('teacher_path', args.teacher_model)):
+        if getattr(args, flag):
+            weights.check_exists(getattr(args, flag), f'--{flag.replace("_", "-")}', model)
+    if args.resume not in ('', 'auto') and not checkpoints.is_url(args.resume) and not Path(args.resume).exists():
+        raise InputError(f'--resume {args.resume}: no such file')
+    if args.use_ema and not args.pretrained and not (args.eval and args.resume):
+        raise InputError('--use-ema: needs weights to take the average from: --pretrained, or --eval with --resume')
     if args.resume == 'auto' and not args.output_dir:
         raise InputError('--resume auto: needs --output-dir to look in')
     if args.start_epoch >= args.epochs:
@@ -247,8 +255,7 @@ def build_amp_dtype(args, device: torch.device) -> Optional[torch.dtype]:
 
 
 def build_loader(dataset: Dataset, args, device: torch.device, **kwargs) -> DataLoader:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    workers = min(args.num_workers, cores)
+    workers = utils.usable_workers(args.num_workers)
     return DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0,
                       worker_init_fn=utils.WorkerSignals(),
                       pin_memory=args.pin_mem and device.type == 'cuda', **kwargs)
@@ -279,7 +286,7 @@ def build_eval_loader(dataset: Dataset, args, device: torch.device) -> DataLoade
 
 
 def build_model(args, num_classes: int, *, new_head: bool) -> torch.nn.Module:
-    """The model with its initial weights; `new_head`: see weights.load_weights."""
+    """The model with its initial weights; `new_head`: see weights.load."""
     utils.seed_everything(args.seed)
     try:
         model = timm.create_model(
@@ -289,11 +296,10 @@ def build_model(args, num_classes: int, *, new_head: bool) -> torch.nn.Module:
     if args.model not in xcit.MODELS:
         check_input_size(args, model)
     if args.pretrained:
-        source = f'--pretrained {args.pretrained}'
-        given = model_weights(checkpoints.load_checkpoint(args.pretrained, '--pretrained'), source)
-        load_weights(model, given, source, new_head=new_head)
+        given = weights.read(args.pretrained, '--pretrained', args.model, use_ema=args.use_ema)
+        weights.load(model, given, new_head=new_head)
     if args.surgery:
-        transplant_stem(model, args.surgery)
+        transplant_stem(model, args)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     return model
@@ -309,14 +315,14 @@ def check_input_size(args, model: torch.nn.Module):
                          ) from None
 
 
-def transplant_stem(model: torch.nn.Module, source: str):
+def transplant_stem(model: torch.nn.Module, args):
     """Copy `patch_embed` from a checkpoint and freeze it."""
-    given = model_weights(checkpoints.load_checkpoint(source, '--surgery'), f'--surgery {source}')
+    given = weights.read(args.surgery, '--surgery', args.model)
     prefix = 'patch_embed.'
-    stem = {key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)}
+    stem = {key.removeprefix(prefix): value for key, value in given.tensors.items() if key.startswith(prefix)}
     if not hasattr(model, 'patch_embed'):
-        raise InputError(f'--surgery {source}: the model has no patch_embed')
-    load_weights(model.patch_embed, stem, f'--surgery {source}')
+        raise InputError(f'--surgery {args.surgery}: the model has no patch_embed')
+    weights.load(model.patch_embed, dataclasses.replace(given, tensors=stem))
     model.patch_embed.requires_grad_(False)
 
 
@@ -357,9 +363,7 @@ def build_teacher(args, num_classes: int) -> torch.nn.Module:
             raise
         raise InputError(f'{source}: timm can\'t get the weights ({utils.first_line(error)})') from None
     if args.teacher_path:
-        source = f'--teacher-path {args.teacher_path}'
-        given = model_weights(checkpoints.load_checkpoint(args.teacher_path, '--teacher-path'), source)
-        load_weights(teacher, given, source)
+        weights.load(teacher, weights.read(args.teacher_path, '--teacher-path', args.teacher_model))
     return teacher.eval().requires_grad_(False)
 
 
@@ -404,7 +408,8 @@ def train(args, device: torch.device) -> dict:
     criterion = build_criterion(args, num_classes, device)
     optimizer = build_optimizer(args, model)
     run = Training(model, build_model_ema(args, model), optimizer, build_scheduler(args, optimizer),
-                   torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16), epoch=args.start_epoch - 1)
+                   torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16), epoch=args.start_epoch - 1,
+                   classes=datasets.class_names(dataset_train))
     checkpoint, source = training.load_for_resume(args)
     if checkpoint is not None:
         run.load(checkpoint, source, args)
@@ -534,13 +539,15 @@ def evaluate_only(args, device: torch.device) -> dict:
     model = build_model(args, num_classes, new_head=False)
     checkpoint, source = training.load_for_resume(args)
     if checkpoint is not None:
-        load_weights(model, model_weights(checkpoint, source), source)
+        weights.load(model, weights.extract(checkpoint, source, use_ema=args.use_ema))
     elif args.resume:
         raise InputError(f'--resume auto: no {CHECKPOINT} in {args.output_dir} to evaluate')
     elif not args.pretrained:
         notice('Neither --resume nor --pretrained: the weights are random')
     for description in (args, utils.environment()):
         notice(description)
+    if checkpoint is not None and checkpoint.get('classes') not in (None, datasets.class_names(dataset)):
+        notice(f'{source}: was trained on classes of other names, or in another order, than these')
     loader = build_eval_loader(dataset, args, device)
     stats = evaluate(model.to(device), loader, device=device, amp_dtype=build_amp_dtype(args, device))
     stats.update(model=args.model, weights=args.resume or args.pretrained,

@@ -62,6 +62,7 @@ class Training:
     scheduler: object
     scaler: torch.amp.GradScaler
     epoch: int = -1  # the last finished one
+    classes: Optional[list] = None  # their names
     step: int = 0  # batches done of the next one
     sums: dict = dataclasses.field(default_factory=dict)  # this process's share of those batches' sums
     accuracy: dict = dataclasses.field(default_factory=lambda: {'last': 0., 'best': 0., 'best_ema': 0.})
@@ -79,16 +80,20 @@ class Training:
             'sums': utils.sum_over_processes(self.sums),
             'batch': images_per_batch(args),
             'accuracy': self.accuracy,
+            'classes': self.classes,
             'args': vars(args),
         }
 
     def load(self, checkpoint: dict, source: str, args):
         """Go on where `checkpoint` was stored; `source` is what to call it in messages."""
-        weights.load_weights(self.model, weights.model_weights(checkpoint, source), source)
+        weights.load(self.model, weights.extract(checkpoint, source))
         lacking = [key for key in ('optimizer', 'epoch') if key not in checkpoint]
         if lacking:
             raise InputError(f'{source}: has no {" and no ".join(lacking)} to go on with; to start from its weights, '
                              f'use --pretrained')
+        if checkpoint.get('classes') not in (None, self.classes):
+            raise InputError(f'{source}: was trained on other classes ({utils.abridge(checkpoint["classes"], 4)}), or '
+                             f'in another order, than these ({utils.abridge(self.classes, 4)})')
         self.load_optimizer(checkpoint, source, args)
         if isinstance(self.scheduler, WarmupPlateau):  # the others are functions of the epoch
             self.scheduler.load_state_dict(checkpoint['lr_scheduler'])

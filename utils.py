@@ -292,6 +292,12 @@ class StopRequest:
         return max_over_processes(self.signum)
 
 
+def usable_workers(wanted: int) -> int:
+    """So many data-loading processes, but not more than there are cores for this process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return min(wanted, cores)
+
+
 class WorkerSignals:
     """For data-loading workers (`worker_init_fn`): leave signals to the main process, until that one exits.
 

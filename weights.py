@@ -1,46 +1,194 @@
-"""Weights of a checkpoint, and into a model."""
+"""Weights by name: from a published tag, a file, a URL or the Hugging Face hub, in whichever format, into a model."""
+import dataclasses
+from pathlib import Path
+from typing import List, Optional, Tuple
+
+import huggingface_hub
 import torch
+from timm.models import load_state_dict_from_hf
 
-from utils import InputError, abridge, notice
+import checkpoints
+import xcit
+from utils import InputError, abridge, first_line, notice
+
+HUB = 'hf-hub:'  # before the name of a repository there
+ENTRIES = ('model', 'state_dict', 'teacher')  # under which files keep weights: published and ours, many others, DINO
+AVERAGES = ('model_ema', 'state_dict_ema')  # the moving average: ours and the original's, timm's
 
 
-def model_weights(checkpoint: dict, source: str) -> dict:
-    """The weights by name in a checkpoint: under 'model' (as published and as stored here), 'state_dict', or bare.
+@dataclasses.dataclass
+class Weights:
+    """A model's weights, and what their file says of them.
+
+    Args:
+        tensors: by name, in the naming of the published files.
+        source: the option and the value they came from, for messages.
+        description: what the file was found to hold.
+        checkpoint: the whole file, with whatever it holds beside weights (`args`, `classes`, `epoch`).
+    """
+    tensors: dict
+    source: str
+    description: str
+    checkpoint: dict
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where weights come from
+
+def tags(model_name: str) -> List[str]:
+    """The tags of a model's published checkpoints, e.g. 'fb_in1k'."""
+    return [published.tag for published in xcit.ZOO.values() if published.model == model_name.split('.')[0]]
+
+
+def published(model_name: str, tag: str) -> Optional[xcit.Published]:
+    """The published checkpoint that a tag means for a model, None if it has no such tag."""
+    return xcit.ZOO.get(f'{model_name.split(".")[0]}.{tag}')
+
+
+def published_as(given: str) -> Optional[xcit.Published]:
+    """The published checkpoint that an address or a file's name means, None if it is none of them."""
+    name = Path(given).name
+    return next((entry for entry in xcit.ZOO.values()
+                 if given == f'{HUB}{entry.hf_hub_id}' or name == Path(entry.url).name), None)
+
+
+def check_exists(given: str, flag: str, model_name: str):
+    """Refuse what is no tag of the model, no address, and no file.
+
+    Raises:
+        InputError: says what would be allowed.
+    """
+    if published(model_name, given) or given.startswith(HUB) or checkpoints.is_url(given) or Path(given).exists():
+        return
+    allowed = f'; tags of {model_name}: {", ".join(tags(model_name))}' if tags(model_name) else ''
+    raise InputError(f'{flag} {given}: no such file{allowed}')
+
+
+def read(given: str, flag: str, model_name: str = '', *, use_ema: bool = False) -> Weights:
+    """Read weights from wherever `given` says.
+
+    Args:
+        given: a tag of the model, a path (.pth or .safetensors), a URL, or `hf-hub:OWNER/NAME`.
+        flag: the option that gave it, for messages.
+        model_name: whose tags count.
+        use_ema: take the moving average that a training checkpoint holds.
+
+    Raises:
+        InputError: not there, damaged, or without weights.
+    """
+    checkpoint = published(model_name, given)
+    if checkpoint is not None:
+        content = read_published(checkpoint, flag)
+    elif given.startswith(HUB):
+        content = read_hub(given.removeprefix(HUB), flag)
+    else:
+        content = checkpoints.load_checkpoint(given, flag)
+    return extract(content, f'{flag} {given}', use_ema=use_ema)
+
+
+def read_published(checkpoint: xcit.Published, flag: str) -> dict:
+    """The file of a published checkpoint from either home: what is on this machine already goes first."""
+    cached = checkpoints.cache_path(checkpoint.url).exists()
+    if checkpoint.hf_hub_id and not cached:
+        cached_there = huggingface_hub.try_to_load_from_cache(checkpoint.hf_hub_id, 'model.safetensors')
+        if isinstance(cached_there, str):
+            return checkpoints.load_checkpoint(cached_there, flag)
+    try:
+        return checkpoints.load_checkpoint(checkpoint.url, flag)
+    except checkpoints.DownloadError as error:
+        if not checkpoint.hf_hub_id:
+            raise
+        try:
+            return read_hub(checkpoint.hf_hub_id, flag)
+        except checkpoints.DownloadError:
+            raise error from None
+
+
+def read_hub(name: str, flag: str) -> dict:
+    try:
+        return load_state_dict_from_hf(name)
+    except Exception as error:  # of the network, of the hub, of the file: many kinds
+        raise checkpoints.DownloadError(
+            f'{flag} {HUB}{name}: can\'t be read from the Hugging Face hub ({first_line(error)}); without a network, '
+            f'give the path of its model.safetensors') from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What files hold
+
+def extract(checkpoint: dict, source: str, *, use_ema: bool = False) -> Weights:
+    """Find the weights in a file's content, and give them the published names.
+
+    Known are the published files, bare state dicts, DINO's trainings (the teacher's backbone), timm's naming, and what
+    DistributedDataParallel and torch.compile put in front of names.
 
     Raises:
         InputError: there are none.
     """
-    weights = checkpoint.get('model', checkpoint.get('state_dict', checkpoint))
-    if not isinstance(weights, dict) or not any(isinstance(value, torch.Tensor) for value in weights.values()):
+    entries = AVERAGES if use_ema else ENTRIES
+    entry = next((name for name in entries if isinstance(checkpoint.get(name), dict)), None)
+    if use_ema and entry is None:
+        raise InputError(f'{source}: holds no moving average (--use-ema); it has: {abridge(list(checkpoint))}')
+    tensors = checkpoint if entry is None else checkpoint[entry]
+    if not any(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise InputError(f'{source}: no weights under \'model\'; the file has: {abridge(list(checkpoint))}')
-    return weights
+    found = ['a bare state dict' if entry is None else f'\'{entry}\'']
+    tensors, removed = strip_prefixes(tensors)
+    found += [f'names without {" and ".join(removed)}'] if removed else []
+    if xcit.has_timm_names(tensors):
+        tensors = xcit.from_timm_names(tensors)
+        found.append('timm\'s names')
+    if isinstance(checkpoint.get('epoch'), int):
+        found.append(f'of epoch {checkpoint["epoch"]}')
+    return Weights(tensors, source, ', '.join(found), checkpoint)
 
 
-def load_weights(model: torch.nn.Module, given: dict, source: str, *, new_head: bool = False):
-    """Load all of the weights `given` into `model`.
+def strip_prefixes(tensors: dict) -> Tuple[dict, List[str]]:
+    """Names without what wrappers put in front of them; and which these were."""
+    removed = []
+    if any('_orig_mod.' in key for key in tensors):  # torch.compile, of the whole or of parts
+        tensors, removed = {key.replace('_orig_mod.', ''): value for key, value in tensors.items()}, ['_orig_mod.']
+    if tensors and all(key.startswith('module.') for key in tensors):  # DistributedDataParallel
+        tensors = {key.removeprefix('module.'): value for key, value in tensors.items()}
+        removed.append('module.')
+    prefix = 'backbone.'  # DINO, whose projection head is no part of the model
+    if any(key.startswith(prefix) for key in tensors):
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        removed.append(prefix)
+    return tensors, removed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Into a model
+
+def load(model: torch.nn.Module, weights: Weights, *, new_head: bool = False):
+    """Load all of the weights into `model`.
 
     Args:
-        given: weights by name, as `model_weights` gives them.
-        source: the option and value they came from, for messages.
-        new_head: keep the model's fresh head where the given one is for another number of classes.
+        new_head: keep the model's fresh head where the given one is for another number of classes, or there is none.
 
     Raises:
         InputError: a weight is missing, left over or of another shape.
     """
-    own = model.state_dict()
-    wrong_shape = [k for k in own if k in given and getattr(given[k], 'shape', None) != own[k].shape]
+    own, given, source = model.state_dict(), weights.tensors, weights.source
+    head = [f'{getattr(model, "default_cfg", {}).get("classifier", "head")}.{part}' for part in ('weight', 'bias')]
+    other_shape = [k for k in own if k in given and getattr(given[k], 'shape', None) != own[k].shape]
     missing = [k for k in own if k not in given]
     unexpected = [k for k in given if k not in own]
-    head = [f'{getattr(model, "default_cfg", {}).get("classifier", "head")}.{part}' for part in ('weight', 'bias')]
-    if missing or unexpected or set(wrong_shape) - set(head):
-        shapes = [f'{k} {tuple(getattr(given[k], "shape", ()))}, model has {tuple(own[k].shape)}' for k in wrong_shape]
-        problems = {'missing keys': missing, 'unexpected keys': unexpected, 'other shapes': shapes}
+    problems = {
+        'missing keys': missing, 'unexpected keys': unexpected,
+        'other shapes': [f'{k} {tuple(getattr(given[k], "shape", ()))}, model has {tuple(own[k].shape)}'
+                         for k in other_shape]}
+    if set(missing + unexpected + other_shape) - set(head):
         raise InputError(f'{source}: the weights are not this model\'s; '
                          + '; '.join(f'{what}: {abridge(keys)}' for what, keys in problems.items() if keys))
-    if wrong_shape:
-        classes = f'{len(given[head[0]])} classes, not {len(own[head[0]])}'
-        if not new_head:
-            raise InputError(f'{source}: the weights are for {classes}')
-        notice(f'{source}: its head is for {classes}, and is left out; the model keeps a fresh one')
+    notice(f'{source}: {weights.description}')
+    if missing or unexpected or other_shape:
+        has = f'{len(given[head[0]])} classes' if head[0] in given else 'no head'
+        needs = f'{len(own[head[0]])}' if head[0] in own else 'none'
+        if head[0] in own and not new_head:
+            raise InputError(f'{source}: the weights are for {has}, not {needs}'
+                             if head[0] in given else f'{source}: the weights have no head')
+        notice(f'{source}: its head ({has}) is left out' + ('; the model keeps a fresh one' if head[0] in own else ''))
         given = {k: v for k, v in given.items() if k not in head}
-    model.load_state_dict(given, strict=not wrong_shape)
+    model.load_state_dict(given, strict=False)  # checked above, in words of our own

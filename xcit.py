@@ -8,8 +8,10 @@ Shapes: `B` batch, `N = H*W` tokens, `C` channels, `H, W` token grid (never pixe
 `K` classes. Images are `(B, 3, img_h, img_w)` in pixels; any size works, the grid is `ceil(pixels / patch)`.
 """
 import contextlib
+import dataclasses
 import math
-from typing import List, Optional, Tuple, Union
+import re
+from typing import Iterator, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -34,13 +36,6 @@ SIZES = {
 }
 PATCH_SIZES = (16, 8)
 GLOBAL_POOLS = ('token', 'avg', '')
-
-# Published ImageNet-1k weights of every model: timm tag -> (suffix of the file's name, resolution in pixels).
-PUBLISHED = {
-    'fb_in1k': ('224', 224),
-    'fb_dist_in1k': ('224_dist', 224),
-    'fb_dist_in1k_384': ('384_dist', 384),
-}
 
 
 class PositionalEncodingFourier(nn.Module):
@@ -461,24 +456,128 @@ def checkpoint_block(block: nn.Module, *args) -> torch.Tensor:
     return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, **contexts)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Published weights
+
+# Published top-1 on ImageNet-1k, percent, crop 1.0: at 224 pixels, at 224 with distillation, at 384 with distillation
+PUBLISHED_TOP1 = {
+    'nano_12': {16: (69.9, 72.2, 75.4), 8: (73.8, 76.3, 77.8)},
+    'tiny_12': {16: (77.1, 78.6, 80.9), 8: (79.7, 81.2, 82.4)},
+    'tiny_24': {16: (79.4, 80.4, 82.6), 8: (81.9, 82.6, 83.7)},
+    'small_12': {16: (82.0, 83.3, 84.7), 8: (83.4, 84.2, 85.1)},
+    'small_24': {16: (82.6, 83.9, 85.1), 8: (83.9, 84.9, 85.6)},
+    'medium_24': {16: (82.7, 84.3, 85.4), 8: (83.7, 85.1, 85.8)},
+    'large_24': {16: (82.9, 84.9, 85.8), 8: (84.4, 85.4, 86.0)},
+}
+# Of the backbones trained without labels (DINO): k-NN, linear
+PUBLISHED_DINO_TOP1 = {
+    'small_12': {16: (76.0, 77.8), 8: (77.1, 79.2)},
+    'medium_24': {16: (76.4, 78.8), 8: (77.9, 80.3)},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A published checkpoint, for images normalised with ImageNet's mean and standard deviation.
+
+    Args:
+        model: name of the model, e.g. 'xcit_small_12_p16'.
+        tag: of these weights, e.g. 'fb_dist_in1k_384'.
+        url: the authors' file.
+        hf_hub_id: repository of timm's copy on the Hugging Face hub, if there is one.
+        resolution: pixels, at which the accuracy was measured.
+        num_classes: 0 for a backbone.
+        distilled: trained with a teacher.
+        top1: on ImageNet-1k, percent; of a backbone by a linear classifier.
+        knn: of a backbone by its nearest neighbours.
+    """
+    model: str
+    tag: str
+    url: str
+    hf_hub_id: Optional[str]
+    resolution: int
+    num_classes: int
+    distilled: bool
+    top1: float
+    knn: Optional[float] = None
+    crop: float = 1.
+
+
+def _published() -> Iterator[Published]:
+    files = 'https://dl.fbaipublicfiles.com/xcit/'
+    for patch in PATCH_SIZES:
+        for size in SIZES:
+            name = f'xcit_{size}_p{patch}'
+            top1 = PUBLISHED_TOP1[size][patch]
+            for tag, suffix, resolution, distilled, accuracy in (
+                    ('fb_in1k', '224', 224, False, top1[0]), ('fb_dist_in1k', '224_dist', 224, True, top1[1]),
+                    ('fb_dist_in1k_384', '384_dist', 384, True, top1[2])):
+                copy = f'timm/{name}_{resolution}.{tag.removesuffix("_384")}'
+                yield Published(name, tag, f'{files}{name}_{suffix}.pth', copy, resolution, 1000, distilled, accuracy)
+            if size in PUBLISHED_DINO_TOP1:
+                knn, linear = PUBLISHED_DINO_TOP1[size][patch]
+                url = f'{files}xcit_{size}_cp{patch}_dino.pth'
+                yield Published(name, 'fb_dino', url, None, 224, 0, False, linear, knn)
+
+
+ZOO = {f'{published.model}.{published.tag}': published for published in _published()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# timm's naming and registry
+
+def has_timm_names(weights: dict) -> bool:
+    """Whether weights are named as in timm's own XCiT, which calls two things otherwise."""
+    return any(key.startswith('pos_embed.') or re.fullmatch(TIMM_CLASS_ATTENTION, key) for key in weights)
+
+
+TIMM_CLASS_ATTENTION = r'(cls_attn_blocks\.\d+\.attn\.)([qkv])\.(weight|bias)'
+
+
+def from_timm_names(weights: dict) -> dict:
+    """timm's naming -> the published one: `pos_embeder`, and one `qkv` in class attention."""
+    published = {}
+    for key, value in weights.items():
+        split = re.fullmatch(TIMM_CLASS_ATTENTION, key)
+        if split is None:
+            published[re.sub(r'^pos_embed\.', 'pos_embeder.', key)] = value
+        elif split[2] == 'q':
+            parts = [weights[f'{split[1]}{part}.{split[3]}'] for part in 'qkv']
+            published[f'{split[1]}qkv.{split[3]}'] = torch.cat(parts)
+    return published
+
+
+def to_timm_names(weights: dict) -> dict:
+    """The published naming -> timm's."""
+    renamed = {}
+    for key, value in weights.items():
+        joined = re.fullmatch(r'(cls_attn_blocks\.\d+\.attn\.)qkv\.(weight|bias)', key)
+        if joined is None:
+            renamed[re.sub(r'^pos_embeder\.', 'pos_embed.', key)] = value
+        else:
+            for part, third in zip('qkv', value.chunk(3)):
+                renamed[f'{joined[1]}{part}.{joined[2]}'] = third.clone()
+    return renamed
+
+
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
-    """Published files hold their weights under 'model'."""
-    return state_dict.get('model', state_dict)
+    """What timm loads from: published files hold their weights under 'model', its own copies have other names."""
+    weights = state_dict.get('model', state_dict)
+    return from_timm_names(weights) if has_timm_names(weights) else weights
 
 
-def _cfg(name: str, file_suffix: str, resolution: int) -> dict:
+def _cfg(published: Published) -> dict:
     return {
-        'url': f'https://dl.fbaipublicfiles.com/xcit/{name}_{file_suffix}.pth',
-        'num_classes': 1000, 'input_size': (3, resolution, resolution), 'pool_size': None,
-        'crop_pct': 1.0, 'interpolation': 'bicubic', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'url': published.url, 'hf_hub_id': published.hf_hub_id, 'num_classes': published.num_classes,
+        'input_size': (3, published.resolution, published.resolution), 'pool_size': None, 'crop_pct': published.crop,
+        'interpolation': 'bicubic', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'patch_embed.proj.0.0', 'classifier': 'head', 'license': 'apache-2.0',
     }
 
 
 MODELS = [f'xcit_{size}_p{patch}' for patch in PATCH_SIZES for size in SIZES]
 
-default_cfgs = generate_default_cfgs({
-    f'{name}.{tag}': _cfg(name, *published) for name in MODELS for tag, published in PUBLISHED.items()})
+default_cfgs = generate_default_cfgs({name: _cfg(published) for name, published in ZOO.items()})
 
 
 def _register(size: str, patch_size: int):

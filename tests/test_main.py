@@ -78,7 +78,7 @@ def test_checkpoint_holds_everything(trained):
     for name in ('checkpoint.pth', 'best_model.pth'):
         state = checkpoint(trained[1], name)
         assert set(state) == {'model', 'model_ema', 'optimizer', 'lr_scheduler', 'scaler', 'epoch', 'step', 'sums',
-                              'batch', 'accuracy', 'args'}
+                              'batch', 'accuracy', 'classes', 'args'}
         assert isinstance(state['args'], dict)
     assert not list(trained[1].glob('*.tmp'))
 

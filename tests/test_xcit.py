@@ -188,16 +188,25 @@ def test_pretrained_cfg_is_imagenets():
     assert cfg['std'] == timm.data.IMAGENET_DEFAULT_STD
 
 
-def test_pretrained_cfgs_are_the_42_published_files():
-    """One address for each model and kind of training, at the resolution in its name."""
-    urls = {}
-    for name in xcit.MODELS:
-        for tag in xcit.PUBLISHED:
-            cfg = timm.models.get_pretrained_cfg(f'{name}.{tag}')
-            urls[cfg.url] = cfg.input_size[1]
-    assert len(urls) == 42
-    assert urls['https://dl.fbaipublicfiles.com/xcit/xcit_small_12_p16_384_dist.pth'] == 384
-    assert urls['https://dl.fbaipublicfiles.com/xcit/xcit_large_24_p8_224.pth'] == 224
+def test_zoo_is_the_46_published_files():
+    """Three ImageNet trainings of each model and four of DINO; timm's registry has them at their resolution."""
+    cfgs = [timm.models.get_pretrained_cfg(name) for name in xcit.ZOO]
+    assert len({cfg.url for cfg in cfgs}) == len(xcit.ZOO) == 46
+    assert sum(cfg.num_classes == 1000 for cfg in cfgs) == 42
+    assert all(cfg.input_size[1] == published.resolution for cfg, published in zip(cfgs, xcit.ZOO.values()))
+    urls = {name: published.url.rsplit('/', 1)[1] for name, published in xcit.ZOO.items()}
+    assert urls['xcit_small_12_p16.fb_dist_in1k_384'] == 'xcit_small_12_p16_384_dist.pth'
+    assert urls['xcit_large_24_p8.fb_in1k'] == 'xcit_large_24_p8_224.pth'
+    assert urls['xcit_medium_24_p8.fb_dino'] == 'xcit_medium_24_cp8_dino.pth'
+
+
+def test_zoo_names_timms_own_copies():
+    """The repository on the hub is the one that timm's own XCiT of the same weights names."""
+    for published in xcit.ZOO.values():
+        if published.hf_hub_id:
+            own = timm.models.get_pretrained_cfg(published.hf_hub_id.removeprefix('timm/'))
+            assert (own.hf_hub_id, own.url) == (published.hf_hub_id, published.url)
+    assert sum(published.hf_hub_id is not None for published in xcit.ZOO.values()) == 42
 
 
 @pytest.mark.parametrize('size', [(224, 160), (33, 47), (16, 16), (7, 5), (1, 1)])

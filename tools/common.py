@@ -1,0 +1,175 @@
+"""What the tools share: a model with its weights, classes and transform, and the pictures to show it."""
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Iterator, List, Optional, Tuple
+
+import timm
+import torch
+from timm.data import ImageNetInfo
+from torch.utils.data import DataLoader
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from tqdm import tqdm
+
+import datasets
+import utils
+import weights
+import xcit
+from main import AMP_DTYPES, build_amp_dtype, check_model
+from utils import COUNT, InputError
+
+
+@dataclasses.dataclass
+class LoadedModel:
+    """A model in eval mode on its device, and what is known of it.
+
+    Args:
+        model: with its weights.
+        name: e.g. 'xcit_small_12_p16'.
+        classes: what the classes 0, 1, ... are called, in words; None where that is not known, or there is no head.
+        input_size: side of the square images it is evaluated with, in pixels.
+        full_crop: whether the whole shorter side of an image is used, or 0.875 of it.
+        device: where it is.
+        amp_dtype: autocast type; None: full precision.
+    """
+    model: torch.nn.Module
+    name: str
+    classes: Optional[List[str]]
+    input_size: int
+    full_crop: bool
+    device: torch.device
+    amp_dtype: Optional[torch.dtype]
+
+    def transform(self):
+        """The transform of evaluation: PIL image -> (3, img_h, img_w)."""
+        return datasets.build_eval_transform(self)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser):
+    """The flags that `load_model` reads."""
+    group = parser.add_argument_group('model')
+    group.add_argument('--model', metavar='NAME', help='one of the 14 XCiT models, or of timm\'s; what a training\'s '
+                       'checkpoint says if unset')
+    group.add_argument('--pretrained', required=True, metavar='TAG|PATH|URL|hf-hub:NAME',
+                       help='weights: published ones by their tag (see the README), or any others')
+    group.add_argument('--use-ema', action=argparse.BooleanOptionalAction, default=False,
+                       help='take the moving average that a training\'s checkpoint holds beside the weights')
+    group.add_argument('--input-size', type=COUNT, metavar='PIXELS',
+                       help='side of the square images; if unset, as the model was evaluated')
+    group.add_argument('--full-crop', '--full_crop', action=argparse.BooleanOptionalAction,
+                       help='use the whole shorter side of an image instead of 0.875 of it; if unset, as the model was '
+                       'evaluated')
+    group.add_argument('--device', default='auto', help='auto (cuda, mps or cpu, the first there is) or a device')
+    group.add_argument('--amp', choices=list(AMP_DTYPES), help='autocast type; fp16 on cuda and off elsewhere if unset')
+
+
+def load_model(args) -> LoadedModel:
+    """Build the model that `add_model_arguments` describes, with as many classes as its weights have.
+
+    Raises:
+        InputError: there is no such model or device, or the weights are not the model's.
+    """
+    device = utils.choose_device(args.device)
+    if args.amp == 'fp16' and device.type != 'cuda':
+        raise InputError(f'--amp fp16: needs cuda, and the device is {device.type}; allowed: bf16, off')
+    if args.model:
+        check_model('--model', args.model)
+    weights.check_exists(args.pretrained, '--pretrained', args.model or '')
+    given = weights.read(args.pretrained, '--pretrained', args.model or '', use_ema=args.use_ema)
+    trained = training_args(given.checkpoint)
+    published = weights.published(args.model or '', args.pretrained) or weights.published_as(args.pretrained)
+    name = args.model or trained.get('model') or (published and published.model)
+    if name is None:
+        raise InputError(f'--model: is needed, since {args.pretrained} does not say what it is the weights of')
+    check_model('--model', name)
+    model = timm.create_model(name, num_classes=num_classes(name, given))
+    weights.load(model, given)
+    own_size = published.resolution if published else trained.get('input_size', model.default_cfg['input_size'][-1])
+    own_crop = published.crop if published else 1. if trained.get('full_crop', not trained) else .875
+    return LoadedModel(
+        model.eval().requires_grad_(False).to(device), name, names_in_words(given, model),
+        input_size=args.input_size or own_size,
+        full_crop=own_crop == 1. if args.full_crop is None else args.full_crop,
+        device=device, amp_dtype=build_amp_dtype(args, device))
+
+
+def training_args(checkpoint: dict) -> dict:
+    """The flags of the training that wrote a checkpoint, as a dict; empty if it was none."""
+    args = checkpoint.get('args', {})
+    return args if isinstance(args, dict) else vars(args)
+
+
+def num_classes(name: str, given: weights.Weights) -> int:
+    """How many classes the head in the weights has; 0: there is none."""
+    head = timm.models.get_pretrained_cfg_value(name, 'classifier') or 'head'
+    bias = given.tensors.get(f'{head}.bias')
+    return 0 if bias is None else len(bias)
+
+
+def names_in_words(given: weights.Weights, model: torch.nn.Module) -> Optional[List[str]]:
+    """The names in a training's checkpoint, or ImageNet's for a model of 1000 classes without any."""
+    names = given.checkpoint.get('classes')
+    if names is None and model.num_classes == 1000 and isinstance(model, xcit.Xcit):
+        names = ImageNetInfo('imagenet-1k').label_names()
+    if names is None:
+        return None
+    info = ImageNetInfo('imagenet-1k' if len(names) == 1000 else 'imagenet-22k')
+    known = set(info.label_names()) if len(names) in (1000, 21841) else ()
+    return [info.label_name_to_description(name) if name in known else name for name in names]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+def find_images(given: List[str]) -> List[Path]:
+    """The image files among paths: files as they are, and those in folders and their subfolders, sorted.
+
+    Raises:
+        InputError: there is no such path, or no image in a folder.
+    """
+    images = []
+    for path in map(Path, given):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob('*') if p.suffix.lower() in IMG_EXTENSIONS)
+            if not inside:
+                raise InputError(f'{path}: no images in this folder (looked for {", ".join(IMG_EXTENSIONS)})')
+            images += inside
+        elif path.exists():
+            images.append(path)
+        else:
+            raise InputError(f'{path}: no such file or folder')
+    return images
+
+
+class ImageFiles(torch.utils.data.Dataset):
+    """Image files as pairs (transformed image, position in the list)."""
+
+    def __init__(self, paths: List[Path], transform):
+        self.paths, self.transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int):
+        return self.transform(datasets.load_rgb(str(self.paths[index]))), index
+
+
+def batches(dataset, loaded: LoadedModel, *, batch_size: int, num_workers: int) -> Iterator[Tuple[torch.Tensor, list]]:
+    """Go through a data set of (image, something) with a progress bar.
+
+    Yields:
+        images (B, 3, img_h, img_w) on the model's device, and the B things that came with them.
+    """
+    if not datasets.resizes_for_evaluation(loaded):
+        batch_size = 1  # the images keep their sizes, and need not be alike
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=utils.usable_workers(num_workers),
+                        worker_init_fn=utils.WorkerSignals(), collate_fn=stack_images)
+    with tqdm(total=len(dataset), unit=' images', disable=not utils.shows_bar()) as bar:
+        for images, others in loader:
+            yield images.to(loaded.device), others
+            bar.update(len(others))
+
+
+def stack_images(samples: list) -> Tuple[torch.Tensor, list]:
+    images, others = zip(*samples)
+    return torch.stack(images), list(others)

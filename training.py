@@ -91,7 +91,7 @@ class Training:
         if lacking:
             raise InputError(f'{source}: has no {" and no ".join(lacking)} to go on with; to start from its weights, '
                              f'use --pretrained')
-        if checkpoint.get('classes') not in (None, self.classes):
+        if self.classes and checkpoint.get('classes') not in (None, self.classes):
             raise InputError(f'{source}: was trained on other classes ({utils.abridge(checkpoint["classes"], 4)}), or '
                              f'in another order, than these ({utils.abridge(self.classes, 4)})')
         self.load_optimizer(checkpoint, source, args)

@@ -184,11 +184,14 @@ def load(model: torch.nn.Module, weights: Weights, *, new_head: bool = False):
                          + '; '.join(f'{what}: {abridge(keys)}' for what, keys in problems.items() if keys))
     notice(f'{source}: {weights.description}')
     if missing or unexpected or other_shape:
-        has = f'{len(given[head[0]])} classes' if head[0] in given else 'no head'
-        needs = f'{len(own[head[0]])}' if head[0] in own else 'none'
+        if head[0] not in given:
+            problem = 'have no head'
+        elif head[0] not in own:
+            problem = f'have a head for {len(given[head[0]])} classes, which the model has no place for'
+        else:
+            problem = f'are for {len(given[head[0]])} classes, not {len(own[head[0]])}'
         if head[0] in own and not new_head:
-            raise InputError(f'{source}: the weights are for {has}, not {needs}'
-                             if head[0] in given else f'{source}: the weights have no head')
-        notice(f'{source}: its head ({has}) is left out' + ('; the model keeps a fresh one' if head[0] in own else ''))
+            raise InputError(f'{source}: the weights {problem}')
+        notice(f'{source}: the weights {problem}: all but the head is taken')
         given = {k: v for k, v in given.items() if k not in head}
     model.load_state_dict(given, strict=False)  # checked above, in words of our own

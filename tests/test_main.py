@@ -291,7 +291,7 @@ def test_pretrained_head_of_other_classes_is_left_out(tmp_path, folders, trained
     data = write_folders(tmp_path / 'three', classes=('a', 'b', 'c'))
     main(tiny(data, '--epochs', '1', '--lr', '1e-12', '--warmup-lr', '0', '--min-lr', '0', '--output-dir',
               str(tmp_path / 'run'), '--pretrained', str(trained[1] / 'checkpoint.pth')))
-    assert 'its head is for 2 classes, not 3, and is left out' in capsys.readouterr().out
+    assert 'are for 2 classes, not 3: all but the head is taken' in capsys.readouterr().out
     own, given = checkpoint(tmp_path / 'run')['model'], checkpoint(trained[1])['model']
     torch.testing.assert_close(own['blocks.3.mlp.fc1.weight'], given['blocks.3.mlp.fc1.weight'])
     assert own['head.weight'].shape == (3, 128)

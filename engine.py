@@ -37,7 +37,7 @@ def train_one_epoch(
         accum_iter: batches whose gradients make one step.
         clip_grad: largest gradient norm; None: no clipping.
         model_ema: updated after each step.
-        frozen: part of the model that stays in eval mode.
+        frozen: the model, or a part of it, that stays in eval mode.
         first_step: batches of this epoch that an earlier run did; they are not in `loader`.
         sums: what they summed up to, as `after_update` was told.
         after_update: called after each change of the weights with the batches done and their sums of loss and gradient
@@ -56,7 +56,7 @@ def train_one_epoch(
     updates_per_epoch = -(-steps // accum_iter)
     progress = utils.Progress(loader, f'Epoch {epoch}', device, first_step=first_step)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    lr = optimizer.param_groups[0]['lr']
+    lr = max(group['lr'] for group in optimizer.param_groups)  # lower layers may have less (--layer-decay)
     sums = {'loss': 0., 'grad_norm': 0., **(sums or {})}
     optimizer.zero_grad()
 

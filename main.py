@@ -39,6 +39,9 @@ from utils import COUNT, COUNT_OR_0, FRACTION, NON_NEGATIVE, POSITIVE, InputErro
 
 AMP_DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16, 'off': None}
 REFERENCE_BATCH = 512  # images for which --lr is meant
+# What --finetune changes in the recipe; any of it can be given on the command line
+FINETUNING = dict(epochs=30, lr=2e-4, min_lr=1e-6, warmup_epochs=1, drop_path=0., reprob=0., repeated_aug=False,
+                  full_crop=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,6 +78,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument('--pretrained', metavar='TAG|PATH|URL|hf-hub:NAME',
                        help='initial weights: published ones by their tag (see the README), or any others; a head for '
                        'another number of classes is left out')
+    group.add_argument('--finetune', metavar='TAG|PATH|URL|hf-hub:NAME',
+                       help='the same, with other defaults: '
+                       + ', '.join(f'{name} {value}' for name, value in FINETUNING.items()))
+    group.add_argument('--freeze-backbone', action=boolean, default=False,
+                       help='train the head alone (linear probe); BatchNorm statistics stay as they are, too')
     group.add_argument('--use-ema', action=boolean, default=False,
                        help='take the moving average that a training\'s checkpoint holds beside the weights')
     group.add_argument('--surgery', metavar='TAG|PATH|URL|hf-hub:NAME',
@@ -96,6 +104,8 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help='the optimizer\'s own if unset')
     group.add_argument('--momentum', default=.9, type=FRACTION, help='of SGD and its like')
     group.add_argument('--weight-decay', default=.05, type=NON_NEGATIVE, help='of matrices; vectors are spared')
+    group.add_argument('--layer-decay', type=number(float, 0, 1, above=True), metavar='FACTOR',
+                       help='learning rate of a layer, as a fraction of the one above it; unset: the same for all')
     group.add_argument('--clip-grad', type=POSITIVE, metavar='NORM', help='largest gradient norm; unset: no clipping')
 
     group = parser.add_argument_group('schedule')
@@ -181,7 +191,14 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     """Parse the command line and refuse what can't work before any work is done."""
-    args = get_args_parser().parse_args(argv)
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    if args.finetune:
+        if args.pretrained:
+            raise InputError('--finetune: takes the place of --pretrained; give one of them')
+        parser.set_defaults(**FINETUNING)
+        args = parser.parse_args(argv)
+        args.pretrained = args.finetune
     check_model('--model', args.model)
     device = utils.choose_device(args.device)
     if args.amp == 'fp16' and device.type != 'cuda':
@@ -209,9 +226,14 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
         if bool(args.teacher_path) == args.teacher_pretrained:
             raise InputError(f'--distillation-type {args.distillation_type}: needs the teacher\'s weights from either '
                              f'--teacher-path or --teacher-pretrained')
+    if args.freeze_backbone and not args.pretrained and not args.resume:
+        raise InputError('--freeze-backbone: needs trained weights, from --finetune, --pretrained or --resume')
+    if args.freeze_backbone and args.surgery:
+        raise InputError('--surgery: has no place with --freeze-backbone, which trains no stem')
     for flag, model in (('pretrained', args.model), ('surgery', args.model), ('teacher_path', args.teacher_model)):
         if getattr(args, flag):
-            weights.check_exists(getattr(args, flag), f'--{flag.replace("_", "-")}', model)
+            option = 'finetune' if flag == 'pretrained' and args.finetune else flag.replace('_', '-')
+            weights.check_exists(getattr(args, flag), f'--{option}', model)
     if args.resume not in ('', 'auto') and not checkpoints.is_url(args.resume) and not Path(args.resume).exists():
         raise InputError(f'--resume {args.resume}: no such file')
     if args.use_ema and not args.pretrained and not (args.eval and args.resume):
@@ -296,10 +318,14 @@ def build_model(args, num_classes: int, *, new_head: bool) -> torch.nn.Module:
     if args.model not in xcit.MODELS:
         check_input_size(args, model)
     if args.pretrained:
-        given = weights.read(args.pretrained, '--pretrained', args.model, use_ema=args.use_ema)
+        flag = '--finetune' if args.finetune else '--pretrained'
+        given = weights.read(args.pretrained, flag, args.model, use_ema=args.use_ema)
         weights.load(model, given, new_head=new_head)
     if args.surgery:
         transplant_stem(model, args)
+    if args.freeze_backbone:
+        model.requires_grad_(False)
+        model.get_classifier().requires_grad_(True)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     return model
@@ -324,6 +350,13 @@ def transplant_stem(model: torch.nn.Module, args):
         raise InputError(f'--surgery {args.surgery}: the model has no patch_embed')
     weights.load(model.patch_embed, dataclasses.replace(given, tensors=stem))
     model.patch_embed.requires_grad_(False)
+
+
+def frozen_part(args, model: torch.nn.Module) -> Optional[torch.nn.Module]:
+    """What stays in eval mode while the model is trained."""
+    if args.freeze_backbone:
+        return model  # the head, a linear layer, is the same in both modes
+    return model.patch_embed if args.surgery else None
 
 
 def build_model_ema(args, model: torch.nn.Module) -> Optional[ModelEmaV3]:
@@ -452,7 +485,7 @@ def run_epochs(args, run: Training, train_loader: DataLoader, eval_loader: DataL
         train_stats = train_one_epoch(
             ddp_model, criterion, train_loader, optimizer=run.optimizer, scaler=run.scaler, device=device, epoch=epoch,
             seed=args.seed, amp_dtype=amp_dtype, accum_iter=args.accum_iter, clip_grad=args.clip_grad,
-            mixup_fn=mixup_fn, model_ema=run.model_ema, frozen=run.model.patch_embed if args.surgery else None,
+            mixup_fn=mixup_fn, model_ema=run.model_ema, frozen=frozen_part(args, run.model),
             first_step=run.step, sums=run.sums, after_update=keeper.after_update)
         stats = {f'train_{k}': v for k, v in train_stats.items()}
         if epoch % args.test_freq == 0 or epoch == args.epochs - 1:

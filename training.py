@@ -24,6 +24,8 @@ class WarmupPlateau:
     def __init__(self, args, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer
         self.warmup_epochs, self.warmup_lr = args.warmup_epochs, args.warmup_lr
+        for group in optimizer.param_groups:  # timm's other schedules apply --layer-decay themselves
+            group['lr'] *= group.get('lr_scale', 1.)
         self.base_lrs = [group['lr'] for group in optimizer.param_groups]
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, mode='max', factor=args.decay_rate, patience=args.patience_epochs,

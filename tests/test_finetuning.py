@@ -1,0 +1,95 @@
+"""Fine-tuning: the defaults of --finetune, --layer-decay, --freeze-backbone."""
+import math
+
+import pytest
+import timm
+import torch
+from conftest import seeded_model, tiny, write_folders
+
+import utils
+from main import FINETUNING, build_optimizer, build_scheduler, main, parse_args
+from utils import InputError
+
+
+@pytest.fixture(scope='module')
+def pretrained(tmp_path_factory) -> str:
+    """Weights of a model of 1000 classes."""
+    path = tmp_path_factory.mktemp('weights') / 'nano.pth'
+    torch.save({'model': seeded_model('xcit_nano_12_p16').state_dict()}, path)
+    return str(path)
+
+
+def checkpoint(folder) -> dict:
+    return torch.load(folder / 'checkpoint.pth', weights_only=True)
+
+
+def test_finetune_sets_defaults(pretrained):
+    """It changes the defaults named in FINETUNING, and nothing else."""
+    plain, tuned = (vars(parse_args(['--data-set', 'SAMPLE', flag, pretrained])) for flag in
+                    ('--pretrained', '--finetune'))
+    assert {k: v for k, v in tuned.items() if v != plain[k]} == {**FINETUNING, 'finetune': pretrained}
+
+
+def test_finetune_defaults_yield_to_flags(pretrained):
+    """A flag on the command line wins, before or after --finetune."""
+    args = parse_args(['--epochs', '7', '--finetune', pretrained, '--lr', '1', '--repeated-aug'])
+    assert (args.epochs, args.lr, args.repeated_aug, args.full_crop) == (7, 1., True, True)
+
+
+def test_finetune_to_other_classes_and_size(tmp_path, pretrained):
+    """Weights for 1000 classes become a model for 3, at another resolution, and train."""
+    data = write_folders(tmp_path / 'data', classes=('a', 'b', 'c'), size=(70, 50))
+    flags = tiny(data, '--finetune', pretrained, '--input-size', '48', '--epochs', '1')
+    stats = main([*flags, '--output-dir', str(tmp_path / 'run')])
+    assert math.isfinite(stats['train_loss'])
+    assert checkpoint(tmp_path / 'run')['model']['head.weight'].shape == (3, 128)
+
+
+@pytest.mark.parametrize('sched', ['cosine', 'plateau'])
+@pytest.mark.parametrize('warmup', ['0', '2'])
+def test_layer_decay_scales_rates_by_depth(sched, warmup):
+    """The head learns at --lr, each layer below at a fraction of the one above, in every epoch."""
+    args = parse_args(['--layer-decay', '0.5', '--sched', sched, '--warmup-epochs', warmup, '--epochs', '10',
+                       '--model', 'xcit_nano_12_p16', '--batch-size', '512', '--warmup-lr', '0', '--lr', '1'])
+    model = timm.create_model(args.model)
+    optimizer = build_optimizer(args, model)
+    scheduler = build_scheduler(args, optimizer)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for epoch in range(4):
+        rate = {names[p]: group['lr'] for group in optimizer.param_groups for p in group['params']}
+        if epoch > 1:
+            assert rate['head.weight'] > 0
+        assert rate['blocks.11.mlp.fc1.weight'] == pytest.approx(2 * rate['blocks.10.gamma1'])
+        assert rate['head.weight'] >= 2 * rate['norm.weight'] == pytest.approx(2 * rate['cls_attn_blocks.1.gamma1'])
+        assert rate['blocks.0.gamma1'] == pytest.approx(2 * rate['patch_embed.proj.0.0.weight'])
+        scheduler.step(epoch, 0.)
+
+
+def test_freeze_backbone_trains_the_head_alone(tmp_path, folders, pretrained):
+    """Everything but the head is bitwise what was given, BatchNorm statistics included."""
+    main(tiny(folders, '--finetune', pretrained, '--freeze-backbone', '--opt', 'sgd', '--epochs', '1', '--output-dir',
+              str(tmp_path)))
+    given, after = torch.load(pretrained, weights_only=True)['model'], checkpoint(tmp_path)['model']
+    changed = [key for key in after if key.startswith('head.') or not torch.equal(after[key], given[key])]
+    assert changed == ['head.weight', 'head.bias']
+    utils.seed_everything(0)
+    initial = timm.create_model('xcit_nano_12_p16', num_classes=2).head.weight
+    assert not torch.equal(after['head.weight'], initial)
+
+
+def test_freeze_backbone_needs_weights():
+    """A frozen random backbone is refused."""
+    with pytest.raises(InputError, match='--freeze-backbone: needs trained weights'):
+        parse_args(['--data-set', 'SAMPLE', '--freeze-backbone'])
+
+
+def test_finetune_excludes_pretrained(pretrained):
+    """Two sources of initial weights are refused."""
+    with pytest.raises(InputError, match='takes the place of --pretrained'):
+        parse_args(['--finetune', pretrained, '--pretrained', pretrained])
+
+
+def test_unknown_tag_names_the_known(pretrained):
+    """A tag that the model has not is answered with those that it has, under the option that was given."""
+    with pytest.raises(InputError, match=r'--finetune fb_in22k: no such file; tags of xcit_small_12_p16: fb_in1k, '):
+        parse_args(['--finetune', 'fb_in22k'])

@@ -17,7 +17,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from utils import InputError, RunStopped, first_line, is_main_process
+from utils import InputError, RunStopped, first_line, is_main_process, sync_to_disk
 
 try:
     import fcntl
@@ -40,14 +40,29 @@ def save_checkpoint(state: dict, path: Path, *, keep: Optional[Path] = None):
     try:
         with open(unfinished, 'wb') as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+            sync_to_disk(file)
     except (OSError, RuntimeError) as error:  # torch wraps the system's error
         unfinished.unlink(missing_ok=True)
         raise RunStopped(f'{path} can\'t be written ({first_line(error)}); the one before is intact') from None
     if keep is not None and path.exists():
-        os.replace(path, keep)
+        keep_as(path, keep)
     os.replace(unfinished, path)
+    if os.name == 'posix':  # elsewhere directories can't be opened
+        directory = os.open(path.parent, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+
+
+def keep_as(path: Path, keep: Path):
+    """Give a file a second name, so that at no moment there is none under the first."""
+    link = keep.with_name(keep.name + '.tmp')
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without links
+        os.replace(path, keep)
+    else:
+        os.replace(link, keep)
 
 
 def check_integrity(path):

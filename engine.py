@@ -57,7 +57,7 @@ def train_one_epoch(
     progress = utils.Progress(loader, f'Epoch {epoch}', device, first_step=first_step)
     parameters = [p for p in model.parameters() if p.requires_grad]
     lr = max(group['lr'] for group in optimizer.param_groups)  # lower layers may have less (--layer-decay)
-    sums = {'loss': 0., 'grad_norm': 0., **(sums or {})}
+    sums = dict(sums or {'loss': 0., 'grad_norm': 0.})
     optimizer.zero_grad()
 
     for step, (images, targets) in enumerate(progress, start=first_step):

@@ -168,7 +168,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument('--num-workers', '--num_workers', default=10, type=COUNT_OR_0, metavar='N',
                        help='processes that load data, at most one for each core; 0: load in the main process')
     group.add_argument('--skip-bad-images', default=0, type=COUNT_OR_0, metavar='N',
-                       help='up to N unreadable training images (of each process) are replaced by their neighbours')
+                       help='up to N unreadable training images (of each process, since its start) are replaced by their '
+                       'neighbours, and reported')
     group.add_argument('--pin-mem', action=boolean, default=True, help='page-locked host memory for cuda')
 
     group = parser.add_argument_group('evaluation')
@@ -443,35 +444,34 @@ def train(args, device: torch.device) -> dict:
     run = Training(model, build_model_ema(args, model), optimizer, build_scheduler(args, optimizer),
                    torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16), epoch=args.start_epoch - 1,
                    classes=datasets.class_names(dataset_train))
-    checkpoint, source = training.load_for_resume(args)
-    if checkpoint is not None:
-        run.load(checkpoint, source, args)
-        notice(f'{source}: goes on at epoch {run.epoch + 1}, step {run.step}')
-        checkpoint = None  # its tensors take as much memory as the training's
-    if run.epoch >= 0 and not isinstance(run.scheduler, WarmupPlateau):
-        run.scheduler.step(run.epoch)
-
-    if run.epoch + 1 >= args.epochs:
-        notice(f'--epochs {args.epochs}: nothing is left to do')
-        return {}
-
     derived = {'device': str(device), 'amp_dtype': str(amp_dtype), 'processes': utils.get_world_size(),
                'global_batch': global_batch(args), 'scaled_lr': scaled_lr(args),
                'num_classes': num_classes, 'train_images': len(dataset_train), 'eval_images': len(dataset_val),
                'n_parameters': sum(p.numel() for p in model.parameters() if p.requires_grad)}
-    for description in (args, utils.environment(), derived):
-        notice(description)
-    if args.compile:
-        model.compile()
-    loop = dict(ddp_model=utils.wrap_for_distributed(model, device, sync_bn=args.sync_bn), criterion=criterion,
-                mixup_fn=build_mixup(args, num_classes), device=device, amp_dtype=amp_dtype)
-    lock = utils.DirectoryLock(Path(args.output_dir) if args.output_dir else None)
-    try:
+    with utils.DirectoryLock(Path(args.output_dir) if args.output_dir else None):
+        resume(run, args)  # under the lock: what is read now stays the newest
+        if run.epoch + 1 >= args.epochs:
+            notice(f'--epochs {args.epochs}: nothing is left to do')
+            return {}
+        for description in (args, utils.environment(), derived):
+            notice(description)
+        if args.compile:
+            model.compile()
+        loop = dict(ddp_model=utils.wrap_for_distributed(model, device, sync_bn=args.sync_bn), criterion=criterion,
+                    mixup_fn=build_mixup(args, num_classes), device=device, amp_dtype=amp_dtype)
         log = open_log(args, derived, train_loader, run)
         with utils.StopRequest() as stop:
             return run_epochs(args, run, train_loader, eval_loader, log=log, keeper=Keeper(args, run, stop), **loop)
-    finally:
-        lock.release()
+
+
+def resume(run: Training, args):
+    """Go on with what --resume names, if anything."""
+    checkpoint, source = training.load_for_resume(args)
+    if checkpoint is not None:
+        run.load(checkpoint, source, args)
+        notice(f'{source}: goes on at epoch {run.epoch + 1}, step {run.step}')
+    if run.epoch >= 0 and not isinstance(run.scheduler, WarmupPlateau):
+        run.scheduler.step(run.epoch)
 
 
 def run_epochs(args, run: Training, train_loader: DataLoader, eval_loader: DataLoader, *, log: Optional[utils.EpochLog],
@@ -493,7 +493,7 @@ def run_epochs(args, run: Training, train_loader: DataLoader, eval_loader: DataL
                               after_batch=keeper.look_up))
         # faithful: stepped with the epoch just finished, so that epochs 0 and 1 share a rate (original main.py)
         run.scheduler.step(epoch, run.accuracy['last'])
-        run.epoch, run.step, run.sums = epoch, 0, {}
+        run.epoch, run.step, run.sums = epoch, 0, dict.fromkeys(run.sums, 0.)
         stats.update(epoch=epoch, n_parameters=n_parameters)
         # In this order a crash between two of these lines only means that the epoch is done again.
         if log is not None:
@@ -518,8 +518,6 @@ def test(run: Training, loader: DataLoader, *, device: torch.device, amp_dtype: 
          after_batch: Callable[[], None]) -> dict:
     """Evaluate the model and its moving average, and enter their accuracies into `run`."""
     stats = evaluate(run.model, loader, device=device, amp_dtype=amp_dtype, after_batch=after_batch)
-    run.accuracy['last'] = stats['acc1']
-    run.accuracy['best'] = max(run.accuracy['best'], stats['acc1'])
     if not math.isfinite(stats['loss']):
         raise NonFiniteLoss('evaluation loss', stats['loss'], f'the end of epoch {run.epoch + 1}')
     result = {f'test_{k}': v for k, v in stats.items() if k not in ('images', 'resolution')}
@@ -529,8 +527,10 @@ def test(run: Training, loader: DataLoader, *, device: torch.device, amp_dtype: 
             average = copy.deepcopy(average).to(device)
         ema_stats = evaluate(average, loader, device=device, amp_dtype=amp_dtype, header='Test of the moving average',
                              after_batch=after_batch)
-        run.accuracy['best_ema'] = max(run.accuracy['best_ema'], ema_stats['acc1'])
         result.update({f'test_ema_{k}': ema_stats[k] for k in ('acc1', 'acc5', 'loss')})
+    # Not before both are known: a run that is stopped between them does both again.
+    run.accuracy.update(last=stats['acc1'], best=max(run.accuracy['best'], stats['acc1']),
+                        best_ema=max(run.accuracy['best_ema'], result.get('test_ema_acc1', 0.)))
     return result
 
 
@@ -546,7 +546,7 @@ def open_log(args, derived: dict, train_loader: DataLoader, run: Training) -> Op
     utils.write_json(folder / 'args.json',
                      {'args': vars(args), 'derived': derived, 'environment': utils.environment()})
     log = utils.EpochLog(folder, first_epoch)
-    if first_epoch == 0 and run.step == 0:
+    if first_epoch == 0:  # also when going on within it: the log starts anew there
         log.tensorboard.add_text('args', '\n'.join(f'    {k}: {v}' for k, v in vars(args).items()))
         keys = itertools.islice(train_loader.sampler, min(args.batch_size, 32))
         images = torch.stack([train_loader.dataset[key][0] for key in keys])
@@ -583,6 +583,8 @@ def evaluate_only(args, device: torch.device) -> dict:
         notice(f'{source}: was trained on classes of other names, or in another order, than these')
     loader = build_eval_loader(dataset, args, device)
     stats = evaluate(model.to(device), loader, device=device, amp_dtype=build_amp_dtype(args, device))
+    if not args.dist_eval:  # each process has evaluated all of them
+        stats['images'] //= utils.get_world_size()
     stats.update(model=args.model, weights=args.resume or args.pretrained,
                  crop=1. if args.full_crop or not datasets.resizes_for_evaluation(args) else .875)
     if args.output_dir and utils.is_main_process():
@@ -610,9 +612,12 @@ def main(argv: Optional[list] = None) -> dict:
     device = utils.init_distributed(utils.choose_device(args.device), world_size=args.world_size,
                                     dist_url=args.dist_url, timeout_minutes=args.dist_timeout)
     try:
-        return evaluate_only(args, device) if args.eval else train(args, device)
-    finally:
+        stats = evaluate_only(args, device) if args.eval else train(args, device)
+    except utils.Interrupted:
         utils.end_distributed()
+        raise  # of any other error the processes know nothing: leaving the group could wait for them
+    utils.end_distributed()
+    return stats
 
 
 if __name__ == '__main__':

@@ -75,6 +75,8 @@ class Task:
         remove_leftovers(job.paths, main_rank=job.global_rank == 0)
         restarts = int(os.environ.get('SLURM_RESTART_COUNT', 0)) if job.name() == 'slurm' else self.restarts
         self.failure = Failure(job, restart=restarts)
+        if job.global_rank == 0 and self.failure.code() is None:  # one of an earlier restart would be reported again
+            self.failure.path.unlink(missing_ok=True)
         self.catch_signals(local=job.name() == 'local')
         self.child = subprocess.Popen(self.command(job), env=self.child_environment(job),
                                       preexec_fn=end_with_parent if sys.platform == 'linux' else None)

@@ -1,5 +1,6 @@
 """What a training holds, how it is stored, and how it goes on."""
 import dataclasses
+import os
 import signal
 from pathlib import Path
 from typing import Optional, Tuple
@@ -13,6 +14,7 @@ import weights
 from utils import InputError, notice
 
 CHECKPOINT, PREVIOUS, BEST = 'checkpoint.pth', 'checkpoint_previous.pth', 'best_model.pth'
+DAMAGED = 'checkpoint_damaged.pth'
 
 
 class WarmupPlateau:
@@ -66,11 +68,12 @@ class Training:
     epoch: int = -1  # the last finished one
     classes: Optional[list] = None  # their names
     step: int = 0  # batches done of the next one
-    sums: dict = dataclasses.field(default_factory=dict)  # this process's share of those batches' sums
+    sums: dict = dataclasses.field(default_factory=lambda: {'loss': 0., 'grad_norm': 0.})  # this process's, over those
     accuracy: dict = dataclasses.field(default_factory=lambda: {'last': 0., 'best': 0., 'best_ema': 0.})
 
     def state_dict(self, args) -> dict:
         """What a checkpoint holds; all processes must ask for it together."""
+        totals = utils.sum_over_processes(self.sums)
         return {
             'model': self.model.state_dict(),
             'model_ema': self.model_ema.module.state_dict() if self.model_ema else None,
@@ -79,7 +82,7 @@ class Training:
             'scaler': self.scaler.state_dict(),
             'epoch': self.epoch,
             'step': self.step,
-            'sums': utils.sum_over_processes(self.sums),
+            'averages': {k: total / max(self.step, 1) / utils.get_world_size() for k, total in totals.items()},
             'batch': images_per_batch(args),
             'accuracy': self.accuracy,
             'classes': self.classes,
@@ -88,8 +91,9 @@ class Training:
 
     def load(self, checkpoint: dict, source: str, args):
         """Go on where `checkpoint` was stored; `source` is what to call it in messages."""
+        plateau = isinstance(self.scheduler, WarmupPlateau)  # the other schedules are functions of the epoch
         weights.load(self.model, weights.extract(checkpoint, source))
-        lacking = [key for key in ('optimizer', 'epoch') if key not in checkpoint]
+        lacking = [key for key in ['optimizer', 'epoch'] + ['lr_scheduler'] * plateau if key not in checkpoint]
         if lacking:
             raise InputError(f'{source}: has no {" and no ".join(lacking)} to go on with; to start from its weights, '
                              f'use --pretrained')
@@ -97,26 +101,28 @@ class Training:
             raise InputError(f'{source}: was trained on other classes ({utils.abridge(checkpoint["classes"], 4)}), or '
                              f'in another order, than these ({utils.abridge(self.classes, 4)})')
         self.load_optimizer(checkpoint, source, args)
-        if isinstance(self.scheduler, WarmupPlateau):  # the others are functions of the epoch
+        if plateau:
             self.scheduler.load_state_dict(checkpoint['lr_scheduler'])
         if checkpoint.get('scaler') and self.scaler.is_enabled():
             self.scaler.load_state_dict(checkpoint['scaler'])
         if self.model_ema is not None:
-            self.model_ema.module.load_state_dict(checkpoint.get('model_ema') or checkpoint['model'])
+            average = weights.extract(checkpoint, source, use_ema=bool(checkpoint.get('model_ema')))
+            self.model_ema.module.load_state_dict(average.tensors)
         self.epoch = checkpoint['epoch']
         self.accuracy.update(checkpoint.get('accuracy', {}))
-        self.step, batch = checkpoint.get('step', 0), checkpoint.get('batch', images_per_batch(args))
-        # The file has the sums over all processes: the main one goes on with them, since only totals are ever used.
-        self.sums = checkpoint.get('sums', {}) if utils.is_main_process() else {}
-        if self.step and batch != images_per_batch(args):
-            notice(f'{source}: was stored in the middle of an epoch with {batch} images a batch, now there are '
-                   f'{images_per_batch(args)}: goes on with about the same images')
-            self.step = self.step * batch // images_per_batch(args) // args.accum_iter * args.accum_iter
+        self.step = checkpoint.get('step', 0)
+        before = checkpoint.get('batch', images_per_batch(args)), trained_with(checkpoint).get('accum_iter')
+        if self.step and before != (images_per_batch(args), args.accum_iter):
+            notice(f'{source}: was stored in the middle of an epoch with {before[0]} images a batch and --accum-iter '
+                   f'{before[1]}, now it is {images_per_batch(args)} and {args.accum_iter}: goes on with about the '
+                   f'same images')
+            self.step = self.step * before[0] // images_per_batch(args) // args.accum_iter * args.accum_iter
+        self.sums = {k: average * self.step for k, average in checkpoint.get('averages', self.sums).items()}
+        refuse_disagreement(self, source)
 
     def load_optimizer(self, checkpoint: dict, source: str, args):
         """Take over the optimizer's state; its options stay those of this command line."""
-        before = checkpoint.get('args', {})
-        opt = (before if isinstance(before, dict) else vars(before)).get('opt', args.opt)
+        opt = trained_with(checkpoint).get('opt', args.opt)
         if opt != args.opt:
             raise InputError(f'{source}: was trained with --opt {opt}, not {args.opt}')
         flags = {'weight_decay', 'betas', 'eps', 'momentum'}
@@ -131,6 +137,20 @@ class Training:
             group.update(own)
 
 
+def trained_with(checkpoint: dict) -> dict:
+    """The flags of the training that wrote a checkpoint; empty if it does not say."""
+    args = checkpoint.get('args', {})
+    return args if isinstance(args, dict) else vars(args)
+
+
+def refuse_disagreement(run: Training, source: str):
+    """Raises InputError where the processes have read different checkpoints."""
+    place = run.epoch * 2 ** 32 + run.step
+    if utils.max_over_processes(place) != -utils.max_over_processes(-place):
+        raise InputError(f'{source}: is not the same file for all processes: --output-dir must be on a file system '
+                         f'that all nodes share')
+
+
 def load_for_resume(args) -> Tuple[Optional[dict], str]:
     """The checkpoint that --resume means (None: a fresh start), and what to call it in messages.
 
@@ -140,17 +160,32 @@ def load_for_resume(args) -> Tuple[Optional[dict], str]:
     if args.resume != 'auto':
         checkpoint = checkpoints.load_checkpoint(args.resume, '--resume') if args.resume else None
         return checkpoint, f'--resume {args.resume}'
-    candidates = [path for name in (CHECKPOINT, PREVIOUS) if (path := Path(args.output_dir, name)).exists()]
-    if not candidates:
+    path = utils.on_main_process(lambda: newest_intact(args))
+    if not path:
         notice(f'--resume auto: no {CHECKPOINT} in {args.output_dir}, a fresh start')
+        return None, ''
+    return checkpoints.load_checkpoint(path, '--resume auto:'), f'--resume auto: {path}'
+
+
+def newest_intact(args) -> str:
+    """The path of the newest checkpoint in --output-dir that can be read; '' if there is none at all.
+
+    Raises:
+        InputError: there are some, but none can be read.
+    """
+    candidates = [path for name in (CHECKPOINT, PREVIOUS) if (path := Path(args.output_dir, name)).exists()]
     for path in candidates:
         try:
-            return checkpoints.load_checkpoint(path, '--resume auto:'), f'--resume auto: {path}'
+            checkpoints.load_checkpoint(path, '--resume auto:')
         except InputError as error:
             if path == candidates[-1]:
                 raise
             notice(f'{error}; trying the one before')
-    return None, ''
+            continue
+        if path != candidates[0] and not args.eval:  # or the next save would put the damaged one in its place
+            os.replace(candidates[0], Path(args.output_dir, DAMAGED))
+        return str(path)
+    return ''
 
 
 class Keeper:
@@ -180,6 +215,7 @@ class Keeper:
         if save or signum:
             self.save()
         if signum:
+            utils.wait_for_all()  # a launcher may kill what is left when the first process ends
             self.interrupt(signum)
 
     def interrupt(self, signum: int):

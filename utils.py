@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Optional
+from typing import Callable, Optional
 
 import numpy as np
 import timm
@@ -142,23 +142,42 @@ def is_main_process() -> bool:
 
 def reduce_over_processes(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
     """Elementwise sum (or another reduction) of a CPU tensor over all processes."""
-    if not is_distributed():
-        return values
-    values = values.to('cuda' if dist.get_backend() == 'nccl' else 'cpu')
-    dist.all_reduce(values, op)
-    return values.cpu()
+    if is_distributed():
+        values = values.clone()
+        dist.all_reduce(values, op)
+    return values
 
 
 def sum_over_processes(sums: dict) -> dict:
     """The totals of all processes' `sums`, value by value."""
-    if not sums:
-        return {}
     return dict(zip(sums, reduce_over_processes(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()))
 
 
 def max_over_processes(value: int) -> int:
     """The largest of the processes' values, on every process."""
     return int(reduce_over_processes(torch.tensor(value), dist.ReduceOp.MAX)) if is_distributed() else value
+
+
+def wait_for_all():
+    """Return when all processes have come here."""
+    max_over_processes(0)
+
+
+def on_main_process(decide: Callable[[], str]) -> str:
+    """What `decide()` returns on the main process, the only one to call it; its InputError is every process's."""
+    decision, error = '', ''
+    if is_main_process():
+        try:
+            decision = decide()
+        except InputError as caught:
+            error = str(caught)
+    if is_distributed():
+        told = [decision, error]
+        dist.broadcast_object_list(told, src=0, device=torch.device('cpu'))
+        decision, error = told
+    if error:
+        raise InputError(error)
+    return decision
 
 
 def init_distributed(device: torch.device, *, world_size: int, dist_url: str, timeout_minutes: float) -> torch.device:
@@ -174,7 +193,8 @@ def init_distributed(device: torch.device, *, world_size: int, dist_url: str, ti
         This process's own device.
 
     Raises:
-        InputError: the environment is set in part.
+        InputError: the environment is set in part, or to what can't be.
+        RunStopped: the processes can't meet.
     """
     needed = ['RANK'] + ['WORLD_SIZE'] * (world_size == 1) + ['MASTER_ADDR', 'MASTER_PORT'] * (dist_url == 'env://')
     given = [name for name in ('RANK', 'WORLD_SIZE') if name in os.environ]
@@ -184,20 +204,36 @@ def init_distributed(device: torch.device, *, world_size: int, dist_url: str, ti
     if missing:
         raise InputError(f'{", ".join(given) or f"--world-size {world_size}"} is set, but {", ".join(missing)} is not: '
                          f'start the processes with torchrun, or set all of them')
-    world_size, rank = int(os.environ.get('WORLD_SIZE', world_size)), int(os.environ['RANK'])
+    world_size = integer_from_environment('WORLD_SIZE', low=1, default=world_size)
+    rank = integer_from_environment('RANK', high=world_size - 1)
     if device.type == 'cuda' and device.index is None:
-        device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+        local_rank = integer_from_environment('LOCAL_RANK', high=torch.cuda.device_count() - 1, default=0)
+        device = torch.device('cuda', local_rank)
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(minutes=timeout_minutes)
     meeting = {'init_method': dist_url}
-    if dist_url == 'env://' and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
-        # torchrun's store outlives a restart of the processes (--max-restarts), with the addresses of the dead ones
-        store = dist.TCPStore(
-            os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False, timeout=timeout)
-        meeting = {'store': dist.PrefixStore(f'restart_{os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)}
-    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', rank=rank, world_size=world_size,
-                            timeout=timeout, **meeting)
+    port = integer_from_environment('MASTER_PORT', low=1, high=65535) if dist_url == 'env://' else None
+    # Small messages about the run go by gloo on GPUs too: they need not wait for what the GPUs are computing.
+    backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
+    try:
+        if dist_url == 'env://' and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+            # torchrun's store outlives a restart of the processes (--max-restarts), with the addresses of the dead ones
+            store = dist.TCPStore(os.environ['MASTER_ADDR'], port, is_master=False, timeout=timeout)
+            meeting = {'store': dist.PrefixStore(f'restart_{os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)}
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **meeting)
+    except (dist.DistError, ValueError, OSError) as error:
+        where = dist_url if port is None else f'{os.environ["MASTER_ADDR"]}:{port}'
+        raise RunStopped(f'the processes can\'t meet at {where} ({first_line(error)})') from None
     return device
+
+
+def integer_from_environment(name: str, *, low: int = 0, high: Optional[int] = None, default: Optional[int] = None
+                             ) -> int:
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal() or int(value) < low or (high is not None and int(value) > high):
+        raise InputError(f'{name}={value} in the environment: must be an integer from {low} on'
+                         + ('' if high is None else f' to {high}'))
+    return int(value)
 
 
 def wrap_for_distributed(model: torch.nn.Module, device: torch.device, *, sync_bn: bool) -> torch.nn.Module:
@@ -341,6 +377,21 @@ def seed_everything(*keys: int):
 # ---------------------------------------------------------------------------------------------------------------------
 # Output directory
 
+@contextlib.contextmanager
+def writing(path: Path):
+    """A context in which `path` is written; raises RunStopped where the system can't."""
+    try:
+        yield
+    except OSError as error:
+        raise RunStopped(f'{path} can\'t be written ({first_line(error)})') from None
+
+
+def sync_to_disk(file):
+    """Don't come back before the disk has what was written to an open file."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def set_aside(path: Path):
     """Move the files of the run that a directory holds, if any, into `previous-N` there."""
     files = [p for name in RUN_FILES if (p := path / name).exists()]
@@ -358,6 +409,8 @@ def set_aside(path: Path):
 class DirectoryLock:
     """Makes an output directory, and keeps a second run out of it for as long as this one lives, kill -9 included.
 
+    Use as a context.
+
     Args:
         path: the directory; None: nothing to lock.
 
@@ -367,31 +420,48 @@ class DirectoryLock:
 
     def __init__(self, path: Optional[Path]):
         self.file = None
-        holder = ''
-        if path is not None and is_main_process():
-            try:
-                path.mkdir(parents=True, exist_ok=True)
-                self.file = open(path / '.lock', 'a+')
-            except OSError as error:
-                raise InputError(f'--output-dir {path}: can\'t be written to ({first_line(error)})') from None
-        if self.file is not None and fcntl is not None:
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self.file.truncate(0)
-                self.file.write(f'process {os.getpid()} on {socket.gethostname()}')
-                self.file.flush()
-            except BlockingIOError:
-                self.file.seek(0)
-                holder = self.file.read() or 'another process'
-        if max_over_processes(bool(holder)):
-            raise InputError(f'--output-dir {path}: another run is writing there ({holder or "see rank 0"})')
+        if path is not None:
+            holder = on_main_process(lambda: self.take(path))
+            if holder:
+                raise InputError(f'--output-dir {path}: another run is writing there ({holder})')
+
+    def take(self, path: Path) -> str:
+        """Lock the directory; returns who else holds it, if anyone does."""
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self.file = open(path / '.lock', 'a+')
+        except OSError as error:
+            raise InputError(f'--output-dir {path}: can\'t be written to ({first_line(error)})') from None
+        if fcntl is None:
+            return ''
+        # A lock lives as long as any process has its file open: those that load data would keep it some time after a
+        # kill -9 of this one.
+        os.register_at_fork(after_in_child=self.release)
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.file.truncate(0)
+            self.file.write(f'process {os.getpid()} on {socket.gethostname()}')
+            self.file.flush()
+        except BlockingIOError:
+            self.file.seek(0)
+            return self.file.read() or 'another process'
+        except OSError as error:  # some network file systems have no locks
+            notice(f'{path} can\'t be locked ({first_line(error)}): take care that no other run writes there')
+        return ''
 
     def release(self):
         if self.file is not None:
             self.file.close()
 
+    def __enter__(self):
+        return self
 
-RUN_FILES = ('checkpoint.pth', 'checkpoint_previous.pth', 'best_model.pth', 'log.txt', 'args.json', 'eval.json', 'tb')
+    def __exit__(self, *_):
+        self.release()
+
+
+RUN_FILES = ('checkpoint.pth', 'checkpoint_previous.pth', 'checkpoint_damaged.pth', 'best_model.pth', 'log.txt',
+             'args.json', 'eval.json', 'tb')
 
 
 def environment() -> dict:
@@ -406,9 +476,18 @@ def environment() -> dict:
 
 
 def write_json(path: Path, values: dict):
+    write_text(path, json.dumps(values, indent=2) + '\n')
+
+
+def write_text(path: Path, text: str):
+    """Replace a file by the whole new one, or raise RunStopped and leave it."""
     unfinished = path.with_name(path.name + '.tmp')
-    unfinished.write_text(json.dumps(values, indent=2) + '\n')
-    os.replace(unfinished, path)
+    try:
+        with writing(path):
+            unfinished.write_text(text)
+            os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 class EpochLog:
@@ -424,10 +503,9 @@ class EpochLog:
         self.path = output_dir / 'log.txt'
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if self._epoch(line) < start_epoch]
-            unfinished = self.path.with_name('log.txt.tmp')
-            unfinished.write_text(''.join(line + '\n' for line in kept))
-            os.replace(unfinished, self.path)
-        self.tensorboard = SummaryWriter(output_dir / 'tb', purge_step=start_epoch)
+            write_text(self.path, ''.join(line + '\n' for line in kept))
+        with writing(output_dir / 'tb'):
+            self.tensorboard = SummaryWriter(output_dir / 'tb', purge_step=start_epoch)
 
     @staticmethod
     def _epoch(line: str) -> float:
@@ -437,13 +515,15 @@ class EpochLog:
             return math.inf
 
     def write(self, stats: dict):
-        with open(self.path, 'a') as file:
+        with writing(self.path), open(self.path, 'a') as file:
             file.write(json.dumps(stats) + '\n')
-        for name, value in stats.items():
-            if name not in ('epoch', 'n_parameters'):
-                group, _, rest = name.partition('_')
-                self.tensorboard.add_scalar(f'{group}/{rest}' if rest else name, value, stats['epoch'])
-        self.tensorboard.flush()
+            sync_to_disk(file)
+        with writing(self.path.with_name('tb')):
+            for name, value in stats.items():
+                if name not in ('epoch', 'n_parameters'):
+                    group, _, rest = name.partition('_')
+                    self.tensorboard.add_scalar(f'{group}/{rest}' if rest else name, value, stats['epoch'])
+            self.tensorboard.flush()
 
     def close(self):
         self.tensorboard.close()

@@ -109,6 +109,18 @@ def test_every_process_ends_when_one_fails(data, tmp_path):
     assert 'OSError: the disk of rank 1 is gone' in results[1][2]
 
 
+@pytest.mark.parametrize(('name', 'value'), [('RANK', 'x'), ('RANK', '2'), ('RANK', '-1'), ('MASTER_PORT', 'abc')])
+def test_impossible_environment(data, name, value):
+    """A variable that is no number, or out of range: it is named, in one line."""
+    environment = {**os.environ, 'RANK': '0', 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '29999',
+                   name: value}
+    result = subprocess.run([sys.executable, ROOT / 'main.py', *tiny(data)], env=environment, capture_output=True,
+                            text=True)
+    assert result.returncode == 2
+    assert f'{name}={value} in the environment: must be an integer' in result.stderr
+    assert 'Traceback' not in result.stderr
+
+
 def test_half_set_environment(data):
     """RANK without the other variables: they are named."""
     environment = {**os.environ, 'RANK': '0'}

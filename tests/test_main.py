@@ -77,7 +77,7 @@ def test_checkpoint_holds_everything(trained):
     """Both files load without Python objects and hold all that a training needs to go on."""
     for name in ('checkpoint.pth', 'best_model.pth'):
         state = checkpoint(trained[1], name)
-        assert set(state) == {'model', 'model_ema', 'optimizer', 'lr_scheduler', 'scaler', 'epoch', 'step', 'sums',
+        assert set(state) == {'model', 'model_ema', 'optimizer', 'lr_scheduler', 'scaler', 'epoch', 'step', 'averages',
                               'batch', 'accuracy', 'classes', 'args'}
         assert isinstance(state['args'], dict)
     assert not list(trained[1].glob('*.tmp'))

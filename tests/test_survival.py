@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, tiny, write_folders
 from processes import finish, start
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoints
 import datasets
@@ -119,7 +120,7 @@ def test_second_interrupt_does_not_wait():
 
 
 def test_resuming_reads_no_image_twice(flags, tmp_path, monkeypatch):
-    """After a stop at step 3 only the fourth batch of the epoch is loaded."""
+    """After a stop at step 3 only the fourth batch of the epoch is loaded, besides TensorBoard's picture of four."""
     interrupt_main([*flags, '--output-dir', str(tmp_path)], signal.SIGTERM, 3, monkeypatch)
     keys, getitem = [], datasets.SeededSamples.__getitem__
 
@@ -129,7 +130,7 @@ def test_resuming_reads_no_image_twice(flags, tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets.SeededSamples, '__getitem__', noted)
     main([*flags, '--epochs', '1', '--output-dir', str(tmp_path), '--resume', 'auto'])
-    assert len(keys) == 4
+    assert len(keys) == 4 + 4
 
 
 def test_group_signal_with_workers(data, tmp_path):
@@ -173,18 +174,22 @@ def test_save_every(flags, tmp_path, monkeypatch):
 # ----- kill -9
 
 def kill_until_done(command: list, world: int, kills: int, seed: int, run: Path) -> int:
-    """Start the command again and again; kill all processes at a random moment the first `kills` times."""
+    """Start the command again and again; kill all processes at a random moment the first `kills` times.
+
+    Returns:
+        How many of the kills found all processes alive.
+    """
     chance = random.Random(seed)
     done = 0
     for attempt in range(kills + 1):
         processes = start(command, world)
         if attempt < kills:
-            before = newest(run)
-            delay, began = chance.uniform(0, 2), time.monotonic()
-            # Most kills should hit the training, not the start: count from the first sign of life.
-            while newest(run) == before and all(p.poll() is None for p in processes) and time.monotonic() < began + 60:
+            before, began = newest(run), time.monotonic()
+            # Most kills should hit the training, some the start: the delay counts from the first sign of life, or not.
+            while (attempt % 5 != 4 and newest(run) == before and all(p.poll() is None for p in processes)
+                   and time.monotonic() < began + 60):
                 time.sleep(.02)
-            time.sleep(delay)
+            time.sleep(chance.uniform(0, 2))
             for process in processes:
                 process.kill()
             done += all(code == -signal.SIGKILL for code, _, _ in finish(processes))
@@ -205,12 +210,85 @@ def test_kill_at_random_moments(data, tmp_path, world, kills):
     """Restarted until it is done, a killed training ends with bitwise the weights of an undisturbed one."""
     epochs = str(4 if kills < 20 else 40)
     command = [ROOT / 'main.py', *tiny(data, '--epochs', epochs, '--save-every', '1', '--resume', 'auto',
-                                       '--drop-path', '.3', '--batch-size', '2')]
+                                       '--drop-path', '.3', '--batch-size', '2', '--num-workers', '2')]
     undisturbed, killed = tmp_path / 'undisturbed', tmp_path / 'killed'
     kill_until_done([*command, '--output-dir', undisturbed], world, 0, 0, undisturbed)
-    kill_until_done([*command, '--output-dir', killed], world, kills, kills, killed)
+    assert kill_until_done([*command, '--output-dir', killed], world, kills, kills, killed) >= .8 * kills
     assert_same_run(killed, undisturbed)
     assert [line['epoch'] for line in log_lines(killed)] == list(range(int(epochs)))
+    events = EventAccumulator(str(killed / 'tb'), size_guidance={'scalars': 0, 'images': 0}).Reload()
+    assert [event.step for event in events.Scalars('test/acc1')] == list(range(int(epochs)))
+    assert len(events.Images('train/images')) == 1
+
+
+SIGNALS_RANK_1 = (
+    'import os, signal, sys, main, utils\n'
+    'agreed, looks = utils.StopRequest.agreed, []\n'
+    'def look(self):\n'
+    '    looks.append(0)\n'
+    '    if os.environ["RANK"] == "1" and len(looks) == int(os.environ["LOOK"]):\n'
+    '        os.kill(os.getpid(), signal.SIGTERM)\n'
+    '    return agreed(self)\n'
+    'utils.StopRequest.agreed = look\n'
+    'utils.run_program(lambda: main.main(sys.argv[1:]))\n')
+
+
+def test_two_processes_stop_twice_in_evaluation(data, tmp_path, monkeypatch):
+    """A signal to one of two processes stops both, stored, also in an evaluation that had been stopped before."""
+    script = tmp_path / 'signals_rank_1.py'
+    script.write_text(SIGNALS_RANK_1)
+    command = [script, *tiny(data, '--no-repeated-aug', '--batch-size', '2', '--epochs', '1', '--resume', 'auto',
+                             '--output-dir', tmp_path / 'run')]
+    for look in STEPS + 1, 1:
+        monkeypatch.setenv('LOOK', str(look))
+        results = finish(start(command, 2))
+        assert [code for code, _, _ in results] == [128 + signal.SIGTERM] * 2, results
+        assert (state(tmp_path / 'run')['epoch'], state(tmp_path / 'run')['step']) == (-1, STEPS)
+
+
+def test_number_of_processes_may_change_within_an_epoch(data, tmp_path, monkeypatch):
+    """Stopped in the middle of an epoch of two processes and finished by one: its mean loss is about the same."""
+    script = tmp_path / 'signals_rank_1.py'
+    script.write_text(SIGNALS_RANK_1)
+    flags = tiny(data, '--no-repeated-aug', '--epochs', '1', '--model-ema-decay', '0', '--lr', '1e-12',
+                 '--warmup-lr', '0', '--min-lr', '0')
+    stats = main([*flags, '--output-dir', str(tmp_path / 'alone')])
+    monkeypatch.setenv('LOOK', str(STEPS // 2))
+    finish(start([script, *flags, '--batch-size', '2', '--output-dir', tmp_path / 'run'], 2))
+    assert state(tmp_path / 'run')['step'] == STEPS // 2
+    resumed = main([*flags, '--output-dir', str(tmp_path / 'run'), '--resume', 'auto'])
+    assert resumed['train_loss'] == pytest.approx(stats['train_loss'], rel=.1)
+    assert resumed['train_grad_norm'] == pytest.approx(stats['train_grad_norm'], rel=.5)
+
+
+def test_processes_that_see_different_checkpoints_refuse(data, tmp_path):
+    """With an output directory that is not shared, a resumed run ends at once instead of training on two states."""
+    folders = [tmp_path / 'node0', tmp_path / 'node1']
+    script = tmp_path / 'own_folder.py'
+    script.write_text('import os, sys, main, utils\n'
+                      'os.chdir(sys.argv[1 + int(os.environ["RANK"])])\n'
+                      'utils.run_program(lambda: main.main(sys.argv[3:]))\n')
+    for folder, epochs in zip(folders, '12'):
+        folder.mkdir()
+        main(tiny(data, '--epochs', epochs, '--output-dir', str(folder / 'run')))
+    results = finish(start([script, *folders, *tiny(data, '--epochs', '3', '--output-dir', 'run', '--resume', 'auto')],
+                           2))
+    assert [code for code, _, _ in results] == [2, 2], results
+    assert 'must be on a file system that all nodes share' in results[0][2]
+
+
+def test_torchrun_passes_sigterm_on(data, tmp_path):
+    """SIGTERM to torchrun: the state is stored, however long the launcher's other processes are gone."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'main.py',
+               *tiny(data, '--epochs', '50', '--num-workers', '2', '--batch-size', '2'), '--output-dir', tmp_path]
+    launcher = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'})
+    wait_for(tmp_path / 'checkpoint.pth', launcher)
+    launcher.send_signal(signal.SIGTERM)
+    out, _ = launcher.communicate(timeout=60)
+    assert 'main.py: error: SIGTERM: stopped at epoch ' in out
+    assert 'Traceback (most recent call last):\n  File "' + str(ROOT / 'main.py') not in out
+    assert (tmp_path / 'checkpoint.pth').exists()
 
 
 def test_elastic_restart_goes_on(data, tmp_path):
@@ -283,6 +361,7 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(flags, whole, tmp_path, 
     out = capsys.readouterr().out
     assert f'{run}/checkpoint_previous.pth: goes on at epoch 1, step 0' in out
     assert damage == 'delete' or f'{path}: damaged, truncated' in out
+    assert (run / 'checkpoint_damaged.pth').exists() == (damage != 'delete')
     assert [line['epoch'] for line in log_lines(run)] == [0, 1, 2]
 
 
@@ -292,7 +371,7 @@ def test_nothing_intact_is_no_fresh_start(flags, tmp_path):
         (tmp_path / name).write_bytes(b'damaged')
     with pytest.raises(InputError, match='damaged, truncated'):
         main([*flags, '--output-dir', str(tmp_path), '--resume', 'auto'])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['checkpoint.pth', 'checkpoint_previous.pth']
+    assert {path.name for path in tmp_path.iterdir()} == {'.lock', 'checkpoint.pth', 'checkpoint_previous.pth'}
 
 
 def test_full_disk_leaves_the_last_checkpoint(flags, whole, tmp_path):
@@ -313,15 +392,26 @@ def test_full_disk_leaves_the_last_checkpoint(flags, whole, tmp_path):
     assert_same_run(run, whole)
 
 
+def test_full_disk_ends_the_log_in_one_line(flags, tmp_path):
+    """What can't be written to the log is no traceback either."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(RunStopped, match=r"args\.json can't be written"):
+            main([*flags, '--output-dir', str(tmp_path)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name for path in tmp_path.iterdir()} <= {'.lock'}
+
+
 # ----- two runs, bad images
 
 def test_second_run_in_a_directory_is_refused(flags, tmp_path):
     """As long as a run writes there; the holder is named, and its files are left alone."""
-    lock = utils.DirectoryLock(tmp_path)
-    with pytest.raises(InputError, match=f'another run is writing there \\(process {os.getpid()} on '):
+    with (utils.DirectoryLock(tmp_path),
+          pytest.raises(InputError, match=f'another run is writing there \\(process {os.getpid()} on ')):
         main([*flags, '--output-dir', str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ['.lock']
-    lock.release()
     assert math.isfinite(main([*flags, '--epochs', '1', '--output-dir', str(tmp_path)])['train_loss'])
 
 

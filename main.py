@@ -168,8 +168,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument('--num-workers', '--num_workers', default=10, type=COUNT_OR_0, metavar='N',
                        help='processes that load data, at most one for each core; 0: load in the main process')
     group.add_argument('--skip-bad-images', default=0, type=COUNT_OR_0, metavar='N',
-                       help='up to N unreadable training images (of each process, since its start) are replaced by their '
-                       'neighbours, and reported')
+                       help='up to N unreadable training images (of each process, since its start) are replaced by '
+                       'their neighbours, and reported')
     group.add_argument('--pin-mem', action=boolean, default=True, help='page-locked host memory for cuda')
 
     group = parser.add_argument_group('evaluation')

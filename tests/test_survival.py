@@ -392,16 +392,19 @@ def test_full_disk_leaves_the_last_checkpoint(flags, whole, tmp_path):
     assert_same_run(run, whole)
 
 
-def test_full_disk_ends_the_log_in_one_line(flags, tmp_path):
-    """What can't be written to the log is no traceback either."""
+def test_full_disk_leaves_other_files(tmp_path):
+    """A file that can't be replaced stays as it was, and the error is the one that ends a run in one line."""
+    path = tmp_path / 'args.json'
+    utils.write_json(path, {'before': 1})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(RunStopped, match=r"args\.json can't be written"):
-            main([*flags, '--output-dir', str(tmp_path)])
+            utils.write_json(path, {'after': 'x' * 10000})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert {path.name for path in tmp_path.iterdir()} <= {'.lock'}
+    assert json.loads(path.read_text()) == {'before': 1}
+    assert [p.name for p in tmp_path.iterdir()] == ['args.json']
 
 
 # ----- two runs, bad images

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import platform
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -419,7 +420,7 @@ class DirectoryLock:
     """
 
     def __init__(self, path: Optional[Path]):
-        self.file = None
+        self.file = self.made = None
         if path is not None:
             holder = on_main_process(lambda: self.take(path))
             if holder:
@@ -427,6 +428,7 @@ class DirectoryLock:
 
     def take(self, path: Path) -> str:
         """Lock the directory; returns who else holds it, if anyone does."""
+        self.made = None if path.exists() else path
         try:
             path.mkdir(parents=True, exist_ok=True)
             self.file = open(path / '.lock', 'a+')
@@ -456,7 +458,10 @@ class DirectoryLock:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error: Optional[type], *_):
+        refused = error is not None and issubclass(error, InputError)
+        if refused and self.made and [file.name for file in self.made.iterdir()] == ['.lock']:
+            shutil.rmtree(self.made)  # a mistake on the command line leaves nothing behind
         self.release()
 
 

@@ -1,15 +1,18 @@
 """What the README says is true of the code."""
+import itertools
+import math
 import re
 import shlex
 
 import pytest
 import timm
-from conftest import ROOT
+import torch
+from conftest import ROOT, seeded_model, tiny
 
 import datasets
 import run_with_submitit
 import xcit
-from main import get_args_parser
+from main import get_args_parser, main
 
 README = (ROOT / 'README.md').read_text()
 
@@ -61,6 +64,44 @@ def test_model_table_is_the_codes():
         for cell, patch in zip(row[4:6], xcit.PATCH_SIZES):
             model = timm.create_model(f'xcit_{size}_p{patch}')
             assert float(cell.removesuffix(' M')) == round(sum(p.numel() for p in model.parameters()) / 1e6, 1)
+
+
+def test_zoo_table_is_the_codes():
+    """Each published checkpoint's accuracy is in the row of its model and the column of its tag."""
+    header = next(line for line in README.splitlines() if line.startswith('| model | `fb_in1k` |'))
+    tags = [cell.strip(' `') for cell in header.strip('|').split('|')][1:]
+    start = README.index(header)
+    rows = README[start:README.index('\n\n', start)].splitlines()[2:]
+    expected = []
+    for model in xcit.MODELS:
+        entries = [xcit.ZOO.get(f'{model}.{tag}') for tag in tags]
+        cells = ['' if entry is None else f'{entry.knn} / {entry.top1}' if entry.knn else f'{entry.top1}'
+                 for entry in entries]
+        expected.append('| ' + ' | '.join([f'`{model}`', *cells]) + ' |')
+    assert rows == expected
+    assert sorted(tags) == sorted({entry.tag for entry in xcit.ZOO.values()})
+
+
+def tiny_version(command: str, data, weights, run) -> list:
+    """A README command with its data, weights and folders replaced, and on a model and images that take seconds."""
+    words = shlex.split(command, comments=True)
+    for flag in ('--pretrained', '--finetune', '--teacher-path'):
+        if flag in words:
+            words[words.index(flag) + 1] = str(weights)
+    if '--resume' in words and words[words.index('--resume') + 1] != 'auto':
+        words[words.index('--resume') + 1] = str(weights)
+    size = {'--batch-size': '4', '--epochs': '1', '--accum-iter': '2', '--teacher-model': 'xcit_nano_12_p16'}
+    return [*words, *itertools.chain(*((flag, value) for flag, value in size.items() if flag in words)),
+            *tiny(data, '--epochs', '1', '--output-dir', str(run))]
+
+
+@pytest.mark.parametrize('command', sorted(set(commands())))
+def test_command_runs(command, tmp_path, folders):
+    """Every command of the README runs to its end, with all its options, on tiny data in place of its own."""
+    weights = tmp_path / 'weights.pth'
+    torch.save({'model': seeded_model('xcit_nano_12_p16', num_classes=2).state_dict()}, weights)
+    stats = main(tiny_version(command, folders, weights, tmp_path / 'run'))
+    assert math.isfinite(stats['loss' if '--eval' in command else 'train_loss'])
 
 
 def test_every_data_set_is_described():

@@ -1,22 +1,24 @@
 """What the tools share: a model with its weights, classes and transform, and the pictures to show it."""
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Iterator, List, Optional, Tuple
 
 import timm
 import torch
 from timm.data import ImageNetInfo
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 import datasets
+import training
 import utils
 import weights
 import xcit
 from main import AMP_DTYPES, build_amp_dtype, check_model
-from utils import COUNT, InputError
+from utils import COUNT, COUNT_OR_0, InputError, RunStopped
 
 
 @dataclasses.dataclass
@@ -76,7 +78,7 @@ def load_model(args) -> LoadedModel:
         check_model('--model', args.model)
     weights.check_exists(args.pretrained, '--pretrained', args.model or '')
     given = weights.read(args.pretrained, '--pretrained', args.model or '', use_ema=args.use_ema)
-    trained = training_args(given.checkpoint)
+    trained = training.trained_with(given.checkpoint)
     published = weights.published(args.model or '', args.pretrained) or weights.published_as(args.pretrained)
     name = args.model or trained.get('model') or (published and published.model)
     if name is None:
@@ -91,12 +93,6 @@ def load_model(args) -> LoadedModel:
         input_size=args.input_size or own_size,
         full_crop=own_crop == 1. if args.full_crop is None else args.full_crop,
         device=device, amp_dtype=build_amp_dtype(args, device))
-
-
-def training_args(checkpoint: dict) -> dict:
-    """The flags of the training that wrote a checkpoint, as a dict; empty if it was none."""
-    args = checkpoint.get('args', {})
-    return args if isinstance(args, dict) else vars(args)
 
 
 def num_classes(name: str, given: weights.Weights) -> int:
@@ -141,8 +137,8 @@ def find_images(given: List[str]) -> List[Path]:
     return images
 
 
-class ImageFiles(torch.utils.data.Dataset):
-    """Image files as pairs (transformed image, position in the list)."""
+class ImageFiles(Dataset):
+    """Image files as pairs: the transformed image, or the error of one that can't be read; and its place."""
 
     def __init__(self, paths: List[Path], transform):
         self.paths, self.transform = paths, transform
@@ -151,25 +147,58 @@ class ImageFiles(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int):
-        return self.transform(datasets.load_rgb(str(self.paths[index]))), index
+        try:
+            return self.transform(datasets.load_rgb(str(self.paths[index]))), index
+        except datasets.UnreadableImage as error:
+            return error, index
 
 
-def batches(dataset, loaded: LoadedModel, *, batch_size: int, num_workers: int) -> Iterator[Tuple[torch.Tensor, list]]:
-    """Go through a data set of (image, something) with a progress bar.
+def batches(paths: List[Path], loaded: LoadedModel, *, batch_size: int, num_workers: int, unreadable: list
+            ) -> Iterator[Tuple[torch.Tensor, List[int]]]:
+    """Read image files and go through them with a progress bar.
+
+    Args:
+        unreadable: gets the error of each image that can't be decoded, which is left out.
 
     Yields:
-        images (B, 3, img_h, img_w) on the model's device, and the B things that came with them.
+        images (B, 3, img_h, img_w) on the model's device, and their places in `paths`.
     """
     if not datasets.resizes_for_evaluation(loaded):
         batch_size = 1  # the images keep their sizes, and need not be alike
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=utils.usable_workers(num_workers),
-                        worker_init_fn=utils.WorkerSignals(), collate_fn=stack_images)
-    with tqdm(total=len(dataset), unit=' images', disable=not utils.shows_bar()) as bar:
-        for images, others in loader:
-            yield images.to(loaded.device), others
-            bar.update(len(others))
+    loader = DataLoader(ImageFiles(paths, loaded.transform()), batch_size=batch_size, collate_fn=list,
+                        num_workers=utils.usable_workers(num_workers), worker_init_fn=utils.WorkerSignals())
+    with tqdm(total=len(paths), unit=' images', disable=not utils.shows_bar()) as bar:
+        for samples in loader:
+            unreadable += [image for image, _ in samples if isinstance(image, datasets.UnreadableImage)]
+            readable = [(image, index) for image, index in samples if isinstance(image, torch.Tensor)]
+            if readable:
+                images, indices = zip(*readable)
+                yield torch.stack(images).to(loaded.device), list(indices)
+            bar.update(len(samples))
 
 
-def stack_images(samples: list) -> Tuple[torch.Tensor, list]:
-    images, others = zip(*samples)
-    return torch.stack(images), list(others)
+def add_loading_arguments(parser: argparse.ArgumentParser):
+    """The flags of `batches`."""
+    group = parser.add_argument_group('data')
+    group.add_argument('--batch-size', default=64, type=COUNT, metavar='IMAGES', help='of one pass')
+    group.add_argument('--num-workers', default=10, type=COUNT_OR_0, metavar='N',
+                       help='processes that read images, at most one for each core; 0: read in the main process')
+
+
+def forward(loaded: LoadedModel, function, images: torch.Tensor) -> torch.Tensor:
+    """`function(images)` as the model is evaluated: without gradients, in its autocast type; float32 on the CPU."""
+    with torch.inference_mode(), torch.autocast(loaded.device.type, loaded.amp_dtype,
+                                                enabled=loaded.amp_dtype is not None):
+        return function(images).float().cpu()
+
+
+def report_unreadable(unreadable: list, total: int):
+    """Name the images that were left out, if any.
+
+    Raises:
+        RunStopped: there were some, so that the exit code says it.
+    """
+    for error in unreadable[:-1]:
+        print(error, file=sys.stderr)
+    if unreadable:
+        raise RunStopped(f'{unreadable[-1]} ({len(unreadable)} of {total} could not be read)')

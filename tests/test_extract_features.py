@@ -1,0 +1,91 @@
+"""python -m tools.extract_features"""
+import json
+
+import numpy as np
+import pytest
+import safetensors
+import torch
+from conftest import seeded_model, write_folders, write_image
+
+import datasets
+from tools.extract_features import main
+from utils import InputError
+
+
+@pytest.fixture(scope='module')
+def backbone(tmp_path_factory):
+    """Weights without a head, as DINO's are published."""
+    path = tmp_path_factory.mktemp('weights') / 'backbone.pth'
+    torch.save(seeded_model('xcit_nano_12_p16', num_classes=0).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_folders(tmp_path_factory.mktemp('data'), size=(70, 50)) / 'train'
+
+
+def extract(backbone, *words) -> dict:
+    return main([*map(str, words), '--model', 'xcit_nano_12_p16', '--pretrained', str(backbone), '--input-size', '48',
+                 '--num-workers', '0', '--device', 'cpu', '--batch-size', '3'])
+
+
+@pytest.mark.parametrize('pool', ['token', 'avg'])
+def test_features_are_the_models(tmp_path, data, backbone, pool):
+    """Each row is the pooled, normalised output for the picture as evaluation shows it."""
+    extract(backbone, data, '--output', tmp_path / 'f.npz', '--pool', pool)
+    with np.load(tmp_path / 'f.npz') as found:
+        features, paths = found['features'], found['paths']
+    model = seeded_model('xcit_nano_12_p16', num_classes=0, global_pool=pool).eval()
+    transform = datasets.build_eval_transform(type('args', (), dict(input_size=48, full_crop=True)))
+    image = transform(datasets.load_rgb(str(data / paths[5])))[None]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(features[5:6]), model(image), rtol=1e-4, atol=1e-4)
+
+
+def test_labels_and_classes_of_class_folders(tmp_path, data, backbone):
+    """The label is the place of the folder's name among the sorted ones."""
+    extract(backbone, data, '--output', tmp_path / 'f.npz')
+    with np.load(tmp_path / 'f.npz') as found:
+        assert found['classes'].tolist() == ['cat', 'dog']
+        assert [found['classes'][label] for label in found['labels']] == [p.split('/')[0] for p in found['paths']]
+        assert found['features'].shape == (16, 128)
+
+
+def test_safetensors_holds_the_same(tmp_path, data, backbone):
+    """Arrays as tensors, strings as JSON in the metadata."""
+    expected = extract(backbone, data, '--output', tmp_path / 'f.npz')
+    extract(backbone, data, '--output', tmp_path / 'f.safetensors')
+    with safetensors.safe_open(tmp_path / 'f.safetensors', 'np') as found:
+        np.testing.assert_array_equal(found.get_tensor('features'), expected['features'])
+        np.testing.assert_array_equal(found.get_tensor('labels'), expected['labels'])
+        assert json.loads(found.metadata()['paths']) == expected['paths']
+
+
+def test_plain_folder_has_no_labels(tmp_path, data, backbone):
+    """Pictures that are not in class folders get none."""
+    assert set(extract(backbone, data / 'cat', '--output', tmp_path / 'f.npz')) == {'features', 'paths'}
+
+
+def test_unreadable_picture(tmp_path, backbone):
+    """It ends the program, with nothing written, unless it may be left out."""
+    for i in range(5):
+        write_image(tmp_path / 'data' / f'{i}.png')
+    (tmp_path / 'data' / '1.png').write_bytes(b'')
+    with pytest.raises(datasets.UnreadableImage, match=r'1\.png'):
+        extract(backbone, tmp_path / 'data', '--output', tmp_path / 'f.npz')
+    assert not (tmp_path / 'f.npz').exists()
+    found = extract(backbone, tmp_path / 'data', '--output', tmp_path / 'f.npz', '--skip-bad-images', '1')
+    assert found['paths'] == ['0.png', '2.png', '3.png', '4.png']
+    assert np.isfinite(found['features']).all()
+
+
+@pytest.mark.parametrize(('output', 'message'), [
+    ('f.txt', r'f\.txt: must end in \.npz or \.safetensors'),
+    ('folder.npz', 'is a folder'),
+])
+def test_bad_output(tmp_path, data, backbone, output, message):
+    """What can't be written is refused before anything is read."""
+    (tmp_path / 'folder.npz').mkdir()
+    with pytest.raises(InputError, match=message):
+        extract(backbone, data, '--output', tmp_path / output)

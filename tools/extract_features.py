@@ -1,0 +1,112 @@
+"""Write the features of pictures to a file: for each, what the model's classifier sees of it.
+
+In the file: `features` (n, C) float32 and `paths`, relative to a folder that was given; of a folder of class folders
+also `labels` (n,) int64 and `classes`, their names. In .safetensors, paths and classes are JSON in the metadata.
+"""
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import List, Optional, Tuple
+
+import numpy as np
+import safetensors.numpy
+import torch
+
+import utils
+import xcit
+from tools import common
+from utils import COUNT_OR_0, InputError, Parser
+
+POOLS = ('token', 'avg')
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = Parser('python -m tools.extract_features', description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('data', nargs='+', metavar='DATA', help='folders of images, with their subfolders, or files')
+    parser.add_argument('--output', required=True, metavar='FILE', help='.npz or .safetensors')
+    parser.add_argument('--pool', choices=POOLS,
+                        help='of an XCiT: the CLS token, or the mean of the patches; what the classifier sees if unset')
+    parser.add_argument('--skip-bad-images', default=0, type=COUNT_OR_0, metavar='N',
+                        help='leave out up to N images that can\'t be read')
+    common.add_model_arguments(parser)
+    common.add_loading_arguments(parser)
+    return parser
+
+
+def class_folders(data: List[str], paths: List[Path]) -> Optional[Tuple[List[str], List[int]]]:
+    """(names, label of each path) where `data` is one folder with images in subfolders only, else None."""
+    if len(data) > 1 or not Path(data[0]).is_dir() or any(path.parent == Path(data[0]) for path in paths):
+        return None
+    folders = [path.relative_to(data[0]).parts[0] for path in paths]
+    names = sorted(set(folders))
+    return names, [names.index(folder) for folder in folders]
+
+
+def extract(args, paths: List[Path], loaded: common.LoadedModel) -> Tuple[np.ndarray, List[int]]:
+    """Features (n, C) of the readable images, and their places in `paths`."""
+    if args.pool:
+        if not isinstance(loaded.model, xcit.Xcit):
+            raise InputError(f'--pool {args.pool}: is for XCiT models only, not {loaded.name}')
+        loaded.model.global_pool = args.pool
+    features = np.empty((len(paths), loaded.model.num_features), np.float32)
+    unreadable, places = [], []
+    for images, indices in common.batches(paths, loaded, batch_size=args.batch_size, num_workers=args.num_workers,
+                                          unreadable=unreadable):
+        if len(unreadable) > args.skip_bad_images:
+            raise unreadable[0]
+        features[len(places):len(places) + len(indices)] = common.forward(loaded, pooled(loaded.model), images)
+        places += indices
+    if len(unreadable) > args.skip_bad_images:
+        raise unreadable[0]
+    return features[:len(places)], places
+
+
+def pooled(model: torch.nn.Module):
+    """images (B, 3, img_h, img_w) -> (B, C)."""
+    return lambda images: model.forward_head(model.forward_features(images), pre_logits=True)
+
+
+def write(path: Path, arrays: dict, names: dict):
+    """Write arrays and lists of strings, so that `path` is the old file or the whole new one."""
+    unfinished = path.with_name(f'{path.stem}.tmp{path.suffix}')
+    try:
+        with utils.writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == '.npz':
+                np.savez(unfinished, **arrays, **{name: np.array(words) for name, words in names.items()})
+            else:
+                metadata = {name: json.dumps(words) for name, words in names.items()}
+                safetensors.numpy.save_file(arrays, unfinished, metadata=metadata)
+            os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def main(argv: Optional[list] = None) -> dict:
+    """Extract, with a command line (`sys.argv` if None); returns the arrays of the file by name."""
+    args = get_args_parser().parse_args(argv)
+    output = Path(args.output)
+    if output.suffix not in ('.npz', '.safetensors'):
+        raise InputError(f'--output {output}: must end in .npz or .safetensors')
+    if output.is_dir():
+        raise InputError(f'--output {output}: is a folder')
+    paths = common.find_images(args.data)
+    loaded = common.load_model(args)
+    features, places = extract(args, paths, loaded)
+    arrays, names = {'features': features}, {}
+    root = args.data[0] if len(args.data) == 1 and Path(args.data[0]).is_dir() else None
+    names['paths'] = [str(paths[i].relative_to(root) if root else paths[i]) for i in places]
+    labelled = class_folders(args.data, paths)
+    if labelled:
+        names['classes'], labels = labelled
+        arrays['labels'] = np.array(labels)[places]
+    write(output, arrays, names)
+    utils.notice(f'{output}: features {features.shape} of {len(places)} of {len(paths)} images'
+                 + (f', {len(names["classes"])} classes' if labelled else ''))
+    return {**arrays, **names}
+
+
+if __name__ == '__main__':
+    utils.run_program(main)

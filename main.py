@@ -40,7 +40,7 @@ from utils import COUNT, COUNT_OR_0, FRACTION, NON_NEGATIVE, POSITIVE, InputErro
 AMP_DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16, 'off': None}
 REFERENCE_BATCH = 512  # images for which --lr is meant
 # What --finetune changes in the recipe; any of it can be given on the command line
-FINETUNING = dict(epochs=30, lr=2e-4, min_lr=1e-6, warmup_epochs=1, drop_path=0., reprob=0., repeated_aug=False,
+FINETUNING = dict(epochs=30, lr=4e-4, min_lr=1e-6, warmup_epochs=0, drop_path=0., reprob=0., repeated_aug=False,
                   full_crop=True)
 
 

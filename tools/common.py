@@ -16,7 +16,6 @@ import datasets
 import training
 import utils
 import weights
-import xcit
 from main import AMP_DTYPES, build_amp_dtype, check_model
 from utils import COUNT, COUNT_OR_0, InputError, RunStopped
 
@@ -105,7 +104,7 @@ def num_classes(name: str, given: weights.Weights) -> int:
 def names_in_words(given: weights.Weights, model: torch.nn.Module) -> Optional[List[str]]:
     """The names in a training's checkpoint, or ImageNet's for a model of 1000 classes without any."""
     names = given.checkpoint.get('classes')
-    if names is None and model.num_classes == 1000 and isinstance(model, xcit.Xcit):
+    if names is None and model.num_classes == 1000:
         names = ImageNetInfo('imagenet-1k').label_names()
     if names is None:
         return None

@@ -82,7 +82,7 @@ def load_model(args) -> LoadedModel:
     if name is None:
         raise InputError(f'--model: is needed, since {args.pretrained} does not say what it is the weights of')
     check_model('--model', name)
-    model = timm.create_model(name, num_classes=num_classes(name, given))
+    model = timm.create_model(name, num_classes=weights.num_classes(name, given))
     weights.load(model, given)
     own_size = published.resolution if published else trained.get('input_size', model.default_cfg['input_size'][-1])
     own_crop = published.crop if published else 1. if trained.get('full_crop', not trained) else .875
@@ -97,13 +97,6 @@ def training_args(checkpoint: dict) -> dict:
     """The flags of the training that wrote a checkpoint, as a dict; empty if it was none."""
     args = checkpoint.get('args', {})
     return args if isinstance(args, dict) else vars(args)
-
-
-def num_classes(name: str, given: weights.Weights) -> int:
-    """How many classes the head in the weights has; 0: there is none."""
-    head = timm.models.get_pretrained_cfg_value(name, 'classifier') or 'head'
-    bias = given.tensors.get(f'{head}.bias')
-    return 0 if bias is None else len(bias)
 
 
 def names_in_words(given: weights.Weights, model: torch.nn.Module) -> Optional[List[str]]:

@@ -90,8 +90,8 @@ def read(given: str, flag: str, model_name: str = '', *, use_ema: bool = False) 
 
 
 def read_published(checkpoint: xcit.Published, flag: str) -> dict:
-    """The file of a published checkpoint from either home: what is on this machine already goes first."""
-    if checkpoint.hf_hub_id and not checkpoints.cache_path(checkpoint.url).exists():
+    """The file of a published checkpoint, from either home; nothing is downloaded that is on this machine already."""
+    if checkpoint.hf_hub_id:
         cached = huggingface_hub.try_to_load_from_cache(checkpoint.hf_hub_id, HUB_FILE)
         if isinstance(cached, str):
             with contextlib.suppress(InputError):  # damaged: downloaded anew below

@@ -1,6 +1,6 @@
 """Checkpoint files: plain values and state dicts, written whole or not at all, read without executing anything."""
 import argparse
-import contextlib
+import glob
 import http.client
 import os
 import pickle
@@ -17,7 +17,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from utils import InputError, RunStopped, first_line, is_main_process, sync_to_disk
+from utils import InputError, RunStopped, first_line, is_main_process, shows_bar, sync_to_disk
 
 try:
     import fcntl
@@ -29,6 +29,7 @@ def save_checkpoint(state: dict, path: Path, *, keep: Optional[Path] = None):
     """Write `state` so that `path` holds either the old file or the whole new one, at every moment.
 
     Args:
+        state: for a path that ends in .safetensors, tensors alone.
         keep: where the old file goes; None: it is replaced.
 
     Raises:
@@ -39,7 +40,10 @@ def save_checkpoint(state: dict, path: Path, *, keep: Optional[Path] = None):
     unfinished = path.with_name(path.name + '.tmp')
     try:
         with open(unfinished, 'wb') as file:
-            torch.save(state, file)
+            if path.suffix == '.safetensors':
+                file.write(safetensors.torch.save(state, metadata={'format': 'pt'}))
+            else:
+                torch.save(state, file)
             sync_to_disk(file)
     except (OSError, RuntimeError) as error:  # torch wraps the system's error
         unfinished.unlink(missing_ok=True)
@@ -112,41 +116,66 @@ def load_checkpoint(source, flag: str) -> dict:
 
 def load_from_url(url: str, flag: str) -> dict:
     """A file that can't be read is not kept, so that what was cut short is downloaded anew."""
-    path = cache_path(url)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with only_one_process(path.with_name(path.name + '.lock')):
+    try:
+        path = cache_path(url)
+    except ValueError as error:
+        raise InputError(f'{flag} {url}: {first_line(error)}') from None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = open(path.with_name(path.name + '.lock'), 'a+')
+    except OSError as error:  # others' cache, that may be read
         if path.exists():
+            return load_file(path, f'{flag} {url}: {path}')
+        raise DownloadError(f'{flag} {url}: {path.parent} can\'t be written to ({first_line(error)})') from None
+    with record:
+        wait_for_lock(record)
+        if path.exists() and not is_of_another_url(path, record, url):
             try:
                 return load_file(path, f'{flag} {url}: {path}')
             except InputError as error:
                 print(f'{error}; downloading it again', file=sys.stderr, flush=True)
-        hash_in_name = re.search(r'-([0-9a-f]{8,})\.', path.name)
-        fresh = path.with_name(path.name + '.new')
-        try:
-            torch.hub.download_url_to_file(
-                url, str(fresh), hash_in_name and hash_in_name[1], progress=is_main_process())
-            checkpoint = load_file(fresh, f'{flag} {url}: cut short on its way, or')
-        except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
-            raise DownloadError(f'{flag} {url}: can\'t be downloaded ({first_line(error)}); without a network, put the '
-                                f'file at {path}') from None
-        except RuntimeError as error:
-            raise DownloadError(f'{flag} {url}: {first_line(error)}') from None
-        except InputError as error:
-            raise DownloadError(str(error)) from None
-        else:
-            os.replace(fresh, path)
-        finally:
-            fresh.unlink(missing_ok=True)
+        checkpoint = download(url, path, flag)
+        record.truncate(0)
+        record.write(f'{url}\n{path.stat().st_mtime_ns}')
     return checkpoint
 
 
-@contextlib.contextmanager
-def only_one_process(lock: Path):
-    """A context for one process of this machine at a time."""
-    with open(lock, 'w') as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def is_of_another_url(path: Path, record, url: str) -> bool:
+    """Whether a file in the cache was downloaded from elsewhere: names such as model.safetensors are not unique.
+
+    Args:
+        record: open file with the last download's URL and the time stamp of what it brought; empty: none is known.
+    """
+    record.seek(0)
+    origin, _, written = record.read().partition('\n')
+    return origin not in ('', url) and written == str(path.stat().st_mtime_ns)  # or else it was put there by hand
+
+
+def download(url: str, path: Path, flag: str) -> dict:
+    """Fetch a checkpoint, and keep it at `path` once it proved to be whole."""
+    hash_in_name = re.search(r'-([0-9a-f]{8,})\.', path.name)
+    fresh = path.with_name(f'new-{path.name}')
+    try:
+        torch.hub.download_url_to_file(url, str(fresh), hash_in_name and hash_in_name[1], progress=shows_bar())
+        checkpoint = load_file(fresh, f'{flag} {url}: the downloaded file')
+        os.replace(fresh, path)
+    except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
+        raise DownloadError(f'{flag} {url}: can\'t be downloaded ({first_line(error)}); without a network, put the '
+                            f'file at {path}') from None
+    except InputError as error:
+        raise DownloadError(str(error)) from None
+    except (RuntimeError, ValueError) as error:  # a wrong hash; a malformed URL
+        raise DownloadError(f'{flag} {url}: {first_line(error)}') from None
+    finally:
+        for unfinished in path.parent.glob(f'{glob.escape(fresh.name)}*'):  # an earlier, killed process's too
+            unfinished.unlink()
+    return checkpoint
+
+
+def wait_for_lock(file):
+    """Return once no other process of this machine has the lock of an open file; it is held until that is closed."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def load_file(path: Path, name: str) -> dict:

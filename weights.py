@@ -1,9 +1,12 @@
 """Weights by name: from a published tag, a file, a URL or the Hugging Face hub, in whichever format, into a model."""
+import contextlib
 import dataclasses
 from pathlib import Path
-from typing import List, Optional, Tuple
+from typing import List, Optional
 
 import huggingface_hub
+import safetensors
+import timm
 import torch
 from timm.models import load_state_dict_from_hf
 
@@ -12,7 +15,7 @@ import xcit
 from utils import InputError, abridge, first_line, notice
 
 HUB = 'hf-hub:'  # before the name of a repository there
-ENTRIES = ('model', 'state_dict', 'teacher')  # under which files keep weights: published and ours, many others, DINO
+HUB_FILE = 'model.safetensors'
 AVERAGES = ('model_ema', 'state_dict_ema')  # the moving average: ours and the original's, timm's
 
 
@@ -87,12 +90,12 @@ def read(given: str, flag: str, model_name: str = '', *, use_ema: bool = False) 
 
 
 def read_published(checkpoint: xcit.Published, flag: str) -> dict:
-    """The file of a published checkpoint from either home: what is on this machine already goes first."""
-    cached = checkpoints.cache_path(checkpoint.url).exists()
-    if checkpoint.hf_hub_id and not cached:
-        cached_there = huggingface_hub.try_to_load_from_cache(checkpoint.hf_hub_id, 'model.safetensors')
-        if isinstance(cached_there, str):
-            return checkpoints.load_checkpoint(cached_there, flag)
+    """The file of a published checkpoint, from either home; nothing is downloaded that is on this machine already."""
+    if checkpoint.hf_hub_id:
+        cached = huggingface_hub.try_to_load_from_cache(checkpoint.hf_hub_id, HUB_FILE)
+        if isinstance(cached, str):
+            with contextlib.suppress(InputError):  # damaged: downloaded anew below
+                return checkpoints.load_checkpoint(cached, flag)
     try:
         return checkpoints.load_checkpoint(checkpoint.url, flag)
     except checkpoints.DownloadError as error:
@@ -105,12 +108,22 @@ def read_published(checkpoint: xcit.Published, flag: str) -> dict:
 
 
 def read_hub(name: str, flag: str) -> dict:
+    repository, _, revision = name.partition('@')
+    file = dict(repo_id=repository, filename=HUB_FILE, revision=revision or None)
     try:
-        return load_state_dict_from_hf(name)
+        if huggingface_hub.try_to_load_from_cache(**file) is None:
+            # Asks once whether the hub can be reached: a download would try for most of a minute.
+            with contextlib.suppress(huggingface_hub.errors.EntryNotFoundError):
+                huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(**file))
+        try:
+            return load_state_dict_from_hf(name)
+        except safetensors.SafetensorError:  # the hub's cache is damaged
+            huggingface_hub.hf_hub_download(**file, force_download=True)
+            return load_state_dict_from_hf(name)
     except Exception as error:  # of the network, of the hub, of the file: many kinds
         raise checkpoints.DownloadError(
             f'{flag} {HUB}{name}: can\'t be read from the Hugging Face hub ({first_line(error)}); without a network, '
-            f'give the path of its model.safetensors') from None
+            f'give the path of its {HUB_FILE}') from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,15 +138,16 @@ def extract(checkpoint: dict, source: str, *, use_ema: bool = False) -> Weights:
     Raises:
         InputError: there are none.
     """
-    entries = AVERAGES if use_ema else ENTRIES
+    entries = AVERAGES if use_ema else xcit.ENTRIES
     entry = next((name for name in entries if isinstance(checkpoint.get(name), dict)), None)
     if use_ema and entry is None:
         raise InputError(f'{source}: holds no moving average (--use-ema); it has: {abridge(list(checkpoint))}')
     tensors = checkpoint if entry is None else checkpoint[entry]
-    if not any(isinstance(value, torch.Tensor) for value in tensors.values()):
+    if not any(isinstance(value, torch.Tensor) for value in tensors.values()) or not all(
+            isinstance(key, str) for key in tensors):
         raise InputError(f'{source}: no weights under \'model\'; the file has: {abridge(list(checkpoint))}')
     found = ['a bare state dict' if entry is None else f'\'{entry}\'']
-    tensors, removed = strip_prefixes(tensors)
+    tensors, removed = xcit.strip_prefixes(tensors)
     found += [f'names without {" and ".join(removed)}'] if removed else []
     if xcit.has_timm_names(tensors):
         tensors = xcit.from_timm_names(tensors)
@@ -143,23 +157,37 @@ def extract(checkpoint: dict, source: str, *, use_ema: bool = False) -> Weights:
     return Weights(tensors, source, ', '.join(found), checkpoint)
 
 
-def strip_prefixes(tensors: dict) -> Tuple[dict, List[str]]:
-    """Names without what wrappers put in front of them; and which these were."""
-    removed = []
-    if any('_orig_mod.' in key for key in tensors):  # torch.compile, of the whole or of parts
-        tensors, removed = {key.replace('_orig_mod.', ''): value for key, value in tensors.items()}, ['_orig_mod.']
-    if tensors and all(key.startswith('module.') for key in tensors):  # DistributedDataParallel
-        tensors = {key.removeprefix('module.'): value for key, value in tensors.items()}
-        removed.append('module.')
-    prefix = 'backbone.'  # DINO, whose projection head is no part of the model
-    if any(key.startswith(prefix) for key in tensors):
-        tensors = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        removed.append(prefix)
-    return tensors, removed
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Into a model
+
+def num_classes(name: str, given: Weights) -> int:
+    """How many classes the head in weights of the model `name` has; 0: there is none."""
+    head = timm.models.get_pretrained_cfg_value(name, 'classifier') or 'head'
+    bias = given.tensors.get(f'{head}.bias')
+    return 0 if bias is None else len(bias)
+
+
+def head_keys(model: torch.nn.Module) -> List[str]:
+    return [f'{getattr(model, "default_cfg", {}).get("classifier", "head")}.{part}' for part in ('weight', 'bias')]
+
+
+def check(model: torch.nn.Module, weights: Weights):
+    """Refuse weights that are not the model's; the head is left aside.
+
+    Raises:
+        InputError: lists the weights that are missing, left over or of another shape.
+    """
+    own, given, head = model.state_dict(), weights.tensors, head_keys(model)
+    problems = {
+        'missing keys': [k for k in own if k not in given],
+        'unexpected keys': [k for k in given if k not in own],
+        'other shapes': [f'{k} {tuple(getattr(given[k], "shape", ()))}, model has {tuple(own[k].shape)}'
+                         for k in own if k in given and getattr(given[k], 'shape', None) != own[k].shape]}
+    problems = {what: keys for what, keys in problems.items() if any(k.split()[0] not in head for k in keys)}
+    if problems:
+        raise InputError(f'{weights.source}: the weights are not this model\'s; '
+                         + '; '.join(f'{what}: {abridge(keys)}' for what, keys in problems.items()))
+
 
 def load(model: torch.nn.Module, weights: Weights, *, new_head: bool = False):
     """Load all of the weights into `model`.
@@ -170,20 +198,11 @@ def load(model: torch.nn.Module, weights: Weights, *, new_head: bool = False):
     Raises:
         InputError: a weight is missing, left over or of another shape.
     """
+    check(model, weights)
     own, given, source = model.state_dict(), weights.tensors, weights.source
-    head = [f'{getattr(model, "default_cfg", {}).get("classifier", "head")}.{part}' for part in ('weight', 'bias')]
-    other_shape = [k for k in own if k in given and getattr(given[k], 'shape', None) != own[k].shape]
-    missing = [k for k in own if k not in given]
-    unexpected = [k for k in given if k not in own]
-    problems = {
-        'missing keys': missing, 'unexpected keys': unexpected,
-        'other shapes': [f'{k} {tuple(getattr(given[k], "shape", ()))}, model has {tuple(own[k].shape)}'
-                         for k in other_shape]}
-    if set(missing + unexpected + other_shape) - set(head):
-        raise InputError(f'{source}: the weights are not this model\'s; '
-                         + '; '.join(f'{what}: {abridge(keys)}' for what, keys in problems.items() if keys))
+    head = head_keys(model)
     notice(f'{source}: {weights.description}')
-    if missing or unexpected or other_shape:
+    if any(getattr(own.get(k), 'shape', None) != getattr(given.get(k), 'shape', None) for k in head):
         if head[0] not in given:
             problem = 'have no head'
         elif head[0] not in own:
@@ -195,3 +214,35 @@ def load(model: torch.nn.Module, weights: Weights, *, new_head: bool = False):
         notice(f'{source}: the weights {problem}: all but the head is taken')
         given = {k: v for k, v in given.items() if k not in head}
     model.load_state_dict(given, strict=False)  # checked above, in words of our own
+
+
+def create_model(name: str, pretrained=False, **kwargs) -> torch.nn.Module:
+    """`timm.create_model` of an XCiT model with any weights that `read` takes.
+
+    Args:
+        pretrained: False: random weights; True: those of the model's first tag; else a tag, path, URL or
+            `hf-hub:OWNER/NAME`.
+        kwargs: timm's and the model's. With another `num_classes` than the weights have, the head is a fresh one.
+
+    Raises:
+        InputError: the weights can't be read, or are not the model's.
+    """
+    if not pretrained:
+        return timm.create_model(name, **kwargs)
+    source = tags(name)[0] if pretrained is True else str(pretrained)
+    check_exists(source, 'pretrained', name)
+    given = read(source, 'pretrained', name)
+    check(build_without_storage(name, given), given)
+    published_here = published(name, source) or published_as(source)
+    model = timm.create_model(
+        f'{name}.{published_here.tag}' if published_here else name, pretrained=True,
+        pretrained_cfg_overlay=dict(state_dict=given.tensors, num_classes=num_classes(name, given)), **kwargs)
+    for part in model.modules():  # timm keeps what it was given
+        getattr(part, 'pretrained_cfg', {}).pop('state_dict', None)
+    return model
+
+
+def build_without_storage(name: str, given: Weights) -> torch.nn.Module:
+    """A model with a head like that of the weights, on the device `meta`: names and shapes alone."""
+    with torch.device('meta'):
+        return timm.create_model(name, num_classes=num_classes(name, given))

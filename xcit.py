@@ -524,7 +524,25 @@ ZOO = {f'{published.model}.{published.tag}': published for published in _publish
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# timm's naming and registry
+# What files hold, timm's naming and registry
+
+ENTRIES = ('model', 'state_dict', 'teacher')  # under which files keep weights: published and ours, many others, DINO
+
+
+def strip_prefixes(weights: dict) -> Tuple[dict, List[str]]:
+    """Names without what wrappers put in front of them; and which these were."""
+    removed = []
+    if any('_orig_mod.' in key for key in weights):  # torch.compile, of the whole or of parts
+        weights, removed = {key.replace('_orig_mod.', ''): value for key, value in weights.items()}, ['_orig_mod.']
+    if weights and all(key.startswith('module.') for key in weights):  # DistributedDataParallel
+        weights = {key.removeprefix('module.'): value for key, value in weights.items()}
+        removed.append('module.')
+    prefix = 'backbone.'  # DINO, whose projection head ('head.') is no part of the model
+    if any(key.startswith(prefix) for key in weights):
+        weights = {key.removeprefix(prefix): value for key, value in weights.items() if not key.startswith('head.')}
+        removed.append(prefix)
+    return weights, removed
+
 
 def has_timm_names(weights: dict) -> bool:
     """Whether weights are named as in timm's own XCiT, which calls two things otherwise."""
@@ -539,11 +557,11 @@ def from_timm_names(weights: dict) -> dict:
     published = {}
     for key, value in weights.items():
         split = re.fullmatch(TIMM_CLASS_ATTENTION, key)
-        if split is None:
+        parts = [f'{split[1]}{part}.{split[3]}' for part in 'qkv'] if split else []
+        if split is None or not all(part in weights for part in parts):
             published[re.sub(r'^pos_embed\.', 'pos_embeder.', key)] = value
         elif split[2] == 'q':
-            parts = [weights[f'{split[1]}{part}.{split[3]}'] for part in 'qkv']
-            published[f'{split[1]}qkv.{split[3]}'] = torch.cat(parts)
+            published[f'{split[1]}qkv.{split[3]}'] = torch.cat([weights[part] for part in parts])
     return published
 
 
@@ -561,9 +579,20 @@ def to_timm_names(weights: dict) -> dict:
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
-    """What timm loads from: published files hold their weights under 'model', its own copies have other names."""
-    weights = state_dict.get('model', state_dict)
-    return from_timm_names(weights) if has_timm_names(weights) else weights
+    """What timm loads from a file, in whichever format XCiT weights come.
+
+    Raises:
+        ValueError: weights are missing or left over; where the head is for other classes, timm itself would not tell.
+    """
+    weights = next((state_dict[name] for name in ENTRIES if isinstance(state_dict.get(name), dict)), state_dict)
+    weights, _ = strip_prefixes(weights)
+    weights = from_timm_names(weights) if has_timm_names(weights) else weights
+    own = model.state_dict()
+    for what, keys in (('missing', own.keys() - weights.keys()), ('unexpected', weights.keys() - own.keys())):
+        keys = sorted(key for key in keys if not key.startswith('head.'))
+        if keys:
+            raise ValueError(f'the weights are not this model\'s; {what} keys: {", ".join(keys)}')
+    return weights
 
 
 def _cfg(published: Published) -> dict:

@@ -83,7 +83,7 @@ def load_model(args) -> LoadedModel:
     if name is None:
         raise InputError(f'--model: is needed, since {args.pretrained} does not say what it is the weights of')
     check_model('--model', name)
-    model = timm.create_model(name, num_classes=num_classes(name, given))
+    model = timm.create_model(name, num_classes=weights.num_classes(name, given))
     weights.load(model, given)
     own_size = published.resolution if published else trained.get('input_size', model.default_cfg['input_size'][-1])
     own_crop = published.crop if published else 1. if trained.get('full_crop', not trained) else .875
@@ -92,13 +92,6 @@ def load_model(args) -> LoadedModel:
         input_size=args.input_size or own_size,
         full_crop=own_crop == 1. if args.full_crop is None else args.full_crop,
         device=device, amp_dtype=build_amp_dtype(args, device))
-
-
-def num_classes(name: str, given: weights.Weights) -> int:
-    """How many classes the head in the weights has; 0: there is none."""
-    head = timm.models.get_pretrained_cfg_value(name, 'classifier') or 'head'
-    bias = given.tensors.get(f'{head}.bias')
-    return 0 if bias is None else len(bias)
 
 
 def names_in_words(given: weights.Weights, model: torch.nn.Module) -> Optional[List[str]]:

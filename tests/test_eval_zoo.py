@@ -1,0 +1,309 @@
+"""tools.eval_zoo on a small ImageNet: some of its class folders, and weights under the published file names."""
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, seeded_model, write_image
+
+import main as classification
+import xcit
+from tools import eval_zoo
+from tools.eval_zoo import COLUMNS, deviation, main
+from utils import InputError, RunStopped
+
+NAME = 'xcit_nano_12_p16'
+TAGS = ('fb_in1k', 'fb_dist_in1k')
+WORDNET = ('n01440764', 'n02123045', 'n02504458')  # classes 0, 281, 386
+
+
+@pytest.fixture(scope='module')
+def imagenet(tmp_path_factory) -> Path:
+    """val/ with 2 images of each of 3 classes."""
+    root = tmp_path_factory.mktemp('imagenet')
+    for label, name in enumerate(WORDNET):
+        for i in range(2):
+            write_image(root / 'val' / name / f'{i}.JPEG', size=(70, 60), seed=10 * label + i)
+    return root
+
+
+def file_of(folder: Path, tag: str) -> Path:
+    return folder / Path(xcit.ZOO[f'{NAME}.{tag}'].url).name
+
+
+@pytest.fixture(scope='module')
+def published(tmp_path_factory) -> Path:
+    """The three files of the smallest model."""
+    folder = tmp_path_factory.mktemp('published')
+    for tag in eval_zoo.TAGS:
+        model = seeded_model(NAME)
+        model.head.bias.data[281] += 100 * (tag == 'fb_dist_in1k')  # sees a cat everywhere
+        torch.save({'model': model.state_dict()}, file_of(folder, tag))
+    return folder
+
+
+def flags(imagenet: Path, published: Path, output_dir: Path, *, tags=TAGS) -> list:
+    return ['--data-path', str(imagenet), '--checkpoints', str(published), '--models', NAME, '--tags', *tags,
+            '--output-dir', str(output_dir), '--device', 'cpu', '--num-workers', '0', '--batch-size', '4']
+
+
+def read(output_dir: Path) -> list:
+    with open(output_dir / 'zoo.csv', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope='module')
+def measured(imagenet, published, tmp_path_factory) -> Path:
+    """The output of both 224-pixel checkpoints; not to be changed."""
+    output_dir = tmp_path_factory.mktemp('out') / 'zoo'
+    main(flags(imagenet, published, output_dir))
+    return output_dir
+
+
+@pytest.fixture
+def earlier(measured, tmp_path) -> Path:
+    """A copy of that output."""
+    output_dir = tmp_path / 'zoo'
+    output_dir.mkdir()
+    for name in ('zoo.csv', 'zoo.md'):
+        (output_dir / name).write_bytes((measured / name).read_bytes())
+    return output_dir
+
+
+# ----- what it measures
+
+def test_42_checkpoints_are_evaluated():
+    """All that have a head, three of each model."""
+    assert len(eval_zoo.ZOO) == 42
+    assert {published.model for published in eval_zoo.ZOO} == set(xcit.MODELS)
+    assert eval_zoo.TAGS == ['fb_in1k', 'fb_dist_in1k', 'fb_dist_in1k_384']
+
+
+def test_accuracies_are_those_of_main(measured, imagenet, published):
+    """Each row is what main.py --eval finds for the file."""
+    rows = read(measured)
+    assert [row['tag'] for row in rows] == list(TAGS)
+    for row, tag in zip(rows, TAGS):
+        stats = classification.main([
+            '--eval', '--model', NAME, '--data-path', str(imagenet), '--full-crop', '--pretrained',
+            str(file_of(published, tag)), '--device', 'cpu', '--num-workers', '0', '--batch-size', '4'])
+        assert float(row['loss']) == pytest.approx(stats['loss'])
+        assert (float(row['top1']), float(row['top5'])) == (stats['acc1'], stats['acc5'])
+
+
+def test_one_class_everywhere_is_a_third_right(measured):
+    """The second file's answer is always the cat: 33.333 % of these images."""
+    assert float(read(measured)[1]['top1']) == pytest.approx(100 / 3)
+
+
+def test_resolution_is_the_published_one(imagenet, published, tmp_path):
+    """The 384 weights see 384 pixels, at crop 1.0."""
+    row, = main(flags(imagenet, published, tmp_path / 'zoo', tags=['fb_dist_in1k_384']))
+    assert (row['resolution'], row['crop'], row['published_top1']) == ('384', '1.0', '75.4')
+    assert 'input_size=384' in (tmp_path / 'zoo' / 'zoo.log').read_text()
+
+
+def test_row_tells_where_it_comes_from(measured, imagenet, published):
+    """Number and place of the images, the weights, device and precision."""
+    row = read(measured)[0]
+    assert tuple(row) == COLUMNS
+    assert (row['images'], row['data_path']) == ('6', str(imagenet.resolve()))
+    assert row['weights'] == str(file_of(published, 'fb_in1k'))
+    assert (row['device'], row['dtype'], row['error']) == ('cpu', 'torch.float32', '')
+    assert float(row['images_per_s']) > 0
+
+
+def test_tags_are_found_without_a_folder(imagenet, published, tmp_path, monkeypatch):
+    """Without --checkpoints from torch.hub's cache, where downloads go."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    cache = tmp_path / 'torch' / 'hub' / 'checkpoints'
+    cache.parent.mkdir(parents=True)
+    cache.symlink_to(published)
+    argv = flags(imagenet, published, tmp_path / 'zoo', tags=['fb_dist_in1k'])
+    argv[argv.index('--checkpoints'):argv.index('--models')] = []
+    row, = main(argv)
+    assert float(row['top1']) == pytest.approx(100 / 3)
+    assert row['weights'] == xcit.ZOO[f'{NAME}.fb_dist_in1k'].url
+
+
+# ----- the tables
+
+@pytest.mark.parametrize(('top1', 'expected'), [
+    ('69.9', '+0.000'), ('70.0', '+0.100'), ('70.001', '+0.101 !'), ('69.8', '-0.100'), ('69.76', '-0.140 !')])
+def test_deviations_of_either_sign_are_flagged(top1, expected):
+    """Above 0.1 percent."""
+    assert deviation({'top1': top1, 'published_top1': '69.9'}) == expected
+
+
+def test_markdown_has_a_row_for_each(measured):
+    """Published, measured, deviation, speed; and what it was measured on."""
+    lines = (measured / 'zoo.md').read_text().splitlines()
+    cells = [cell.strip() for cell in lines[3].strip('|').split('|')]
+    assert cells[:7] == ['`xcit_nano_12_p16`', '`fb_dist_in1k`', '224', '72.2', '33.333', '-38.867 !', '33.333']
+    assert len({line.count('|') for line in lines[:4]}) == 1
+    assert 'Measured on 6 images' in lines[5]
+
+
+def test_program_prints_each_result_and_the_table(imagenet, published, tmp_path):
+    """As a user runs it."""
+    result = subprocess.run([sys.executable, '-m', 'tools.eval_zoo', *flags(imagenet, published, tmp_path / 'zoo')],
+                            cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, '')
+    assert '6 images, not the 50000 of the published accuracies' in result.stdout
+    assert '[2/2] xcit_nano_12_p16.fb_dist_in1k: published 72.2, top-1 33.333 (-38.867 !), top-5' in result.stdout
+    assert (tmp_path / 'zoo' / 'zoo.md').read_text() in result.stdout
+    assert 'Namespace' not in result.stdout
+
+
+# ----- going on
+
+def test_measured_rows_are_not_measured_again(earlier, imagenet, published):
+    """A second call only adds what is missing, in the zoo's order."""
+    before = read(earlier)
+    rows = main(flags(imagenet, published, earlier, tags=eval_zoo.TAGS))
+    assert read(earlier)[:2] == before == rows[:2]
+    assert [row['tag'] for row in rows] == eval_zoo.TAGS
+
+
+def test_nothing_is_left_to_do(earlier, imagenet, tmp_path):
+    """All there: no weights are needed."""
+    (tmp_path / 'empty').mkdir()
+    assert main(flags(imagenet, tmp_path / 'empty', earlier)) == read(earlier)
+
+
+@pytest.mark.parametrize('cut', [1, 5, 40, 150])
+def test_half_a_line_is_measured_again(earlier, imagenet, published, cut, capsys):
+    """What was cut short at its end does not count."""
+    text = (earlier / 'zoo.csv').read_text().rstrip('\n')
+    (earlier / 'zoo.csv').write_text(text[:-cut])
+    rows = main(flags(imagenet, published, earlier))
+    assert [float(row['top1']) for row in read(earlier)] == [float(row['top1']) for row in rows]
+    assert float(rows[1]['top1']) == pytest.approx(100 / 3)
+    assert 'zoo.csv: 1 damaged rows are left out' in capsys.readouterr().out
+
+
+def test_killed_run_goes_on(imagenet, published, tmp_path):
+    """After kill -9 during the second checkpoint, the first is kept and the second measured."""
+    output_dir = tmp_path / 'zoo'
+    argv = flags(imagenet, published, output_dir)
+    process = subprocess.Popen([sys.executable, '-m', 'tools.eval_zoo', *argv], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not (output_dir / 'zoo.csv').exists() and process.poll() is None:
+        time.sleep(.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    first = read(output_dir)
+    assert len(first) == 1
+    assert main(argv)[0] == first[0]
+    assert [row['tag'] for row in read(output_dir)] == list(TAGS)
+
+
+def test_other_images_are_not_mixed_in(earlier, imagenet, published, tmp_path):
+    """Another folder, or another number of images: refused, and the table is as it was."""
+    before = (earlier / 'zoo.csv').read_bytes()
+    other = tmp_path / 'other'
+    for name in WORDNET:
+        write_image(other / 'val' / name / '0.JPEG', size=(70, 60))
+    with pytest.raises(InputError, match=r'6 images of .*, these are 3 of .*; choose another --output-dir'):
+        main(flags(other, published, earlier, tags=eval_zoo.TAGS))
+    assert (earlier / 'zoo.csv').read_bytes() == before
+
+
+def test_two_runs_do_not_share_a_table(earlier, imagenet, published):
+    """The second is refused while the first lives."""
+    lock = eval_zoo.utils.DirectoryLock(earlier)
+    try:
+        with pytest.raises(InputError, match='another run is writing there'):
+            main(flags(imagenet, published, earlier))
+    finally:
+        lock.release()
+
+
+# ----- bad checkpoints
+
+@pytest.fixture
+def some_bad(published, tmp_path) -> Path:
+    """The first file is cut short, the second is good, the third missing."""
+    folder = tmp_path / 'some'
+    folder.mkdir()
+    file_of(folder, 'fb_in1k').write_bytes(file_of(published, 'fb_in1k').read_bytes()[:100000])
+    os.link(file_of(published, 'fb_dist_in1k'), file_of(folder, 'fb_dist_in1k'))
+    return folder
+
+
+def test_bad_checkpoints_do_not_stop_the_others(imagenet, some_bad, tmp_path):
+    """They are named at the end, exit code 1, and in both tables; the good one is measured."""
+    with pytest.raises(RunStopped, match=r'2 of 3 checkpoints could not be evaluated: .*fb_in1k, .*_384') as caught:
+        main(flags(imagenet, some_bad, tmp_path / 'zoo', tags=eval_zoo.TAGS))
+    assert caught.value.exit_code == 1
+    rows = read(tmp_path / 'zoo')
+    assert ['damaged' in rows[0]['error'], rows[1]['error'], 'no such file' in rows[2]['error']] == [True, '', True]
+    assert [row['top1'] for row in rows if row['error']] == ['', '']
+    text = (tmp_path / 'zoo' / 'zoo.md').read_text()
+    assert text.count('| not measured |') == 2
+    assert '- not measured: `xcit_nano_12_p16.fb_dist_in1k_384`: --pretrained' in text
+
+
+def test_bad_checkpoints_are_tried_again(imagenet, some_bad, published, tmp_path):
+    """Once the files are there, a second call completes the table."""
+    argv = flags(imagenet, some_bad, tmp_path / 'zoo')
+    with pytest.raises(RunStopped):
+        main(argv)
+    file_of(some_bad, 'fb_in1k').unlink()
+    os.link(file_of(published, 'fb_in1k'), file_of(some_bad, 'fb_in1k'))
+    assert [row['error'] for row in main(argv)] == ['', '']
+
+
+def test_another_models_file_is_an_error(imagenet, tmp_path):
+    """Weights that are not what the name says."""
+    torch.save(seeded_model('xcit_nano_12_p8').state_dict(), file_of(tmp_path, 'fb_in1k'))
+    with pytest.raises(RunStopped):
+        main(flags(imagenet, tmp_path, tmp_path / 'zoo', tags=['fb_in1k']))
+    assert "weights are not this model's" in read(tmp_path / 'zoo')[0]['error']
+
+
+# ----- bad input
+
+@pytest.mark.parametrize(('change', 'words'), [
+    (['--data-path', '/none'], '--data-path /none: no such directory'),
+    (['--checkpoints', '/none'], '--checkpoints /none: no such directory'),
+    (['--models', 'xcit_small'], 'xcit_small_12_p16'),
+    (['--tags', 'fb_dino'], "'fb_in1k', 'fb_dist_in1k', 'fb_dist_in1k_384'"),
+    (['--device', 'tpu'], '--device tpu'),
+    (['--amp', 'fp16'], '--amp fp16: needs cuda'),
+    (['--batch-size', '0'], '--batch-size'),
+    (['--tag', 'fb_in1k'], '--tag'),
+], ids=lambda value: ' '.join(value) if isinstance(value, list) else '')
+def test_bad_arguments_are_refused(imagenet, published, tmp_path, change, words):
+    """Before anything is evaluated or written, in one line."""
+    with pytest.raises(InputError) as caught:
+        main([*flags(imagenet, published, tmp_path / 'zoo'), *change])
+    assert words in str(caught.value)
+    assert '\n' not in str(caught.value)
+    assert not (tmp_path / 'zoo').exists()
+
+
+@pytest.mark.parametrize('probed', [1000, 1])
+def test_unreadable_image_stops_the_program(published, tmp_path, monkeypatch, probed):
+    """It is the data's fault, found at once or while evaluating: no checkpoint is blamed."""
+    monkeypatch.setattr(eval_zoo.datasets, 'NUM_PROBED', probed)
+    folder = tmp_path / 'imagenet' / 'val' / WORDNET[0]
+    write_image(folder / '0.JPEG')
+    (folder / '1.JPEG').write_bytes(b'no image')
+    with pytest.raises(InputError, match=r'unreadable image .*1\.JPEG'):
+        main(flags(tmp_path / 'imagenet', published, tmp_path / 'zoo'))
+    assert not (tmp_path / 'zoo' / 'zoo.csv').exists()
+
+
+@pytest.mark.parametrize('content', ['a,b\n1,2\n', '\n', 'nonsense'])
+def test_other_tables_are_not_overwritten(imagenet, published, tmp_path, content):
+    """A zoo.csv that is not this program's."""
+    (tmp_path / 'zoo').mkdir()
+    (tmp_path / 'zoo' / 'zoo.csv').write_text(content)
+    with pytest.raises(InputError, match='is not a table of this program'):
+        main(flags(imagenet, published, tmp_path / 'zoo'))
+    assert (tmp_path / 'zoo' / 'zoo.csv').read_text() == content

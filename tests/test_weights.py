@@ -1,0 +1,626 @@
+"""Weights in every format that XCiT weights come in, by every entry; and downloads from real servers."""
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import ROOT, seeded_images, seeded_model, tiny, write_folders
+from processes import free_port
+from servers import downloads, serve
+
+import checkpoints
+import main
+import weights
+import xcit
+from utils import InputError
+
+NAME, CLASSES = 'xcit_nano_12_p16', 3
+PUBLISHED = xcit.ZOO[f'{NAME}.fb_in1k']
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Formats: functions of a model that give what a file holds
+
+class DinoHead(torch.nn.Module):
+    """The names of DINO's projection head."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp = torch.nn.Sequential(torch.nn.Linear(128, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
+        self.last_layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 16, bias=False))
+
+
+class MultiCrop(torch.nn.Module):
+    """As DINO wraps its networks."""
+
+    def __init__(self, backbone: torch.nn.Module):
+        super().__init__()
+        self.backbone, self.head = backbone, DinoHead()
+
+
+@contextlib.contextmanager
+def process_group():
+    """A group of one process, which DistributedDataParallel needs."""
+    torch.distributed.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{free_port()}', rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def distributed(model: torch.nn.Module) -> torch.nn.Module:
+    return torch.nn.parallel.DistributedDataParallel(model)
+
+
+def compiled_blocks(model: torch.nn.Module) -> torch.nn.Module:
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = torch.compile(block)
+    return model
+
+
+def in_timm_naming(model: torch.nn.Module) -> dict:
+    return xcit.to_timm_names(model.state_dict())
+
+
+FORMATS = {
+    'original': lambda model: {'model': model.state_dict()},
+    'namespace': lambda model: {'model': model.state_dict(), 'args': argparse.Namespace(lr=1.), 'epoch': 3},
+    'bare': lambda model: model.state_dict(),
+    'timm': in_timm_naming,
+    'timm training': lambda model: {'arch': 'x', 'state_dict': in_timm_naming(model), 'epoch': 1},
+    'distributed': lambda model: {'model': distributed(model).state_dict()},
+    'compiled': lambda model: {'model': torch.compile(model).state_dict()},
+    'compiled blocks': lambda model: compiled_blocks(model).state_dict(),
+    'distributed, then compiled': lambda model: torch.compile(distributed(model)).state_dict(),
+    'compiled, then distributed': lambda model: distributed(torch.compile(model)).state_dict(),
+}
+
+
+def assert_expected_keys(content: dict, *parts: str):
+    """The wrappers did put these into the names."""
+    names = [name for value in (content, *content.values()) if isinstance(value, dict) for name in value]
+    assert all(any(part in name for name in names) for part in parts)
+
+
+def write(content: dict, path: Path) -> Path:
+    if path.suffix == '.safetensors':
+        safetensors.torch.save_file({key: value.clone() for key, value in content.items()}, path)
+    else:
+        torch.save(content, path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def model():
+    return seeded_model(NAME, num_classes=CLASSES).eval()
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory) -> dict:
+    """A file of each format; bare ones as .safetensors too."""
+    folder = tmp_path_factory.mktemp('formats')
+    paths = {}
+    for name, content_of in FORMATS.items():
+        with process_group():
+            content = content_of(seeded_model(NAME, num_classes=CLASSES))
+        paths[name] = write(content, folder / f'{name}.pth')
+        if all(isinstance(value, torch.Tensor) for value in content.values()):
+            paths[f'{name}, safetensors'] = write(content, folder / f'{name}.safetensors')
+    return paths
+
+
+ALL = [*FORMATS, *(f'{name}, safetensors' for name in FORMATS
+                   if name not in ('original', 'namespace', 'timm training', 'distributed', 'compiled'))]
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model.eval()(seeded_images(2, 3, 48, 32))
+
+
+def loaded(source, **kwargs) -> torch.nn.Module:
+    """A fresh model with weights as `main.py` loads them."""
+    model = timm.create_model(NAME, num_classes=CLASSES)
+    weights.load(model, weights.read(str(source), '--pretrained', NAME, **kwargs))
+    return model
+
+
+def test_files_are_in_the_formats_that_they_stand_for(files):
+    """Every format is there, and the wrappers' prefixes are in the names."""
+    assert set(files) == set(ALL)
+    for name, part in (('distributed', 'module.'), ('compiled', '_orig_mod.'), ('compiled blocks', '0._orig_mod.'),
+                       ('distributed, then compiled', '_orig_mod.module.'), ('timm', 'attn.q.weight'),
+                       ('compiled, then distributed', 'module._orig_mod.'), ('timm', 'pos_embed.')):
+        assert_expected_keys(torch.load(files[name]), part)
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_format_is_read(files, model, name):
+    """weights.read gives the model's logits back, bitwise."""
+    assert torch.equal(logits(loaded(files[name])), logits(model))
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_format_is_read_by_timm(files, model, name):
+    """So does timm.create_model with the file in its pretrained_cfg."""
+    own = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=dict(
+        file=str(files[name]), num_classes=CLASSES), num_classes=CLASSES)
+    assert torch.equal(logits(own), logits(model))
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_format_is_read_by_create_model(files, model, name):
+    """So does weights.create_model, which finds the number of classes in the file."""
+    assert torch.equal(logits(weights.create_model(NAME, files[name])), logits(model))
+
+
+@pytest.mark.parametrize('name', ['original', 'timm, safetensors', 'compiled, then distributed', 'namespace'])
+def test_format_is_evaluated(files, model, name, tmp_path):
+    """main.py --eval --pretrained finds the loss of these weights."""
+    data = write_folders(tmp_path, classes=('a', 'b', 'c'), per_class=2)
+    stats = main.main(tiny(data, '--eval', '--pretrained', str(files[name])))
+    dataset, _ = main.datasets.build_dataset(main.parse_args(tiny(data)), is_train=False)
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(
+            model(torch.stack([image for image, _ in dataset])), torch.tensor([target for _, target in dataset]))
+    assert stats['loss'] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize('name', ['xcit_nano_12_p16', 'xcit_tiny_12_p16'])
+def test_naming_is_that_of_timms_own_model(name, tmp_path):
+    """Weights of timm's class give the same logits in ours."""
+    theirs = timm.create_model(f'{name}_224', num_classes=CLASSES)
+    theirs.load_state_dict(xcit.to_timm_names(seeded_model(name, num_classes=CLASSES).state_dict()))
+    assert type(theirs).__module__ == 'timm.models.xcit'
+    path = write(theirs.state_dict(), tmp_path / 'timm.safetensors')
+    torch.testing.assert_close(logits(weights.create_model(name, path)), logits(theirs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(('format_name', 'words'), [
+    ('original', "'model'"), ('timm', "a bare state dict, timm's names"), ('namespace', "'model', of epoch 3"),
+    ('compiled, then distributed', 'a bare state dict, names without _orig_mod. and module.')])
+def test_says_what_it_read(files, capsys, format_name, words):
+    """One line that names the source and what it holds."""
+    loaded(files[format_name])
+    assert capsys.readouterr().out == f'--pretrained {files[format_name]}: {words}\n'
+
+
+# ----- DINO
+
+@pytest.fixture(scope='module')
+def dino(tmp_path_factory) -> Path:
+    """A checkpoint of a DINO training, whose student differs from its teacher."""
+    student, teacher = MultiCrop(timm.create_model(NAME, num_classes=0)), MultiCrop(seeded_model(NAME, num_classes=0))
+    with process_group():
+        content = {'student': distributed(student).state_dict(), 'teacher': teacher.state_dict(),
+                   'optimizer': {'state': {}}, 'epoch': 5, 'args': argparse.Namespace(arch='xcit')}
+    assert_expected_keys(content, 'module.backbone.blocks.', 'backbone.blocks.', 'head.mlp.0.weight')
+    return write(content, tmp_path_factory.mktemp('dino') / 'checkpoint.pth')
+
+
+def test_dino_training_gives_the_teachers_backbone(dino):
+    """By every entry, without the projection head."""
+    expected = logits(seeded_model(NAME, num_classes=0))
+    backbone = timm.create_model(NAME, num_classes=0)
+    weights.load(backbone, weights.read(str(dino), '--pretrained', NAME))
+    overlay = dict(file=str(dino), num_classes=0)
+    by_timm = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0)
+    for own in (backbone, by_timm, weights.create_model(NAME, dino)):
+        assert torch.equal(logits(own), expected)
+
+
+def test_wrapped_teacher_is_read(tmp_path):
+    """A teacher under DistributedDataParallel, as with BatchNorm in the head."""
+    with process_group():
+        content = {'teacher': distributed(MultiCrop(seeded_model(NAME, num_classes=0))).state_dict()}
+    path = write(content, tmp_path / 'wrapped.pth')
+    assert torch.equal(logits(weights.create_model(NAME, path)), logits(seeded_model(NAME, num_classes=0)))
+
+
+def test_dino_backbone_gets_a_fresh_head(dino, tmp_path, capsys):
+    """A training starts from it, and says that there was no head; evaluation refuses."""
+    data = write_folders(tmp_path / 'data')
+    assert main.main(tiny(data, '--epochs', '1', '--pretrained', str(dino)))['epoch'] == 0
+    assert 'the weights have no head: all but the head is taken' in capsys.readouterr().out
+    with pytest.raises(InputError, match='the weights have no head'):
+        main.main(tiny(data, '--eval', '--pretrained', str(dino)))
+
+
+def test_what_is_beside_a_backbone_is_an_error(tmp_path):
+    """A detector's neck is neither backbone nor DINO's head: it is listed, not dropped."""
+    content = {f'backbone.{key}': value for key, value in seeded_model(NAME, num_classes=0).state_dict().items()}
+    path = write({'state_dict': {**content, 'neck.conv.weight': torch.zeros(1)}}, tmp_path / 'detector.pth')
+    with pytest.raises(InputError, match=r'unexpected keys: neck\.conv\.weight'):
+        weights.create_model(NAME, path)
+
+
+# ----- trainings of our own
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory) -> Path:
+    """The checkpoint of a real training whose average differs from its weights."""
+    data = write_folders(tmp_path_factory.mktemp('data'), classes=('a', 'b', 'c'), per_class=4)
+    run = tmp_path_factory.mktemp('run')
+    main.main(tiny(data, '--epochs', '1', '--output-dir', str(run)))
+    state = torch.load(run / 'checkpoint.pth', weights_only=True)
+    assert not torch.equal(state['model']['head.weight'], state['model_ema']['head.weight'])
+    return run / 'checkpoint.pth'
+
+
+@pytest.mark.parametrize(('entry', 'use_ema'), [('model', False), ('model_ema', True)])
+def test_training_checkpoint_is_read(trained, entry, use_ema):
+    """Raw, and the moving average with use_ema."""
+    expected = timm.create_model(NAME, num_classes=CLASSES)
+    expected.load_state_dict(torch.load(trained, weights_only=True)[entry])
+    assert torch.equal(logits(loaded(trained, use_ema=use_ema)), logits(expected))
+
+
+def test_timm_takes_the_average_of_a_training(trained):
+    """timm itself prefers the average of a checkpoint that has one."""
+    expected = loaded(trained, use_ema=True)
+    overlay = dict(file=str(trained), num_classes=CLASSES)
+    own = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=CLASSES)
+    assert torch.equal(logits(own), logits(expected))
+
+
+def test_average_that_is_not_there(files):
+    """--use-ema on weights without one says what the file has."""
+    with pytest.raises(InputError, match='holds no moving average'):
+        weights.read(str(files['original']), '--pretrained', use_ema=True)
+
+
+# ----- what is left over or missing
+
+def damage(tensors: dict, kind: str) -> dict:
+    tensors = dict(tensors)
+    if kind == 'missing keys: blocks.3.mlp.fc1.weight':
+        del tensors['blocks.3.mlp.fc1.weight']
+    elif kind == 'unexpected keys: blocks.12.gamma1':
+        tensors['blocks.12.gamma1'] = torch.ones(128)
+    elif kind == 'other shapes: norm.weight (64,), model has (128,)':
+        tensors['norm.weight'] = torch.ones(64)
+    elif kind == 'unexpected keys: cls_attn_blocks.0.attn.k.weight':
+        tensors = xcit.to_timm_names(tensors)
+        del tensors['cls_attn_blocks.0.attn.q.weight']
+    return tensors
+
+
+@pytest.mark.parametrize('kind', [
+    'missing keys: blocks.3.mlp.fc1.weight', 'unexpected keys: blocks.12.gamma1',
+    'other shapes: norm.weight (64,), model has (128,)', 'unexpected keys: cls_attn_blocks.0.attn.k.weight'])
+def test_leftovers_are_listed(model, tmp_path, kind):
+    """Weights that do not fit are an error that lists them, at every entry of ours."""
+    path = write({'model': damage(model.state_dict(), kind)}, tmp_path / 'odd.pth')
+    for entry in (lambda: loaded(path), lambda: weights.create_model(NAME, path),
+                  lambda: weights.create_model(NAME, path, num_classes=7)):
+        with pytest.raises(InputError) as caught:
+            entry()
+        assert kind in str(caught.value)
+        assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('num_classes', [CLASSES, 7])
+def test_leftovers_are_listed_to_timm(model, tmp_path, num_classes):
+    """By timm's entry too, where timm alone would be silent when the head is for other classes."""
+    tensors = damage(model.state_dict(), 'missing keys: blocks.3.mlp.fc1.weight')
+    path = write(tensors, tmp_path / 'odd.pth')
+    overlay = dict(file=str(path), num_classes=CLASSES)
+    with pytest.raises(ValueError, match=r'missing keys: blocks\.3\.mlp\.fc1\.weight'):
+        timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes)
+
+
+def test_another_models_weights_are_refused(tmp_path):
+    """Tiny's into nano: missing, left over and shapes, in one line that does not list hundreds."""
+    path = write(timm.create_model('xcit_tiny_24_p16', num_classes=CLASSES).state_dict(), tmp_path / 'tiny.pth')
+    with pytest.raises(InputError, match=r'unexpected keys: blocks\.12\..*more; other shapes: cls_token') as caught:
+        loaded(path)
+    assert len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize('content', [
+    {'model': {}}, {}, {'epoch': 3}, {'model': {'a': 1}}, {'model': {0: torch.ones(1)}}, {'model': [1, 2]}])
+def test_files_without_weights_are_refused(tmp_path, content):
+    """The message tells what the file has."""
+    torch.save(content, tmp_path / 'empty.pth')
+    with pytest.raises(InputError, match='no weights'):
+        weights.read(str(tmp_path / 'empty.pth'), '--pretrained')
+
+
+def test_head_of_other_classes_is_left_out(files, model):
+    """All but the head is taken; the fresh one has the number that was asked for."""
+    own = weights.create_model(NAME, files['timm'], num_classes=7)
+    assert own.head.weight.shape == (7, 128)
+    assert torch.equal(own.norm.weight, model.norm.weight)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Downloads
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """torch.hub's folder of checkpoints, empty; Hugging Face's is empty too."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    return tmp_path / 'torch' / 'hub' / 'checkpoints'
+
+
+@pytest.fixture(scope='module')
+def thousand(tmp_path_factory) -> Path:
+    """Weights for 1000 classes, as published."""
+    folder = tmp_path_factory.mktemp('published')
+    return write({'model': seeded_model(NAME).state_dict()}, folder / 'published.pth')
+
+
+def published_at(url: str, monkeypatch, **changes):
+    """Let the first tag of the model be at `url`."""
+    monkeypatch.setitem(xcit.ZOO, f'{NAME}.fb_in1k', dataclasses.replace(PUBLISHED, url=url, **changes))
+
+
+def kept(cache: Path) -> list:
+    """The files of the cache, but for the locks."""
+    return sorted(path.name for path in cache.iterdir() if path.suffix != '.lock')
+
+
+def test_tag_is_downloaded_and_kept(cache, thousand, monkeypatch):
+    """From the authors' URL, once: the second time the file is there."""
+    with serve({'nano.pth': thousand}) as server:
+        published_at(f'{server.url}/nano.pth', monkeypatch)
+        for _ in range(2):
+            own = weights.create_model(NAME, 'fb_in1k')
+        assert downloads(server) == ['/nano.pth']
+    assert kept(cache) == ['nano.pth']
+    assert torch.equal(logits(own), logits(seeded_model(NAME)))
+
+
+def test_tag_is_found_in_torch_hubs_cache(cache, thousand):
+    """Under the published name, without a network."""
+    cache.mkdir(parents=True)
+    (cache / 'xcit_nano_12_p16_224.pth').write_bytes(thousand.read_bytes())
+    assert torch.equal(logits(weights.create_model(NAME, True)), logits(seeded_model(NAME)))
+
+
+def test_interrupted_download_starts_anew(cache, thousand, monkeypatch):
+    """What was cut half way is an error and leaves nothing; the second try succeeds."""
+    with serve({'nano.pth': thousand}, cut=1) as server:
+        url = f'{server.url}/nano.pth'
+        with pytest.raises(checkpoints.DownloadError, match=r'nano\.pth: the downloaded file: damaged, truncated'):
+            weights.read(url, '--pretrained', NAME)
+        assert kept(cache) == []
+        assert weights.read(url, '--pretrained', NAME).tensors
+        assert kept(cache) == ['nano.pth']
+
+
+def test_interrupted_safetensors_starts_anew(cache, files):
+    """The same for .safetensors."""
+    with serve({'x.safetensors': files['bare, safetensors']}, cut=1) as server:
+        with pytest.raises(checkpoints.DownloadError, match='damaged, truncated'):
+            weights.read(f'{server.url}/x.safetensors', '--pretrained')
+        assert kept(cache) == []
+        assert weights.read(f'{server.url}/x.safetensors', '--pretrained').tensors
+
+
+def test_leftovers_of_a_killed_download_go(cache, thousand):
+    """What kill -9 left half-written in the cache is gone after the next download, and other files are not."""
+    cache.mkdir(parents=True)
+    for name in ('new-nano.pth.0123.partial', 'other.pth'):
+        (cache / name).write_bytes(b'half')
+    with serve({'nano.pth': thousand}) as server:
+        weights.read(f'{server.url}/nano.pth', '--pretrained')
+    assert kept(cache) == ['nano.pth', 'other.pth']
+
+
+@pytest.mark.parametrize('right', [True, False])
+def test_hash_in_the_name_is_checked(cache, thousand, right):
+    """name-HASH.pth must be the first digits of the file's SHA-256."""
+    digest = hashlib.sha256(thousand.read_bytes()).hexdigest()[:8] if right else '00000000'
+    with serve({f'nano-{digest}.pth': thousand}) as server:
+        url = f'{server.url}/nano-{digest}.pth'
+        if right:
+            assert weights.read(url, '--pretrained').tensors
+        else:
+            with pytest.raises(checkpoints.DownloadError, match='invalid hash value'):
+                weights.read(url, '--pretrained')
+    assert kept(cache) == [f'nano-{digest}.pth'] * right
+
+
+def test_missing_file_is_an_error(cache):
+    """404, with the URL."""
+    with serve({}) as server, pytest.raises(checkpoints.DownloadError, match=r'gone\.pth: can\'t be .*404'):
+        weights.read(f'{server.url}/gone.pth', '--pretrained')
+    assert kept(cache) == []
+
+
+def test_without_a_server_the_error_says_where_the_file_goes(cache, thousand, monkeypatch):
+    """The path in the message is the right one: a file put there is read."""
+    url = f'http://127.0.0.1:{free_port()}/nano.pth'
+    published_at(url, monkeypatch, hf_hub_id=None)
+    with pytest.raises(checkpoints.DownloadError) as caught:
+        weights.read('fb_in1k', '--pretrained', NAME)
+    path = Path(str(caught.value).rsplit(' put the file at ', 1)[1])
+    assert path == cache / 'nano.pth'
+    path.write_bytes(thousand.read_bytes())
+    assert weights.read('fb_in1k', '--pretrained', NAME).tensors
+
+
+@pytest.mark.parametrize('url', ['http://127.0.0.1:port/x.pth', 'http://[::/x.pth', 'http:///x.pth'])
+def test_malformed_url_is_an_error(cache, url):
+    """One line, as for any other."""
+    with pytest.raises(InputError):
+        weights.read(url, '--pretrained')
+
+
+def test_damaged_file_in_the_cache_is_downloaded_anew(cache, thousand, capsys):
+    """Flipped bytes are found by the checksums, and a message tells."""
+    cache.mkdir(parents=True)
+    content = bytearray(thousand.read_bytes())
+    content[len(content) // 2] ^= 255
+    (cache / 'nano.pth').write_bytes(content)
+    with serve({'nano.pth': thousand}) as server:
+        assert weights.read(f'{server.url}/nano.pth', '--pretrained').tensors
+        assert downloads(server) == ['/nano.pth']
+    assert 'downloading it again' in capsys.readouterr().err
+    assert (cache / 'nano.pth').read_bytes() == thousand.read_bytes()
+
+
+def test_same_name_from_elsewhere_is_another_file(cache, thousand, files):
+    """Two URLs whose files are both called model.pth don't get each other's weights."""
+    with serve({'a/model.pth': thousand, 'b/model.pth': files['original']}) as server:
+        sizes = [len(weights.read(f'{server.url}/{folder}/model.pth', '--pretrained').tensors['head.bias'])
+                 for folder in 'abba']
+    assert sizes == [1000, CLASSES, CLASSES, 1000]
+
+
+def test_file_put_into_the_cache_by_hand_is_taken(cache, thousand, files):
+    """Whatever was downloaded under its name before."""
+    with serve({'a/model.pth': thousand}) as server:
+        weights.read(f'{server.url}/a/model.pth', '--pretrained')
+    os.replace(write(torch.load(files['original']), cache / 'mine'), cache / 'model.pth')
+    tensors = weights.read(f'http://127.0.0.1:{free_port()}/model.pth', '--pretrained').tensors
+    assert len(tensors['head.bias']) == CLASSES
+
+
+def test_cache_that_cannot_be_written_is_read(cache, thousand):
+    """Others' cache serves what it has, and an error says that it takes nothing new."""
+    for name in ('nano.pth', 'other.pth'):
+        (cache / f'{name}.lock').mkdir(parents=True)  # as if it could not be opened
+    (cache / 'nano.pth').write_bytes(thousand.read_bytes())
+    assert weights.read('http://127.0.0.1:9/nano.pth', '--pretrained').tensors
+    with pytest.raises(InputError, match="checkpoints can't be written to"):
+        weights.read('http://127.0.0.1:9/other.pth', '--pretrained')
+
+
+def test_two_processes_download_once(cache, thousand):
+    """The second waits for the first, and reads its file."""
+    script = 'import sys, weights; print(len(weights.read(sys.argv[1], "--pretrained").tensors))'
+    with serve({'nano.pth': thousand}) as server:
+        both = [subprocess.Popen([sys.executable, '-c', script, f'{server.url}/nano.pth'], text=True, cwd=ROOT,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+        outputs = [process.communicate(timeout=60) for process in both]
+        assert downloads(server) == ['/nano.pth']
+    assert outputs == [(f'{len(torch.load(thousand)["model"])}\n', '')] * 2
+
+
+# ----- the Hugging Face hub, whose address is read when its library is imported: in a process of its own
+
+READER = '''
+import dataclasses, json, sys
+import weights, xcit
+from utils import InputError
+for line in sys.stdin:
+    name, url, source = json.loads(line)
+    xcit.ZOO[name + '.fb_in1k'] = dataclasses.replace(xcit.ZOO[name + '.fb_in1k'], url=url)
+    try:
+        given = weights.read(source, '--pretrained', name)
+        answer = [given.description, given.tensors['head.bias'].double().sum().item()]
+    except InputError as error:
+        answer = str(error)
+    print(json.dumps(answer), flush=True)
+'''
+NOWHERE = 'http://127.0.0.1:9/nano.pth'
+HUB_FILE = f'{PUBLISHED.hf_hub_id}/resolve/main/model.safetensors'
+
+
+class Reader:
+    """A process that reads weights, with a hub at `port` (if a server runs there) and caches in `folder`."""
+
+    def __init__(self, folder: Path):
+        self.port, self.folder = free_port(), folder
+        env = {**os.environ, 'HF_ENDPOINT': f'http://127.0.0.1:{self.port}', 'HF_HOME': str(folder / 'hf'),
+               'HF_HUB_OFFLINE': '0', 'HF_HUB_DISABLE_XET': '1', 'TORCH_HOME': str(folder / 'torch'),
+               'PYTHONPATH': str(ROOT)}
+        self.process = subprocess.Popen([sys.executable, '-c', READER], env=env, cwd=folder, text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    def read(self, source: str = 'fb_in1k', *, url: str = NOWHERE):
+        """What `source` gives, with the authors' file at `url`: [description, sum of a tensor], or the error."""
+        self.process.stdin.write(json.dumps([NAME, url, source]) + '\n')
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def damage_cache(self):
+        blob = next((self.folder / 'hf').rglob('model.safetensors')).resolve()
+        blob.write_bytes(blob.read_bytes()[:1000])
+
+
+@pytest.fixture(scope='module')
+def reader_process(tmp_path_factory):
+    reader = Reader(tmp_path_factory.mktemp('reader'))
+    yield reader
+    reader.process.communicate(timeout=60)  # closes its input
+
+
+@pytest.fixture
+def reader(reader_process) -> Reader:
+    """With empty caches."""
+    for folder in ('hf', 'torch'):
+        shutil.rmtree(reader_process.folder / folder, ignore_errors=True)
+    return reader_process
+
+
+@pytest.fixture(scope='module')
+def hub_file(tmp_path_factory) -> Path:
+    """timm's copy of the published weights."""
+    path = tmp_path_factory.mktemp('hub') / 'model.safetensors'
+    return write(xcit.to_timm_names(seeded_model(NAME).state_dict()), path)
+
+
+@pytest.fixture(scope='module')
+def expected() -> list:
+    return ["a bare state dict, timm's names", seeded_model(NAME).head.bias.double().sum().item()]
+
+
+def test_tag_comes_from_the_hub_when_the_url_fails(reader, hub_file, expected):
+    """And from the hub's cache the next time, without a network."""
+    with serve({HUB_FILE: hub_file}, port=reader.port) as server:
+        assert reader.read() == expected
+        assert downloads(server) == [f'/{HUB_FILE}']
+    assert reader.read() == expected
+
+
+def test_damaged_file_in_the_hubs_cache_is_replaced_by_the_hub(reader, hub_file, expected):
+    """Where the authors' URL fails."""
+    with serve({HUB_FILE: hub_file}, port=reader.port) as server:
+        reader.read()
+        reader.damage_cache()
+        assert reader.read() == expected
+        assert downloads(server) == [f'/{HUB_FILE}'] * 2
+
+
+def test_damaged_file_in_the_hubs_cache_is_replaced_by_the_authors(reader, hub_file, thousand, expected):
+    """Where the hub can't be reached."""
+    with serve({HUB_FILE: hub_file}, port=reader.port):
+        reader.read()
+    reader.damage_cache()
+    with serve({'nano.pth': thousand}) as server:
+        assert reader.read(url=f'{server.url}/nano.pth') == ["'model'", expected[1]]
+
+
+def test_hub_name_is_read(reader, hub_file, expected):
+    """hf-hub:OWNER/NAME."""
+    with serve({HUB_FILE: hub_file}, port=reader.port):
+        assert reader.read(f'hf-hub:{PUBLISHED.hf_hub_id}') == expected
+
+
+def test_hub_name_that_is_not_there(reader):
+    """One line with the name."""
+    with serve({}, port=reader.port):
+        error = reader.read('hf-hub:no/such')
+    assert error.startswith("--pretrained hf-hub:no/such: can't be read from the Hugging Face hub")
+    assert '\n' not in error
+
+
+def test_neither_home_can_be_reached(reader):
+    """The message names the authors' file and where to put it, after seconds."""
+    start = time.monotonic()
+    error = reader.read()
+    assert NOWHERE in error
+    assert error.endswith(f'put the file at {reader.folder}/torch/hub/checkpoints/nano.pth')
+    assert time.monotonic() - start < 10

@@ -1,0 +1,85 @@
+"""Convert XCiT weights between the published naming and timm's, bit by bit.
+
+Reads whatever the other programs read: a training's checkpoint, a published file, timm's copy. Writes weights alone, as
+`{'model': ...}` (original) or a bare state dict (timm) to a .pth file, as a bare state dict to a .safetensors file.
+"""
+import argparse
+from pathlib import Path
+from typing import Optional
+
+import torch
+
+import checkpoints
+import utils
+import weights
+import xcit
+from main import check_model
+from utils import InputError, Parser, notice
+
+SUFFIXES = ('.pth', '.safetensors')
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = Parser('convert_checkpoint', description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('source', metavar='IN', help='weights: path, URL, hf-hub:NAME, or with --model a tag')
+    parser.add_argument('target', metavar='OUT', type=Path, help=f'file to write: {" or ".join(SUFFIXES)}')
+    parser.add_argument('--to', required=True, choices=['original', 'timm'], help='whose names the weights get')
+    parser.add_argument('--model', metavar='NAME', help='which of the 14 models a tag is of')
+    parser.add_argument('--use-ema', action=argparse.BooleanOptionalAction, default=False,
+                        help='take the moving average that a training\'s checkpoint holds beside the weights')
+    return parser
+
+
+def check_target(source: str, target: Path):
+    """Refuse a file that can't be written, or is the one to be read."""
+    if target.suffix not in SUFFIXES:
+        raise InputError(f'OUT {target}: must end in {" or ".join(SUFFIXES)}')
+    if target.is_dir() or not target.parent.is_dir():
+        raise InputError(f'OUT {target}: {"is a directory" if target.is_dir() else "no such directory to write to"}')
+    if target.exists() and Path(source).exists() and target.samefile(source):
+        raise InputError(f'OUT {target}: is IN itself; choose another name')
+
+
+def model_of(given: weights.Weights) -> str:
+    """Which of the 14 models weights are of, by their sizes.
+
+    Raises:
+        InputError: none of them.
+    """
+    depth = len({key.split('.')[1] for key in given.tensors if key.startswith('blocks.')})
+    patch = 2 ** len({key.split('.')[2] for key in given.tensors if key.startswith('patch_embed.proj.')})
+    width = getattr(given.tensors.get('cls_token'), 'shape', (0,))[-1]
+    for size, config in xcit.SIZES.items():
+        if (config['embed_dim'], config['depth']) == (width, depth) and patch in xcit.PATCH_SIZES:
+            return f'xcit_{size}_p{patch}'
+    raise InputError(f'{given.source}: not the weights of an XCiT model; it has: {utils.abridge(list(given.tensors))}')
+
+
+def main(argv: Optional[list] = None) -> dict:
+    """Convert; returns the weights as they were written, by name.
+
+    Raises:
+        InputError: there are no weights, they are no XCiT's, or OUT can't be written.
+    """
+    args = get_args_parser().parse_args(argv)
+    if args.model:
+        check_model('--model', args.model)
+    check_target(args.source, args.target)
+    weights.check_exists(args.source, 'IN', args.model or '')
+    given = weights.read(args.source, 'IN', args.model or '', use_ema=args.use_ema)
+    name = model_of(given)
+    weights.check(weights.build_without_storage(name, given), given)
+    num_classes = weights.num_classes(name, given)
+    # As files of their own: without what a tensor may share with others, and in one piece.
+    tensors = {key: value.clone(memory_format=torch.contiguous_format) for key, value in given.tensors.items()}
+    tensors = xcit.to_timm_names(tensors) if args.to == 'timm' else tensors
+    bare = args.to == 'timm' or args.target.suffix == '.safetensors'
+    checkpoints.save_checkpoint(tensors if bare else {'model': tensors}, args.target)
+    notice(f'{given.source}: {given.description}')
+    notice(f'{args.target}: {name}, {num_classes} classes, {len(tensors)} tensors in {args.to} naming')
+    return tensors
+
+
+if __name__ == '__main__':
+    utils.run_program(main)

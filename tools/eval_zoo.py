@@ -1,0 +1,222 @@
+"""Evaluate the published ImageNet checkpoints, each at its resolution and crop, and compare with the published top-1.
+
+Goes through them one after another. What is measured stands in zoo.csv and zoo.md of the output directory as soon as it
+is known, and what main.py says meanwhile in zoo.log; called again, the program goes on with what is missing.
+"""
+import argparse
+import contextlib
+import csv
+import io
+import os
+from pathlib import Path
+from typing import Dict, Iterable, List, Optional
+
+import torch
+
+import datasets
+import main as classification
+import utils
+import xcit
+from main import AMP_DTYPES
+from utils import COUNT, COUNT_OR_0, InputError, Parser, RunStopped, notice
+
+ZOO = [published for published in xcit.ZOO.values() if published.num_classes]  # DINO's backbones have no head
+TAGS = list(dict.fromkeys(published.tag for published in ZOO))
+VAL_IMAGES = 50000  # of ImageNet
+TOLERANCE = .1  # percent, that a measured top-1 may be away from the published one
+COLUMNS = ('model', 'tag', 'resolution', 'crop', 'published_top1', 'top1', 'top5', 'loss', 'images_per_s', 'images',
+           'data_path', 'weights', 'device', 'dtype', 'error')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = Parser('eval_zoo', description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('--data-path', required=True, metavar='DIR', help='ImageNet: val/ with its class folders')
+    parser.add_argument('--models', nargs='+', choices=xcit.MODELS, metavar='NAME',
+                        help='some of the 14 models; all if unset')
+    parser.add_argument('--tags', nargs='+', choices=TAGS, metavar='TAG',
+                        help=f'some of {", ".join(TAGS)}; all if unset')
+    parser.add_argument('--checkpoints', type=Path, metavar='DIR',
+                        help='take the files from here, by their published names, and download nothing')
+    parser.add_argument('--output-dir', type=Path, default=Path('runs/zoo'), metavar='DIR', help='where the tables go')
+    parser.add_argument('--batch-size', default=64, type=COUNT, metavar='IMAGES',
+                        help='as for main.py, which evaluates 1.5 times as many at once')
+    parser.add_argument('--num-workers', default=10, type=COUNT_OR_0, metavar='N', help='as for main.py')
+    parser.add_argument('--device', default='auto', help='auto (cuda, mps or cpu, the first there is) or a device')
+    parser.add_argument('--amp', choices=list(AMP_DTYPES),
+                        help='autocast type; fp16 on cuda and off elsewhere if unset')
+    return parser
+
+
+def evaluation_flags(args, published: xcit.Published) -> list:
+    """main.py's command line for a checkpoint, but for the weights."""
+    return ['--eval', '--model', published.model, '--input-size', str(published.resolution),
+            '--full-crop' if published.crop == 1. else '--no-full-crop', '--data-path', args.data_path,
+            '--batch-size', str(args.batch_size), '--num-workers', str(args.num_workers), '--device', args.device,
+            *(['--amp', args.amp] if args.amp else [])]
+
+
+def check(args) -> int:
+    """Refuse what would fail for every checkpoint; returns the number of evaluation images."""
+    if args.checkpoints is not None and not args.checkpoints.is_dir():
+        raise InputError(f'--checkpoints {args.checkpoints}: no such directory')
+    parsed = classification.parse_args(evaluation_flags(args, chosen(args)[0]))
+    dataset, _ = datasets.build_dataset(parsed, is_train=False)
+    datasets.probe_images(dataset)
+    return len(dataset)
+
+
+def chosen(args) -> List[xcit.Published]:
+    return [published for published in ZOO
+            if published.model in (args.models or xcit.MODELS) and published.tag in (args.tags or TAGS)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+def name_of(row: dict) -> str:
+    return f'{row["model"]}.{row["tag"]}'
+
+
+def read_rows(path: Path) -> Dict[str, dict]:
+    """The rows of earlier calls by name; those cut short are left out."""
+    text = path.read_text(errors='replace') if path.exists() else ''
+    reader = csv.DictReader(io.StringIO(text))
+    if text and tuple(reader.fieldnames or ()) != COLUMNS:
+        raise InputError(f'{path}: is not a table of this program; choose another --output-dir')
+    rows = list(reader)
+    whole = {name_of(row): row for row in rows if None not in row and name_of(row) in xcit.ZOO
+             and (is_measured(row) or row['error'])}
+    if len(whole) < len(rows):
+        notice(f'{path}: {len(rows) - len(whole)} damaged rows are left out')
+    return whole
+
+
+def is_measured(row: dict) -> bool:
+    try:
+        float(row['top1']), float(row['top5']), float(row['images_per_s'])
+    except (TypeError, ValueError):
+        return False
+    return row['error'] == ''  # the last column
+
+
+def check_same_images(rows: Iterable[dict], path: Path, *, data_path: str, images: int):
+    """Refuse to mix measurements on different images."""
+    for row in rows:
+        if (row['data_path'], row['images']) != (data_path, str(images)):
+            raise InputError(f'{path}: was measured on {row["images"]} images of {row["data_path"]}, these are '
+                             f'{images} of {data_path}; choose another --output-dir')
+
+
+def write_tables(rows: Dict[str, dict], folder: Path):
+    """zoo.csv and zoo.md, each whole or as before, in the order of the zoo."""
+    in_order = [rows[name] for name in xcit.ZOO if name in rows]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(in_order)
+    for name, content in (('zoo.csv', text.getvalue()), ('zoo.md', markdown(in_order))):
+        unfinished = folder / f'{name}.tmp'
+        unfinished.write_text(content)
+        os.replace(unfinished, folder / name)
+
+
+def markdown(rows: List[dict]) -> str:
+    lines = ['| model | weights | resolution | published top-1 | top-1 | deviation | top-5 | images/s |',
+             '|---|---|---|---|---|---|---|---|']
+    for row in rows:
+        cells = [f'`{row["model"]}`', f'`{row["tag"]}`', row['resolution'], row['published_top1']]
+        if row['error']:
+            cells += ['not measured', '', '', '']
+        else:
+            cells += [f'{float(row["top1"]):.3f}', deviation(row), f'{float(row["top5"]):.3f}',
+                      f'{float(row["images_per_s"]):.0f}']
+        lines.append(f'| {" | ".join(map(str, cells))} |')
+    measured = [row for row in rows if not row['error']]
+    if measured:
+        row = measured[0]
+        lines += ['', f'Measured on {row["images"]} images of `{row["data_path"]}` at crop {row["crop"]}; deviations '
+                  f'above {TOLERANCE} are marked with an exclamation mark.']
+    lines += [''] * any(row['error'] for row in rows)
+    lines += [f'- not measured: `{name_of(row)}`: {row["error"]}' for row in rows if row['error']]
+    return '\n'.join(lines) + '\n'
+
+
+def deviation(row: dict) -> str:
+    """Measured minus published top-1, percent, marked if it is too large."""
+    difference = round(float(row['top1']) - float(row['published_top1']), 3)
+    return f'{difference:+.3f}' + ' !' * (abs(difference) > TOLERANCE)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+
+def measure(args, published: xcit.Published, images: int) -> dict:
+    """Evaluate a checkpoint; returns its row, with the reason in `error` if the weights can't be had."""
+    file = args.checkpoints and str(args.checkpoints / Path(published.url).name)
+    device = utils.choose_device(args.device)
+    row = dict.fromkeys(COLUMNS, '') | {
+        'model': published.model, 'tag': published.tag, 'resolution': published.resolution, 'crop': published.crop,
+        'published_top1': published.top1, 'images': images, 'data_path': data_path(args),
+        'weights': file or published.url, 'device': device,
+        'dtype': classification.build_amp_dtype(args, device) or torch.float32}
+    try:
+        with open(args.output_dir / 'zoo.log', 'a') as log, contextlib.redirect_stdout(log):
+            stats = classification.main([*evaluation_flags(args, published), '--pretrained', file or published.tag])
+    except datasets.UnreadableImage:  # the fault of the data, not of the weights
+        raise
+    except InputError as error:
+        return row | {'error': error}
+    return row | {'top1': stats['acc1'], 'top5': stats['acc5'], 'loss': stats['loss'],
+                  'images_per_s': stats['images_per_s']}
+
+
+def data_path(args) -> str:
+    return str(Path(args.data_path).resolve())
+
+
+def summary(row: dict) -> str:
+    if row['error']:
+        return f'{name_of(row)}: not measured: {row["error"]}'
+    return (f'{name_of(row)}: published {row["published_top1"]}, top-1 {row["top1"]:.3f} ({deviation(row)}), '
+            f'top-5 {row["top5"]:.3f}, {row["images_per_s"]:.0f} images/s')
+
+
+def main(argv: Optional[list] = None) -> List[dict]:
+    """Evaluate what is not in the table yet; returns its rows as the table has them.
+
+    Raises:
+        InputError: bad arguments or data, or a table of other images.
+        RunStopped: at the end, if some checkpoints are missing or damaged.
+    """
+    args = get_args_parser().parse_args(argv)
+    images = check(args)
+    if images != VAL_IMAGES:
+        notice(f'--data-path {args.data_path}: {images} images, not the {VAL_IMAGES} of the published accuracies')
+    table = args.output_dir / 'zoo.csv'
+    lock = utils.DirectoryLock(args.output_dir)
+    try:
+        rows = read_rows(table)
+        check_same_images(rows.values(), table, data_path=data_path(args), images=images)
+        left = [p for p in chosen(args) if not is_measured(rows.get(f'{p.model}.{p.tag}', {'top1': None}))]
+        for number, published in enumerate(left, start=1):
+            row = measure(args, published, images)
+            rows[name_of(row)] = row
+            write_tables(rows, args.output_dir)
+            notice(f'[{number}/{len(left)}] {summary(row)}')
+        rows = read_rows(table)
+    finally:
+        lock.release()
+    rows = [rows[f'{p.model}.{p.tag}'] for p in chosen(args)]
+    notice(f'\n{markdown(rows)}\nIn {table} and {table.with_suffix(".md").name}.')
+    failed = [name_of(row) for row in rows if row['error']]
+    if failed:
+        raise RunStopped(f'{len(failed)} of {len(rows)} checkpoints could not be evaluated: {utils.abridge(failed)}')
+    return rows
+
+
+if __name__ == '__main__':
+    utils.run_program(main)

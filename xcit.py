@@ -8,6 +8,7 @@ Shapes: `B` batch, `N = H*W` tokens, `C` channels, `H, W` token grid (never pixe
 `K` classes. Images are `(B, 3, img_h, img_w)` in pixels; any size works, the grid is `ceil(pixels / patch)`.
 """
 import contextlib
+import copy
 import dataclasses
 import math
 import re
@@ -21,6 +22,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 __all__ = ['Xcit']  # timm adds the name of each registered model
 
@@ -425,6 +427,16 @@ class Xcit(nn.Module):
             self.cls_attn_blocks = nn.ModuleList()
             self.reset_classifier(0)
         return wanted
+
+
+def fuse_stem(model: Xcit) -> Xcit:
+    """A copy of a model in eval mode whose stem has its BatchNorms folded into the convolutions: the same outputs."""
+    fused = copy.deepcopy(model)
+    stem = fused.patch_embed.proj
+    for i, layer in enumerate(stem):
+        if isinstance(layer, nn.Sequential):
+            stem[i] = fuse_conv_bn_eval(*layer)
+    return fused
 
 
 def check_global_pool(global_pool: str):

@@ -46,8 +46,8 @@ class LoadedModel:
         return datasets.build_eval_transform(self)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser):
-    """The flags that `load_model` reads."""
+def add_weights_arguments(parser: argparse.ArgumentParser):
+    """The flags that say which model it is, and with which weights."""
     group = parser.add_argument_group('model')
     group.add_argument('--model', metavar='NAME', help='one of the 14 XCiT models, or of timm\'s; what a training\'s '
                        'checkpoint says if unset')
@@ -60,6 +60,12 @@ def add_model_arguments(parser: argparse.ArgumentParser):
     group.add_argument('--full-crop', '--full_crop', action=argparse.BooleanOptionalAction,
                        help='use the whole shorter side of an image instead of 0.875 of it; if unset, as the model was '
                        'evaluated')
+
+
+def add_model_arguments(parser: argparse.ArgumentParser):
+    """The flags that `load_model` reads."""
+    add_weights_arguments(parser)
+    group = parser.add_argument_group('device')
     group.add_argument('--device', default='auto', help='auto (cuda, mps or cpu, the first there is) or a device')
     group.add_argument('--amp', choices=list(AMP_DTYPES), help='autocast type; fp16 on cuda and off elsewhere if unset')
 

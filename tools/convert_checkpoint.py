@@ -20,7 +20,7 @@ SUFFIXES = ('.pth', '.safetensors')
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser('convert_checkpoint', description=__doc__, allow_abbrev=False,
+    parser = Parser('python -m tools.convert_checkpoint', description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('source', metavar='IN', help='weights: path, URL, hf-hub:NAME, or with --model a tag')
     parser.add_argument('target', metavar='OUT', type=Path, help=f'file to write: {" or ".join(SUFFIXES)}')

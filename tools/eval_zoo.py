@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import csv
 import io
-import os
 from pathlib import Path
 from typing import Dict, Iterable, List, Optional
 
@@ -32,7 +31,7 @@ COLUMNS = ('model', 'tag', 'resolution', 'crop', 'published_top1', 'top1', 'top5
 # Arguments
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser('eval_zoo', description=__doc__, allow_abbrev=False,
+    parser = Parser('python -m tools.eval_zoo', description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--data-path', required=True, metavar='DIR', help='ImageNet: val/ with its class folders')
     parser.add_argument('--models', nargs='+', choices=xcit.MODELS, metavar='NAME',
@@ -119,9 +118,7 @@ def write_tables(rows: Dict[str, dict], folder: Path):
     writer.writeheader()
     writer.writerows(in_order)
     for name, content in (('zoo.csv', text.getvalue()), ('zoo.md', markdown(in_order))):
-        unfinished = folder / f'{name}.tmp'
-        unfinished.write_text(content)
-        os.replace(unfinished, folder / name)
+        utils.write_text(folder / name, content)
 
 
 def markdown(rows: List[dict]) -> str:
@@ -197,8 +194,7 @@ def main(argv: Optional[list] = None) -> List[dict]:
     if images != VAL_IMAGES:
         notice(f'--data-path {args.data_path}: {images} images, not the {VAL_IMAGES} of the published accuracies')
     table = args.output_dir / 'zoo.csv'
-    lock = utils.DirectoryLock(args.output_dir)
-    try:
+    with utils.DirectoryLock(args.output_dir):
         rows = read_rows(table)
         check_same_images(rows.values(), table, data_path=data_path(args), images=images)
         left = [p for p in chosen(args) if not is_measured(rows.get(f'{p.model}.{p.tag}', {'top1': None}))]
@@ -208,8 +204,6 @@ def main(argv: Optional[list] = None) -> List[dict]:
             write_tables(rows, args.output_dir)
             notice(f'[{number}/{len(left)}] {summary(row)}')
         rows = read_rows(table)
-    finally:
-        lock.release()
     rows = [rows[f'{p.model}.{p.tag}'] for p in chosen(args)]
     notice(f'\n{markdown(rows)}\nIn {table} and {table.with_suffix(".md").name}.')
     failed = [name_of(row) for row in rows if row['error']]

@@ -341,6 +341,18 @@ def seed_everything(*keys: int):
 # ---------------------------------------------------------------------------------------------------------------------
 # Output directory
 
+def check_output_dir(path: str):
+    """Refuse a directory that could not be made, or written to, without making it.
+
+    Raises:
+        InputError: so it is.
+    """
+    folder = Path(path).absolute()
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f'--output-dir {path}: {existing} is not a directory that can be written to')
+
+
 def set_aside(path: Path):
     """Move the files of the run that a directory holds, if any, into `previous-N` there."""
     files = [p for name in RUN_FILES if (p := path / name).exists()]

@@ -1,6 +1,8 @@
 """What the tools share: a model with its weights, classes and transform, and the pictures to show it."""
 import argparse
+import contextlib
 import dataclasses
+import os
 from pathlib import Path
 from typing import Iterator, List, Optional, Tuple
 
@@ -16,7 +18,7 @@ import utils
 import weights
 import xcit
 from main import AMP_DTYPES, build_amp_dtype, check_model
-from utils import COUNT, InputError
+from utils import COUNT, InputError, RunStopped, first_line
 
 
 @dataclasses.dataclass
@@ -45,8 +47,8 @@ class LoadedModel:
         return datasets.build_eval_transform(self)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser):
-    """The flags that `load_model` reads."""
+def add_model_arguments(parser: argparse.ArgumentParser, *, square_images: bool = True):
+    """The flags that `load_model` reads; without `square_images` the caller adds --input-size, with its own meaning."""
     group = parser.add_argument_group('model')
     group.add_argument('--model', metavar='NAME', help='one of the 14 XCiT models, or of timm\'s; what a training\'s '
                        'checkpoint says if unset')
@@ -54,13 +56,16 @@ def add_model_arguments(parser: argparse.ArgumentParser):
                        help='weights: published ones by their tag (see the README), or any others')
     group.add_argument('--use-ema', action=argparse.BooleanOptionalAction, default=False,
                        help='take the moving average that a training\'s checkpoint holds beside the weights')
+    group.add_argument('--device', default='auto', help='auto (cuda, mps or cpu, the first there is) or a device')
+    group.add_argument('--amp', choices=list(AMP_DTYPES), help='autocast type; fp16 on cuda and off elsewhere if unset')
+    if not square_images:
+        parser.set_defaults(full_crop=None)
+        return
     group.add_argument('--input-size', type=COUNT, metavar='PIXELS',
                        help='side of the square images; if unset, as the model was evaluated')
     group.add_argument('--full-crop', '--full_crop', action=argparse.BooleanOptionalAction,
                        help='use the whole shorter side of an image instead of 0.875 of it; if unset, as the model was '
                        'evaluated')
-    group.add_argument('--device', default='auto', help='auto (cuda, mps or cpu, the first there is) or a device')
-    group.add_argument('--amp', choices=list(AMP_DTYPES), help='autocast type; fp16 on cuda and off elsewhere if unset')
 
 
 def load_model(args) -> LoadedModel:
@@ -173,3 +178,23 @@ def batches(dataset, loaded: LoadedModel, *, batch_size: int, num_workers: int) 
 def stack_images(samples: list) -> Tuple[torch.Tensor, list]:
     images, others = zip(*samples)
     return torch.stack(images), list(others)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A context in which to write a file under another name (same suffix), which becomes `path` if all went well.
+
+    Raises:
+        RunStopped: it can't be written.
+    """
+    unfinished = path.with_stem(f'{path.stem}.unfinished')
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise RunStopped(f'{path}: can\'t be written ({first_line(error)})') from None
+    finally:
+        unfinished.unlink(missing_ok=True)

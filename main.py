@@ -243,10 +243,7 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
         raise InputError('--resume auto: needs --output-dir to look in')
     if args.start_epoch >= args.epochs:
         raise InputError(f'--start-epoch {args.start_epoch}: must be less than --epochs {args.epochs}')
-    folder = Path(args.output_dir).absolute()
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f'--output-dir {args.output_dir}: {existing} is not a directory that can be written to')
+    utils.check_output_dir(args.output_dir)
     try:
         datasets.build_train_transform(args)
     except Exception as error:  # timm checks a policy's text with whatever its parsing runs into

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Callable, Iterator, Optional
 
 import numpy as np
 import timm
@@ -387,10 +387,38 @@ def writing(path: Path):
         raise RunStopped(f'{path} can\'t be written ({first_line(error)})') from None
 
 
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A context in which to write a file under another name (same suffix), which becomes `path` if all went well.
+
+    Raises:
+        RunStopped: it can't be written.
+    """
+    unfinished = path.with_name(f'{path.stem}.unfinished{path.suffix}')
+    try:
+        with writing(path):
+            yield unfinished
+            os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def sync_to_disk(file):
     """Don't come back before the disk has what was written to an open file."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def check_output_dir(path: str):
+    """Refuse a directory that could not be made, or written to, without making it.
+
+    Raises:
+        InputError: so it is.
+    """
+    folder = Path(path).absolute()
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f'--output-dir {path}: {existing} is not a directory that can be written to')
 
 
 def set_aside(path: Path):
@@ -485,14 +513,8 @@ def write_json(path: Path, values: dict):
 
 
 def write_text(path: Path, text: str):
-    """Replace a file by the whole new one, or raise RunStopped and leave it."""
-    unfinished = path.with_name(path.name + '.tmp')
-    try:
-        with writing(path):
-            unfinished.write_text(text)
-            os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text)
 
 
 class EpochLog:

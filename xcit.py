@@ -185,8 +185,8 @@ class ClassAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 1 + N, C), CLS first -> the new CLS token, (B, 1, C)."""
+    def project(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, 1 + N, C), CLS first -> its query (B, h, 1, d); keys and values of all tokens, each (B, h, 1 + N, d)."""
         B, N, C = x.shape
         # The published weights hold q, k and v in one matrix; the patches' queries are never used, so not computed.
         bias_q: Optional[torch.Tensor] = None
@@ -195,12 +195,25 @@ class ClassAttention(nn.Module):
             bias_q, bias_kv = self.qkv.bias[:C], self.qkv.bias[C:]
         q = F.linear(x[:, :1], self.qkv.weight[:C], bias_q)
         kv = F.linear(x, self.qkv.weight[C:], bias_kv)
-        q = q.reshape(B, 1, self.num_heads, C // self.num_heads).transpose(1, 2)  # (B, h, 1, d)
+        q = q.reshape(B, 1, self.num_heads, C // self.num_heads).transpose(1, 2)
         kv = kv.reshape(B, N, 2, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
-        k, v = kv.unbind(0)  # each (B, h, 1 + N, d)
+        k, v = kv.unbind(0)
+        return q, k, v
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, 1 + N, C), CLS first -> the new CLS token, (B, 1, C)."""
+        q, k, v = self.project(x)
         cls = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.)
-        cls = cls.transpose(1, 2).reshape(B, 1, C)
+        cls = cls.transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(cls))
+
+    def attention_weights(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, 1 + N, C), as `forward` gets it -> how much CLS attends to each token, (B, h, 1 + N); a head's sum is 1.
+
+        Only for looking at them: `forward` does without.
+        """
+        q, k, _ = self.project(x)
+        return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)[:, :, 0]
 
 
 class ClassAttentionBlock(nn.Module):

@@ -97,6 +97,18 @@ def test_xca_equals_a_plain_loop():
 
 
 @torch.no_grad()
+def test_attention_weights_are_those_of_forward():
+    """Class attention's weights of CLS over all tokens sum to 1, and times the values give what `forward` gives."""
+    attention = xcit.ClassAttention(12, 3)
+    x = torch.randn(2, 7, 12)
+    weights = attention.attention_weights(x)
+    values = (x @ attention.qkv.weight[24:].T + attention.qkv.bias[24:]).unflatten(2, (3, 4))  # (B, 1 + N, h, d)
+    torch.testing.assert_close(weights.sum(dim=2), torch.ones(2, 3))
+    cls = torch.einsum('bhn,bnhd->bhd', weights, values).flatten(1)
+    torch.testing.assert_close(attention(x)[:, 0], attention.proj(cls), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
 def test_position_is_the_papers_fourier_features():
     """y before x, counted from 1, sine and cosine interleaved, on a non-square grid."""
     encoding = xcit.PositionalEncodingFourier(64)

@@ -49,12 +49,17 @@ class LoadedModel:
 def add_weights_arguments(parser: argparse.ArgumentParser):
     """The flags that say which model it is, and with which weights."""
     group = parser.add_argument_group('model')
-    group.add_argument('--model', metavar='NAME', help='one of the 14 XCiT models, or of timm\'s; what a training\'s '
-                       'checkpoint says if unset')
+    group.add_argument('--model', metavar='NAME', help='one of the 14 XCiT models, or of timm\'s; if unset, what the '
+                       'weights say, as a training\'s checkpoint does')
     group.add_argument('--pretrained', required=True, metavar='TAG|PATH|URL|hf-hub:NAME',
                        help='weights: published ones by their tag (see the README), or any others')
     group.add_argument('--use-ema', action=argparse.BooleanOptionalAction, default=False,
                        help='take the moving average that a training\'s checkpoint holds beside the weights')
+
+
+def add_square_arguments(parser: argparse.ArgumentParser):
+    """The flags that say how images become squares."""
+    group = parser.add_argument_group('images')
     group.add_argument('--input-size', type=COUNT, metavar='PIXELS',
                        help='side of the square images; if unset, as the model was evaluated')
     group.add_argument('--full-crop', '--full_crop', action=argparse.BooleanOptionalAction,
@@ -62,16 +67,16 @@ def add_weights_arguments(parser: argparse.ArgumentParser):
                        'evaluated')
 
 
-def add_model_arguments(parser: argparse.ArgumentParser):
-    """The flags that `load_model` reads."""
-    add_weights_arguments(parser)
+def add_device_arguments(parser: argparse.ArgumentParser):
     group = parser.add_argument_group('device')
     group.add_argument('--device', default='auto', help='auto (cuda, mps or cpu, the first there is) or a device')
     group.add_argument('--amp', choices=list(AMP_DTYPES), help='autocast type; fp16 on cuda and off elsewhere if unset')
 
 
 def load_model(args) -> LoadedModel:
-    """Build the model that `add_model_arguments` describes, with as many classes as its weights have.
+    """Build the model that the flags above describe, with as many classes as its weights have.
+
+    A program that does not offer one of them sets it by `parser.set_defaults`.
 
     Raises:
         InputError: there is no such model or device, or the weights are not the model's.

@@ -8,7 +8,6 @@ Names of classes, resolution, crop, mean and standard deviation are stored with 
 import argparse
 import importlib.util
 import json
-import os
 import warnings
 from pathlib import Path
 from typing import Callable, List, Optional
@@ -37,6 +36,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--tolerance', default=1e-4, type=NON_NEGATIVE,
                         help='largest difference from the model\'s outputs, as a fraction of the largest of these')
     common.add_weights_arguments(parser)
+    common.add_square_arguments(parser)
+    parser.set_defaults(device='cpu', amp='off')  # where outputs can be compared exactly
     return parser
 
 
@@ -140,21 +141,16 @@ def main(argv: Optional[list] = None) -> Path:
     """Export, with a command line (`sys.argv` if None); returns the file's path."""
     args = get_args_parser().parse_args(argv)
     check_output(args)
-    args.device, args.amp = 'cpu', 'off'  # where exact comparison is possible
     loaded = common.load_model(args)
     if not isinstance(loaded.model, xcit.Xcit):
         raise InputError(f'--model {loaded.name}: is not an XCiT model')
     example = torch.zeros(2 if args.dynamic else args.batch_size or 1, 3, loaded.input_size, loaded.input_size)
-    unfinished = args.output.with_name(f'{args.output.stem}.tmp{args.output.suffix}')
-    try:
-        with utils.writing(args.output), warnings.catch_warnings():
+    with utils.whole_file(args.output) as unfinished:
+        with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # torch's, about its own exporters
             exported = EXPORTERS[args.format](xcit.fuse_stem(loaded.model), example, unfinished, dynamic=args.dynamic,
                                               metadata=describe(loaded))
         compare(loaded.model, exported, sizes_to_check(args, loaded.input_size), args.tolerance)
-        os.replace(unfinished, args.output)
-    finally:
-        unfinished.unlink(missing_ok=True)
     notice(f'{args.output}: {loaded.name}, {args.output.stat().st_size / 2 ** 20:.1f} MB')
     return args.output
 

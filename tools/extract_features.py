@@ -5,7 +5,6 @@ also `labels` (n,) int64 and `classes`, their names. In .safetensors, paths and 
 """
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import List, Optional, Tuple
 
@@ -30,7 +29,9 @@ def get_args_parser() -> argparse.ArgumentParser:
                         help='of an XCiT: the CLS token, or the mean of the patches; what the classifier sees if unset')
     parser.add_argument('--skip-bad-images', default=0, type=COUNT_OR_0, metavar='N',
                         help='leave out up to N images that can\'t be read')
-    common.add_model_arguments(parser)
+    common.add_weights_arguments(parser)
+    common.add_square_arguments(parser)
+    common.add_device_arguments(parser)
     common.add_loading_arguments(parser)
     return parser
 
@@ -70,18 +71,12 @@ def pooled(model: torch.nn.Module):
 
 def write(path: Path, arrays: dict, names: dict):
     """Write arrays and lists of strings, so that `path` is the old file or the whole new one."""
-    unfinished = path.with_name(f'{path.stem}.tmp{path.suffix}')
-    try:
-        with utils.writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix == '.npz':
-                np.savez(unfinished, **arrays, **{name: np.array(words) for name, words in names.items()})
-            else:
-                metadata = {name: json.dumps(words) for name, words in names.items()}
-                safetensors.numpy.save_file(arrays, unfinished, metadata=metadata)
-            os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with utils.whole_file(path) as unfinished:
+        if path.suffix == '.npz':
+            np.savez(unfinished, **arrays, **{name: np.array(words) for name, words in names.items()})
+        else:
+            metadata = {name: json.dumps(words) for name, words in names.items()}
+            safetensors.numpy.save_file(arrays, unfinished, metadata=metadata)
 
 
 def main(argv: Optional[list] = None) -> dict:
@@ -90,8 +85,8 @@ def main(argv: Optional[list] = None) -> dict:
     output = Path(args.output)
     if output.suffix not in ('.npz', '.safetensors'):
         raise InputError(f'--output {output}: must end in .npz or .safetensors')
-    if output.is_dir():
-        raise InputError(f'--output {output}: is a folder')
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise InputError(f'--output {output}: {"is a folder" if output.is_dir() else "its folder is missing"}')
     paths = common.find_images(args.data)
     loaded = common.load_model(args)
     features, places = extract(args, paths, loaded)

@@ -23,7 +23,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='image files, and folders with all that is in them')
     parser.add_argument('--topk', default=5, type=COUNT, metavar='K', help='classes to name for each picture')
     parser.add_argument('--json', action='store_true', help='print a line of JSON for each picture')
-    common.add_model_arguments(parser)
+    common.add_weights_arguments(parser)
+    common.add_square_arguments(parser)
+    common.add_device_arguments(parser)
     common.add_loading_arguments(parser)
     return parser
 

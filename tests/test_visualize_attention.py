@@ -374,6 +374,6 @@ def test_what_cannot_be_written_leaves_nothing_unfinished(taken, weights, tmp_pa
     write_video(tmp_path / 'in.mp4', times=range(2))
     (tmp_path / 'out' / taken).mkdir(parents=True)
     given = ['--video', tmp_path / 'in.mp4'] if taken.endswith('mp4') else [PICTURE]
-    with pytest.raises(RunStopped, match=f"{taken}: can't be written"):
+    with pytest.raises(RunStopped, match=f"{taken} can't be written"):
         draw(weights, tmp_path / 'out', *given, '--input-size', 64)
     assert [name for name in files(tmp_path / 'out') if 'unfinished' in name] == []

@@ -23,8 +23,9 @@ from torchvision import datasets, transforms
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import InterpolationMode
 
+import readers
 import utils
-from utils import InputError
+from utils import InputError, UnreadableImage
 
 INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
 SAMPLE_DATA = Path(__file__).parent / 'sample_data'  # part of Fashion-MNIST, see the README there
@@ -35,10 +36,6 @@ SMALL = 32  # up to this many pixels, images are cropped but not resized
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading images
-
-class UnreadableImage(InputError):
-    """An image file can't be decoded; the message names it."""
-
 
 def load_rgb(path: str) -> Image.Image:
     """Decode an image file to RGB.
@@ -264,15 +261,27 @@ BUILDERS = {
 }
 
 
+def check_data_set(args):
+    """Refuse a name that means nothing, and flags without effect."""
+    if args.data_set not in BUILDERS and not readers.prefix_of(args.data_set):
+        raise InputError(f'--data-set {args.data_set}: must be one of {", ".join(BUILDERS)}, or timm\'s '
+                         f'{", ".join(f"{prefix}/NAME" for prefix in readers.PACKAGES)}')
+    if args.data_set in BUILDERS and args.num_classes:
+        raise InputError(f'--num-classes {args.num_classes}: {args.data_set} says itself how many it has')
+
+
 def build_dataset(args, is_train: bool) -> Tuple[Dataset, int]:
     """The training or the evaluation split of `--data-set`, with its transform, and the number of classes.
 
     Raises:
         InputError: the data are not there, or not what the data set's name says.
     """
-    if args.data_set != 'SAMPLE' and not Path(args.data_path).is_dir():
+    if readers.prefix_of(args.data_set):
+        dataset, num_classes = readers.build_dataset(args, is_train)
+    elif args.data_set != 'SAMPLE' and not Path(args.data_path).is_dir():
         raise InputError(f'--data-path {args.data_path}: no such directory')
-    dataset, num_classes = BUILDERS[args.data_set](args, is_train)
+    else:
+        dataset, num_classes = BUILDERS[args.data_set](args, is_train)
     dataset.transform = build_train_transform(args) if is_train else build_eval_transform(args)
     return dataset, num_classes
 

@@ -7,13 +7,14 @@ import copy
 import dataclasses
 import datetime
 import difflib
+import functools
 import itertools
 import math
 import os
 import shlex
 import time
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Callable, Optional, Union
 
 import timm
 import torch
@@ -27,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import checkpoints
 import datasets
+import readers
 import samplers
 import training
 import utils
@@ -160,11 +162,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument('--distillation-tau', default=1., type=POSITIVE, help='temperature of "soft"')
 
     group = parser.add_argument_group('data')
-    group.add_argument('--data-set', default='IMNET', choices=list(datasets.BUILDERS), help='see the README')
+    group.add_argument('--data-set', default='IMNET', metavar='NAME',
+                       help=f'{", ".join(datasets.BUILDERS)}; or through timm {", ".join(readers.PACKAGES)}, each with '
+                       '/NAME (see the README)')
     group.add_argument('--data-path', default='/datasets01/imagenet_full_size/061417/', metavar='DIR',
                        help='not needed for SAMPLE')
     group.add_argument('--inat-category', default='name', choices=datasets.INAT_CATEGORIES,
                        help='level of the taxonomy that makes the classes of INAT and INAT19')
+    group.add_argument('--train-split', default='train', metavar='NAME', help='for timm\'s readers')
+    group.add_argument('--val-split', default='validation', metavar='NAME', help='for timm\'s readers')
+    group.add_argument('--num-classes', type=COUNT, metavar='N', help='for timm\'s readers, where they can\'t tell')
     group.add_argument('--num-workers', '--num_workers', default=10, type=COUNT_OR_0, metavar='N',
                        help='processes that load data, at most one for each core; 0: load in the main process')
     group.add_argument('--skip-bad-images', default=0, type=COUNT_OR_0, metavar='N',
@@ -201,6 +208,7 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
         args = parser.parse_args(argv)
         args.pretrained = args.finetune
     check_model('--model', args.model)
+    datasets.check_data_set(args)
     device = utils.choose_device(args.device)
     if args.amp == 'fp16' and device.type != 'cuda':
         raise InputError(f'--amp fp16: needs cuda, and the device is {device.type}; allowed: bf16, off')
@@ -274,14 +282,23 @@ def build_amp_dtype(args, device: torch.device) -> Optional[torch.dtype]:
     return AMP_DTYPES[args.amp or ('fp16' if device.type == 'cuda' else 'off')]
 
 
-def build_loader(dataset: Dataset, args, device: torch.device, **kwargs) -> DataLoader:
-    workers = utils.usable_workers(args.num_workers)
+def build_loader(dataset: Dataset, args, device: torch.device, *, workers: Optional[int] = None, **kwargs
+                 ) -> DataLoader:
+    workers = utils.usable_workers(args.num_workers) if workers is None else workers
+    # Where `import datasets` means Hugging Face's package, a fresh process would not find datasets.py.
+    context = 'fork' if workers and readers.prefix_of(args.data_set) == 'hfds' else None
     return DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0,
-                      worker_init_fn=utils.WorkerSignals(),
+                      worker_init_fn=utils.WorkerSignals(), multiprocessing_context=context,
                       pin_memory=args.pin_mem and device.type == 'cuda', **kwargs)
 
 
-def build_train_loader(dataset: Dataset, args, device: torch.device) -> DataLoader:
+def build_train_loader(dataset: Dataset, args, device: torch.device) -> Union[DataLoader, readers.StreamLoader]:
+    collate = datasets.CleanHalfErasing(args) if args.resplit else datasets.collate
+    if isinstance(dataset, readers.Stream):
+        if args.repeated_aug:
+            notice(f'--data-set {args.data_set} is a stream: no repeated augmentation')
+        return readers.build_loader(dataset, args, batch_size=args.batch_size, build=functools.partial(
+            build_loader, args=args, device=device, collate_fn=collate))
     sampler = samplers.TrainingSampler(dataset, repeated_aug=args.repeated_aug, seed=args.seed,
                                        num_replicas=utils.get_world_size(), rank=utils.get_rank())
     if args.repeated_aug and len(dataset) < samplers.GROUP:
@@ -294,15 +311,18 @@ def build_train_loader(dataset: Dataset, args, device: torch.device) -> DataLoad
         raise InputError(f'--accum-iter {args.accum_iter}: an epoch has {len(sampler) // args.batch_size} batches')
     return build_loader(
         datasets.SeededSamples(dataset, most_bad=args.skip_bad_images), args, device, sampler=sampler,
-        batch_size=args.batch_size, drop_last=True,
-        collate_fn=datasets.CleanHalfErasing(args) if args.resplit else datasets.collate)
+        batch_size=args.batch_size, drop_last=True, collate_fn=collate)
 
 
-def build_eval_loader(dataset: Dataset, args, device: torch.device) -> DataLoader:
+def build_eval_loader(dataset: Dataset, args, device: torch.device) -> Union[DataLoader, readers.StreamLoader]:
+    batch_size = int(1.5 * args.batch_size)
+    if isinstance(dataset, readers.Stream):
+        return readers.build_loader(dataset, args, batch_size=batch_size, build=functools.partial(
+            build_loader, args=args, device=device, collate_fn=datasets.collate))
     replicas, rank = (utils.get_world_size(), utils.get_rank()) if args.dist_eval else (1, 0)
     return build_loader(
         dataset, args, device, sampler=samplers.evaluation_indices(dataset, num_replicas=replicas, rank=rank),
-        batch_size=int(1.5 * args.batch_size), collate_fn=datasets.collate)
+        batch_size=batch_size, collate_fn=datasets.collate)
 
 
 def build_model(args, num_classes: int, *, new_head: bool) -> torch.nn.Module:
@@ -478,7 +498,10 @@ def run_epochs(args, run: Training, train_loader: DataLoader, eval_loader: DataL
     n_parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     started, first_epoch, stats = time.monotonic(), run.epoch + 1, {}
     for epoch in range(first_epoch, args.epochs):
-        train_loader.sampler.set_epoch(epoch, first=run.step * args.batch_size)
+        if isinstance(train_loader, readers.StreamLoader):
+            train_loader.set_epoch(epoch, run.step)
+        else:
+            train_loader.sampler.set_epoch(epoch, first=run.step * args.batch_size)
         train_stats = train_one_epoch(
             ddp_model, criterion, train_loader, optimizer=run.optimizer, scaler=run.scaler, device=device, epoch=epoch,
             seed=args.seed, amp_dtype=amp_dtype, accum_iter=args.accum_iter, clip_grad=args.clip_grad,
@@ -514,7 +537,7 @@ def run_epochs(args, run: Training, train_loader: DataLoader, eval_loader: DataL
 def test(run: Training, loader: DataLoader, *, device: torch.device, amp_dtype: Optional[torch.dtype],
          after_batch: Callable[[], None]) -> dict:
     """Evaluate the model and its moving average, and enter their accuracies into `run`."""
-    stats = evaluate(run.model, loader, device=device, amp_dtype=amp_dtype, after_batch=after_batch)
+    stats = evaluate_all(run.model, loader, device=device, amp_dtype=amp_dtype, after_batch=after_batch)
     if not math.isfinite(stats['loss']):
         raise NonFiniteLoss('evaluation loss', stats['loss'], f'the end of epoch {run.epoch + 1}')
     result = {f'test_{k}': v for k, v in stats.items() if k not in ('images', 'resolution')}
@@ -522,13 +545,23 @@ def test(run: Training, loader: DataLoader, *, device: torch.device, amp_dtype: 
         average = run.model_ema.module
         if run.model_ema.device is not None:
             average = copy.deepcopy(average).to(device)
-        ema_stats = evaluate(average, loader, device=device, amp_dtype=amp_dtype, header='Test of the moving average',
-                             after_batch=after_batch)
+        ema_stats = evaluate_all(average, loader, device=device, amp_dtype=amp_dtype,
+                                 header='Test of the moving average', after_batch=after_batch)
         result.update({f'test_ema_{k}': ema_stats[k] for k in ('acc1', 'acc5', 'loss')})
     # Not before both are known: a run that is stopped between them does both again.
     run.accuracy.update(last=stats['acc1'], best=max(run.accuracy['best'], stats['acc1']),
                         best_ema=max(run.accuracy['best_ema'], result.get('test_ema_acc1', 0.)))
     return result
+
+
+def evaluate_all(model: torch.nn.Module, loader: Union[DataLoader, readers.StreamLoader], *,
+                 after_batch: Optional[Callable[[], None]] = None, **options) -> dict:
+    """engine.evaluate, of a stream too: its processes may have different numbers of batches, and cannot agree."""
+    if not isinstance(loader, readers.StreamLoader):
+        return evaluate(model, loader, after_batch=after_batch, **options)
+    stats = evaluate(model, loader, **options)
+    loader.loader.dataset.refuse_losses(stats['images'])
+    return stats
 
 
 def open_log(args, derived: dict, train_loader: DataLoader, run: Training) -> Optional[utils.EpochLog]:
@@ -545,9 +578,11 @@ def open_log(args, derived: dict, train_loader: DataLoader, run: Training) -> Op
     log = utils.EpochLog(folder, first_epoch)
     if first_epoch == 0:  # also when going on within it: the log starts anew there
         log.tensorboard.add_text('args', '\n'.join(f'    {k}: {v}' for k, v in vars(args).items()))
-        keys = itertools.islice(train_loader.sampler, min(args.batch_size, 32))
-        images = torch.stack([train_loader.dataset[key][0] for key in keys])
-        log.tensorboard.add_image('train/images', torchvision.utils.make_grid(images, normalize=True, scale_each=True))
+        if not isinstance(train_loader, readers.StreamLoader):  # which could not go back to its beginning
+            keys = itertools.islice(train_loader.sampler, min(args.batch_size, 32))
+            images = torch.stack([train_loader.dataset[key][0] for key in keys])
+            log.tensorboard.add_image(
+                'train/images', torchvision.utils.make_grid(images, normalize=True, scale_each=True))
     return log
 
 
@@ -579,8 +614,8 @@ def evaluate_only(args, device: torch.device) -> dict:
     if checkpoint is not None and checkpoint.get('classes') not in (None, datasets.class_names(dataset)):
         notice(f'{source}: was trained on classes of other names, or in another order, than these')
     loader = build_eval_loader(dataset, args, device)
-    stats = evaluate(model.to(device), loader, device=device, amp_dtype=build_amp_dtype(args, device))
-    if not args.dist_eval:  # each process has evaluated all of them
+    stats = evaluate_all(model.to(device), loader, device=device, amp_dtype=build_amp_dtype(args, device))
+    if not args.dist_eval and not isinstance(loader, readers.StreamLoader):  # each process has evaluated all of them
         stats['images'] //= utils.get_world_size()
     stats.update(model=args.model, weights=args.resume or args.pretrained,
                  crop=1. if args.full_crop or not datasets.resizes_for_evaluation(args) else .875)

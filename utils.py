@@ -6,6 +6,7 @@ import argparse
 import atexit
 import contextlib
 import datetime
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -45,6 +46,10 @@ class InputError(ValueError):
         super().__init__(last_line.removeprefix(f'{type(self).__module__}.{type(self).__qualname__}: '))
 
 
+class UnreadableImage(InputError):
+    """An image can't be decoded; the message names it."""
+
+
 class RunStopped(RuntimeError):
     """A run can't go on, for a reason that one line tells."""
     exit_code = 1
@@ -72,6 +77,14 @@ def run_program(main):
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # taken out of sys.modules
+        return False
 
 
 def notice(*words):

@@ -1,4 +1,5 @@
 """What the README says is true of the code."""
+import importlib
 import itertools
 import math
 import re
@@ -10,6 +11,7 @@ import torch
 from conftest import ROOT, seeded_model, tiny
 
 import datasets
+import readers
 import run_with_submitit
 import xcit
 from main import get_args_parser, main
@@ -46,6 +48,25 @@ def test_command_parses(command):
     """Every command of the README is accepted, with a model that exists."""
     args = get_args_parser().parse_args(shlex.split(command, comments=True))
     assert timm.is_model(args.model)
+
+
+TOOLS = sorted(path.stem for path in (ROOT / 'tools').glob('*.py') if path.stem not in ('__init__', 'common'))
+
+
+@pytest.mark.parametrize('tool', TOOLS)
+def test_tool_command_parses(tool):
+    """Every tool has a command in the README, and each of them is accepted."""
+    found = commands(f'-m tools.{tool}')
+    assert found
+    for command in found:
+        importlib.import_module(f'tools.{tool}').get_args_parser().parse_args(shlex.split(command))
+
+
+@pytest.mark.parametrize('block', re.findall(r'```python\n(.*?)```', README, re.DOTALL))
+def test_python_runs(block):
+    """Every piece of Python runs, with random weights for published ones."""
+    block = block.replace('pretrained=True', 'pretrained=False').replace("pretrained='fb_in1k'", 'pretrained=False')
+    exec(block.replace('/path/to/this/repository', str(ROOT)), {})
 
 
 @pytest.mark.parametrize('command', commands('run_with_submitit.py'))
@@ -106,7 +127,8 @@ def test_command_runs(command, tmp_path, folders):
 
 def test_every_data_set_is_described():
     """The data set table has each choice of --data-set."""
-    assert {row[0].strip('`') for row in table('`--data-set`')} == set(datasets.BUILDERS)
+    names = [*datasets.BUILDERS, *(f'{prefix}/NAME' for prefix in readers.PACKAGES)]
+    assert {row[0].strip('`') for row in table('`--data-set`')} == set(names)
 
 
 def test_every_difference_is_listed():

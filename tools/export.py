@@ -6,7 +6,6 @@ fixed (but in TorchScript, where they never are). Before the file is kept, its o
 Names of classes, resolution, crop, mean and standard deviation are stored with it, as JSON under 'xcit'.
 """
 import argparse
-import importlib.util
 import json
 import warnings
 from pathlib import Path
@@ -52,16 +51,9 @@ def check_output(args):
         raise InputError('--dynamic: TorchScript files take any size without it')
     if args.batch_size and (args.dynamic or args.format == 'torchscript'):
         raise InputError(f'--batch-size {args.batch_size}: has no effect where the sizes are left open')
-    missing = [name for name in ONNX_PACKAGES if args.format == 'onnx' and not is_installed(name)]
+    missing = [name for name in ONNX_PACKAGES if args.format == 'onnx' and not utils.is_installed(name)]
     if missing:
         raise InputError(f'--format onnx: needs {", ".join(missing)}; pip install -r requirements-export.txt')
-
-
-def is_installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ValueError:  # taken out of sys.modules
-        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------

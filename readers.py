@@ -1,0 +1,217 @@
+"""timm's data readers: `--data-set hfds/NAME`, `torch/NAME`, `wds/NAME` and `tfds/NAME`.
+
+The first two give samples by their number, and so all that the built-in data sets have. The last two are streams: no
+repeated augmentation, and a training that goes on in the middle of an epoch sees other images in the rest of it.
+"""
+import importlib
+import itertools
+import sys
+from pathlib import Path
+from typing import Callable, Iterator, List, Optional, Tuple
+
+import torch
+from PIL import Image
+from timm.data import create_dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+import utils
+from utils import InputError, UnreadableImage, notice
+
+PACKAGES = {'hfds': 'datasets', 'wds': 'webdataset', 'tfds': 'tensorflow_datasets', 'torch': 'torchvision'}  # they need
+STREAMS = ('wds', 'tfds')
+
+
+def prefix_of(data_set: str) -> Optional[str]:
+    """Which of timm's readers a --data-set asks for, None for a built-in data set."""
+    prefix = data_set.partition('/')[0]
+    return prefix if '/' in data_set and prefix in PACKAGES else None
+
+
+def build_dataset(args, is_train: bool) -> Tuple[Dataset, int]:
+    """A split of the data set, without its transform, and the number of classes.
+
+    Raises:
+        InputError: the package or the data are not there, or the number of classes is not known.
+    """
+    prefix = prefix_of(args.data_set)
+    if prefix == 'hfds':
+        import_hugging_face_datasets()
+    root = Path(args.data_path)
+    if prefix in ('torch', 'wds') and not root.is_dir():
+        raise InputError(f'--data-path {args.data_path}: no such directory')
+    split = args.train_split if is_train else args.val_split
+    try:
+        source = create_dataset(args.data_set, root=str(root) if root.is_dir() else None, split=split,
+                                is_training=is_train, batch_size=args.batch_size, seed=args.seed)
+    except Exception as error:  # of whichever library reads it; timm has no better for one that is missing
+        if not utils.is_installed(PACKAGES[prefix]):
+            raise InputError(f'--data-set {args.data_set}: needs the package {PACKAGES[prefix]}; pip install -r '
+                             f'requirements-readers.txt') from None
+        raise InputError(f'--data-set {args.data_set}: timm can\'t read its split {split} with --data-path '
+                         f'{args.data_path} ({type(error).__name__}: {utils.first_line(error)})') from None
+    if prefix in STREAMS:
+        files = len(source.reader.split_info.filenames) if prefix == 'wds' else None
+        dataset = Stream(source, seed=args.seed, is_train=is_train, files=files)
+    else:
+        dataset = Readable(source)
+    if not dataset.classes and not args.num_classes:
+        raise InputError(f'--data-set {args.data_set}: does not say how many classes it has: add --num-classes')
+    if dataset.classes and args.num_classes not in (None, len(dataset.classes)):
+        raise InputError(f'--num-classes {args.num_classes}: {args.data_set} has {len(dataset.classes)} classes')
+    dataset.classes = dataset.classes or [str(i) for i in range(args.num_classes)]
+    return dataset, len(dataset.classes)
+
+
+def import_hugging_face_datasets():
+    """Let `import datasets` mean Hugging Face's package, which has the name of a file of this repository.
+
+    Every file here has imported that one before, and keeps it.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    own, here = sys.modules['datasets'], Path(__file__).parent.resolve()
+    if not is_file_of(own, here):
+        return
+    paths = sys.path[:]
+    del sys.modules['datasets']
+    sys.path[:] = [path for path in paths if Path(path or '.').resolve() != here]
+    try:
+        importlib.import_module('datasets')
+    except ImportError:
+        sys.modules['datasets'] = own
+        raise InputError('--data-set hfds/...: needs the package datasets; pip install -r requirements-readers.txt'
+                         ) from None
+    finally:
+        sys.path[:] = paths
+
+
+def is_file_of(module, folder: Path) -> bool:
+    return Path(getattr(module, '__file__', None) or '/').resolve().parent == folder
+
+
+def names_of(source) -> List[str]:
+    """The classes' names in the order of their indices, if the data set knows them."""
+    if hasattr(source, 'classes'):  # torchvision's; ImageNet's are tuples of synonyms
+        return [name if isinstance(name, str) else ', '.join(name) for name in source.classes]
+    index = source.reader.class_to_idx
+    return [str(name) for name in sorted(index, key=index.get)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples by their number
+
+class Readable(Dataset):
+    """A data set of timm or torchvision that gives a sample for its number."""
+
+    def __init__(self, source: Dataset):
+        self.source, self.transform = source, None
+        self.classes = names_of(source)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int):
+        try:
+            if hasattr(self.source, 'reader'):  # not by timm's data set, which goes on to the next if one is unreadable
+                file, target = self.source.reader[index]
+                image = Image.open(file).convert('RGB')
+            else:
+                image, target = self.source[index]
+                image = image.convert('RGB')
+        except Exception as error:  # Pillow has many
+            raise UnreadableImage(f'unreadable image number {index}: {utils.first_line(error)}') from None
+        return self.transform(image) if self.transform else image, target
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streams
+
+class Stream(IterableDataset):
+    """A reader of timm that gives one sample after another, in an order of its own.
+
+    Args:
+        source: timm's data set.
+        seed: with the epoch, the process and the position it decides the augmentation.
+        is_train: each process gets other samples by timm's rules, some of them twice; else all of them exactly once.
+        files: of the split, if each can be read by one process only.
+    """
+
+    def __init__(self, source: IterableDataset, *, seed: int, is_train: bool, files: Optional[int]):
+        self.source, self.seed, self.is_train, self.files = source, seed, is_train, files
+        self.transform = None
+        self.classes = names_of(source)
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # known to loading processes that are running
+        if not is_train:  # every process reads all of it, and keeps its share: timm's own division repeats samples
+            source.reader.dist_rank, source.reader.dist_num_replicas = 0, 1
+
+    def __len__(self) -> int:
+        """Samples of all processes together, as the data set's description says."""
+        return self.source.reader.num_samples
+
+    def __iter__(self) -> Iterator[tuple]:
+        worker = get_worker_info()
+        rank, world = utils.get_rank(), utils.get_world_size()
+        for position, (image, target) in enumerate(self.source):
+            if not self.is_train and position % world != rank:
+                continue
+            if self.is_train:
+                utils.seed_everything(self.seed, int(self.epoch), rank, worker.id if worker else 0, position)
+            yield self.transform(image.convert('RGB')), target
+
+    def refuse_losses(self, images: int):
+        """timm's readers leave unreadable images out; raises InputError where an evaluation has lost some."""
+        if images != len(self):
+            raise InputError(f'{images} images of {len(self)} that the data set should have could be evaluated')
+
+
+class StreamLoader:
+    """Batches of a stream; in training, equally many on every process.
+
+    Args:
+        loader: of a `Stream`.
+        steps: batches of an epoch in training; in evaluation, about as many as there will be.
+    """
+
+    def __init__(self, loader: DataLoader, steps: int):
+        self.loader, self.steps, self.first = loader, steps, 0
+
+    def set_epoch(self, epoch: int, first_step: int):
+        self.first = first_step
+        self.loader.dataset.epoch.fill_(epoch)
+        self.loader.dataset.source.set_epoch(epoch)
+        if first_step:
+            notice('A stream can\'t be entered in its middle: the rest of this epoch has about the same images')
+
+    def __len__(self) -> int:
+        return self.steps - self.first
+
+    def __iter__(self) -> Iterator:
+        if not self.loader.dataset.is_train:
+            return iter(self.loader)
+        passes = itertools.chain.from_iterable(itertools.repeat(self.loader))
+        return itertools.islice(passes, len(self))
+
+
+def build_loader(dataset: Stream, args, *, batch_size: int, build: Callable[..., DataLoader]) -> StreamLoader:
+    """A loader of a stream.
+
+    Args:
+        build: makes a DataLoader of a data set; takes the number of loading processes and DataLoader's options.
+
+    Raises:
+        InputError: there is less than a batch, or less than a file, for each process.
+    """
+    world, workers = utils.get_world_size(), utils.usable_workers(args.num_workers)
+    if dataset.files is not None:
+        if dataset.is_train and dataset.files < world:
+            raise InputError(f'--data-set {args.data_set}: its {dataset.files} files can\'t be shared by {world} '
+                             f'processes')
+        workers = min(workers, dataset.files // world if dataset.is_train else dataset.files)
+    steps = len(dataset) // (batch_size * world)
+    if dataset.is_train and not steps:
+        raise InputError(f'--batch-size {batch_size}: an epoch has {len(dataset) // world} images for each process, '
+                         f'less than one batch')
+    dataset.source.set_loader_cfg(num_workers=workers)
+    loader = build(dataset, workers=workers, batch_size=batch_size, drop_last=dataset.is_train)
+    return StreamLoader(loader, steps if dataset.is_train else -(-len(dataset) // (batch_size * world)))

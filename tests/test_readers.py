@@ -1,0 +1,210 @@
+"""timm's data readers behind --data-set."""
+import io
+import json
+import math
+import pickle
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, seeded_model, tiny, write_folders
+from processes import finish, run, start
+
+from main import main, parse_args
+from utils import InputError
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory) -> Path:
+    """32 training and 16 validation pictures of 2 classes, in class folders; `validation` as Hugging Face calls it."""
+    root = write_folders(tmp_path_factory.mktemp('data'), per_class=16)
+    (root / 'val').rename(root / 'validation')
+    return root
+
+
+@pytest.fixture(scope='module')
+def shards(folders, tmp_path_factory) -> Path:
+    """The same pictures in 4 tar files of training and 2 of validation, with their description."""
+    root = tmp_path_factory.mktemp('shards')
+    splits = {}
+    for split, count in (('train', 4), ('validation', 2)):
+        files = sorted((folders / split).rglob('*.png'))
+        names = [f'{split}-{i}.tar' for i in range(count)]
+        for i, name in enumerate(names):
+            with tarfile.open(root / name, 'w') as tar:
+                for file in files[i::count]:
+                    label = str(['cat', 'dog'].index(file.parent.name)).encode()
+                    for suffix, content in (('png', file.read_bytes()), ('cls', label)):
+                        entry = tarfile.TarInfo(f'{file.parent.name}{file.stem}.{suffix}')
+                        entry.size = len(content)
+                        tar.addfile(entry, io.BytesIO(content))
+        splits[split] = {'name': split, 'num_samples': len(files), 'filenames': names,
+                         'shard_lengths': [len(files[i::count]) for i in range(count)]}
+    (root / '_info.json').write_text(json.dumps({'splits': splits}))
+    return root
+
+
+def wds(root: Path, *more: str) -> list:
+    # timm looks for jpg, png or webp under one key of webdataset's
+    return [*TINY, '--data-set', 'wds/', '--data-path', str(root), '--num-classes', '2', *more]
+
+
+def hfds(folders: Path, *more) -> list:
+    """A command for another process: Hugging Face's package takes the place of datasets.py in it."""
+    return [ROOT / 'main.py', *TINY, '--data-set', f'hfds/{folders}', *more]
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp('weights') / 'nano.pth'
+    torch.save({'model': seeded_model('xcit_nano_12_p16', num_classes=2).state_dict()}, path)
+    return str(path)
+
+
+@pytest.fixture(scope='module')
+def expected(folders, weights, tmp_path_factory) -> dict:
+    """What evaluation of the validation folder gives without any reader."""
+    root = tmp_path_factory.mktemp('renamed')
+    (root / 'val').symlink_to(folders / 'validation')
+    return main(tiny(root, '--eval', '--pretrained', weights))
+
+
+# ----- webdataset
+
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_stream_trains(shards, tmp_path, workers):
+    """Two epochs of 8 batches, an evaluation of each image after both; the checkpoint has the classes' numbers."""
+    stats = main(wds(shards, '--num-workers', workers, '--output-dir', str(tmp_path)))
+    assert math.isfinite(stats['train_loss'])
+    assert torch.load(tmp_path / 'checkpoint.pth', weights_only=True)['classes'] == ['0', '1']
+
+
+def test_stream_evaluation_is_exact(shards, weights, expected):
+    """The shards give the accuracy and loss of the folders."""
+    stats = main(wds(shards, '--eval', '--pretrained', weights))
+    assert (stats['images'], stats['acc1']) == (16, expected['acc1'])
+    assert stats['loss'] == pytest.approx(expected['loss'], abs=1e-6)
+
+
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_stream_evaluation_is_exact_for_two_processes(shards, weights, expected, tmp_path, workers):
+    """So do two processes together."""
+    run([ROOT / 'main.py', *wds(shards, '--eval', '--pretrained', weights, '--num-workers', workers, '--output-dir',
+                                str(tmp_path))], 2)
+    stats = json.loads((tmp_path / 'eval.json').read_text())
+    assert (stats['images'], stats['acc1']) == (16, expected['acc1'])
+    assert stats['loss'] == pytest.approx(expected['loss'], abs=1e-6)
+
+
+def test_stream_trains_with_two_processes(shards, tmp_path):
+    """Both make the same number of steps, and the log has both epochs."""
+    run([ROOT / 'main.py', *wds(shards, '--output-dir', str(tmp_path))], 2)
+    assert len((tmp_path / 'log.txt').read_text().splitlines()) == 2
+
+
+def test_too_few_shards(shards):
+    """Processes without a file of their own are refused."""
+    results = finish(start([ROOT / 'main.py', *wds(shards, '--batch-size', '2')], 5))
+    assert [code for code, _, _ in results] == [2] * 5
+    assert "its 4 files can't be shared by 5 processes" in results[0][2]
+
+
+def test_unreadable_image_in_a_stream(shards, weights, tmp_path):
+    """timm leaves it out; the evaluation notices that one is missing."""
+    for file in shards.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    content = (tmp_path / 'validation-0.tar').read_bytes()
+    place = content.index(b'\x89PNG')
+    (tmp_path / 'validation-0.tar').write_bytes(content[:place] + b'junk' * 4 + content[place + 16:])
+    with pytest.raises(InputError, match='15 images of 16'):
+        main(wds(tmp_path, '--eval', '--pretrained', weights))
+
+
+# ----- Hugging Face
+
+def test_hfds_trains(folders, tmp_path):
+    """With loading processes; the checkpoint has the names of the classes."""
+    run(hfds(folders, '--num-workers', '2', '--output-dir', tmp_path, '--epochs', '1', '--data-path', tmp_path), 1)
+    assert torch.load(tmp_path / 'checkpoint.pth', weights_only=True)['classes'] == ['cat', 'dog']
+
+
+def test_hfds_evaluation_is_exact(folders, weights, expected, tmp_path):
+    """Two processes count each picture once."""
+    run(hfds(folders, '--eval', '--pretrained', weights, '--output-dir', tmp_path, '--data-path', tmp_path), 2)
+    stats = json.loads((tmp_path / 'eval.json').read_text())
+    assert (stats['images'], stats['acc1']) == (16, expected['acc1'])
+    assert stats['loss'] == pytest.approx(expected['loss'], abs=1e-6)
+
+
+def test_hfds_unreadable_image(tmp_path, weights):
+    """In a loading process too, it ends the run in one line."""
+    broken = write_folders(tmp_path / 'data')
+    (broken / 'val').rename(broken / 'validation')
+    (broken / 'validation' / 'cat' / '1.png').write_bytes(b'no picture')
+    (code, _, err), = finish(start(hfds(broken, '--eval', '--pretrained', weights, '--num-workers', '1', '--data-path',
+                                        tmp_path), 1))
+    assert code == 2
+    assert 'unreadable image number 1' in err.splitlines()[-1]
+
+
+# ----- torchvision
+
+def test_torch_reader(tmp_path):
+    """torch/cifar10 reads torchvision's files, whose evaluation split has several names."""
+    folder = tmp_path / 'cifar-10-batches-py'
+    folder.mkdir()
+    for name in [f'data_batch_{i}' for i in range(1, 6)] + ['test_batch']:
+        content = {'data': np.zeros((4, 3072), np.uint8), 'labels': [0, 1, 2, 9]}
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / 'batches.meta').write_bytes(pickle.dumps({'label_names': list('abcdefghij')}))
+    code = ('import sys, torchvision, main, utils\n'
+            'torchvision.datasets.CIFAR10._check_integrity = lambda self: True\n'  # its checksums are the real files'
+            'torchvision.datasets.cifar.check_integrity = lambda *_: True\n'
+            'utils.run_program(lambda: main.main(sys.argv[1:]))')
+    script = tmp_path / 'train.py'
+    script.write_text(code)
+    run([script, *TINY, '--data-set', 'torch/cifar10', '--data-path', tmp_path, '--epochs', '1', '--output-dir',
+         tmp_path / 'run'], 1)
+    assert torch.load(tmp_path / 'run' / 'checkpoint.pth', weights_only=True)['classes'] == list('abcdefghij')
+
+
+# ----- mistakes
+
+@pytest.mark.parametrize(('flags', 'message'), [
+    (['--data-set', 'hf/food101'], r'--data-set hf/food101: must be one of IMNET, .*hfds/NAME'),
+    (['--data-set', 'SAMPLE', '--num-classes', '10'], 'SAMPLE says itself how many'),
+    (['--data-set', 'torch/nothing', '--data-path', '.'], r'torch/nothing: timm can\'t read its split train'),
+    (['--data-set', 'torch/cifar10', '--data-path', 'no/such'], 'no such directory'),
+    (['--data-set', 'wds/', '--data-path', 'SHARDS'], 'does not say how many classes it has: add --num-classes'),
+    (['--data-set', 'wds/', '--data-path', 'SHARDS', '--num-classes', '2', '--val-split', 'test'], 'its split test'),
+    (['--data-set', 'wds/', '--data-path', 'SHARDS', '--num-classes', '2', '--batch-size', '64'], 'has 32 images'),
+])
+def test_mistakes(shards, flags, message):
+    """One line that names what is allowed."""
+    with pytest.raises(InputError, match=message):
+        main([*TINY, *(str(shards) if word == 'SHARDS' else word for word in flags)])
+
+
+@pytest.mark.parametrize(('data_set', 'package'), [('wds/', 'webdataset'), ('hfds/x', 'datasets')])
+def test_missing_package(tmp_path, data_set, package):
+    """The package is named, with the line that installs it."""
+    code = (f'import sys, importlib.abc\n'
+            f'class Block(importlib.abc.MetaPathFinder):\n'
+            f'    def find_spec(self, name, path, target=None):\n'
+            f'        if name == {package!r} and "main" in sys.modules: raise ModuleNotFoundError(name)\n'
+            f'import main, utils\n'
+            f'sys.meta_path.insert(0, Block())\n'
+            f'utils.run_program(lambda: main.main(sys.argv[1:]))')
+    done = subprocess.run([sys.executable, '-c', code, *TINY, '--data-set', data_set, '--data-path', tmp_path,
+                           '--num-classes', '2'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert f'needs the package {package}; pip install -r requirements-readers.txt' in done.stderr
+
+
+def test_built_in_sets_are_accepted():
+    """A name without a slash is a built-in data set."""
+    assert parse_args(['--data-set', 'SAMPLE']).data_set == 'SAMPLE'

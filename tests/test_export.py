@@ -1,136 +1,286 @@
-"""python -m tools.export"""
+"""tools/export.py: each format computes what the model does, at every size that it promises, or nothing is kept."""
+import argparse
 import json
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import onnx
 import onnxruntime
 import pytest
 import torch
 from conftest import ROOT, seeded_images, seeded_model
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import xcit
-from tools.export import main
+from tools.common import LoadedModel
+from tools.export import FORMATS, export, main
 from utils import InputError, RunStopped
 
-SIZES = [(1, 64, 64), (3, 65, 97), (2, 40, 33)]  # B, img_h, img_w
+pytestmark = pytest.mark.filterwarnings('ignore:.*torch.jit.*:FutureWarning')  # a format that PyTorch has deprecated
+
+NANO = 'xcit_nano_12_p8'
+SHAPES = [(1, 3, 64, 64), (3, 3, 65, 49), (2, 3, 40, 96)]
+CLASSES = ['cat', 'dog', 'horse']
+METADATA = {'model': NANO, 'classes': CLASSES, 'input_size': 64, 'crop': .875, 'interpolation': 'bicubic',
+            'mean': list(IMAGENET_DEFAULT_MEAN), 'std': list(IMAGENET_DEFAULT_STD)}
 
 
 @pytest.fixture(scope='module')
-def weights(tmp_path_factory):
-    """Files of weights by the model's name."""
-    folder = tmp_path_factory.mktemp('weights')
-    for name in ('xcit_nano_12_p16', 'xcit_tiny_12_p8'):
-        torch.save({'model': seeded_model(name, num_classes=5).state_dict(), 'classes': list('abcde')},
-                   folder / f'{name}.pth')
-    return folder
+def weights(tmp_path_factory) -> Path:
+    """A checkpoint of NANO for 3 named classes, as a training leaves it."""
+    path = tmp_path_factory.mktemp('weights') / 'nano.pth'
+    torch.save({'model': seeded_model(NANO, num_classes=3).state_dict(), 'classes': CLASSES,
+                'args': {'model': NANO, 'input_size': 64}}, path)
+    return path
 
 
-def export(weights, output, *words, name='xcit_nano_12_p16', size='64'):
-    return main(['--model', name, '--pretrained', str(weights / f'{name}.pth'), '--input-size', size, '--output',
-                 str(output), *words])
+def flags(weights: Path, format_name: str, output: Path, *more: str) -> list:
+    return ['--format', format_name, '--pretrained', str(weights), '--output', str(output), *more]
 
 
-def assert_same_outputs(function, name: str, sizes: list):
-    model = seeded_model(name, num_classes=5).eval()
-    for batch, height, width in sizes:
-        images = seeded_images(batch, 3, height, width)
-        with torch.no_grad():
-            torch.testing.assert_close(function(images), model(images), rtol=1e-4, atol=1e-4)
+@pytest.fixture(scope='module')
+def onnx_file(weights) -> Path:
+    """NANO as the program exports it, for images of any size."""
+    path = weights.with_name('nano.onnx')
+    main(flags(weights, 'onnx', path, '--dynamic'))
+    return path
 
 
-@pytest.mark.parametrize('name', ['xcit_nano_12_p16', 'xcit_tiny_12_p8'])  # both patch sizes, both tokens_norm
-def test_onnx_at_several_sizes(weights, tmp_path, name):
-    """One --dynamic file gives the model's logits at any batch, height and width."""
-    path = export(weights, tmp_path / 'm.onnx', '--format', 'onnx', '--dynamic', name=name)
-    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    assert session.get_inputs()[0].shape == ['batch', 3, 'height', 'width']
-    assert_same_outputs(lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0]), name, SIZES)
+def shallow_model(name: str) -> torch.nn.Module:
+    """A model with one XCA block instead of 12, which is exported in a second."""
+    return seeded_model(name, num_classes=3, depth=1).eval()
 
 
-def test_onnx_of_fixed_size(weights, tmp_path):
-    """Without --dynamic the file has one shape, with a checked model in it, and no BatchNorm in the stem."""
-    path = export(weights, tmp_path / 'm.onnx', '--format', 'onnx', '--batch-size', '2')
-    graph = onnx.load(path)
-    onnx.checker.check_model(graph, full_check=True)
-    assert [d.dim_value for d in graph.graph.input[0].type.tensor_type.shape.dim] == [2, 3, 64, 64]
-    assert sum(node.op_type == 'BatchNormalization' for node in graph.graph.node) <= 12  # those of the 12 LPIs
+def export_shallow(name: str, format_name: str, folder: Path, *, dynamic: bool) -> Path:
+    path = folder / f'model{FORMATS[format_name][0]}'
+    loaded = LoadedModel(shallow_model(name), name, CLASSES, input_size=64, full_crop=False,
+                         device=torch.device('cpu'), amp_dtype=None)
+    export(loaded, argparse.Namespace(format=format_name, output=path, dynamic=dynamic, tolerance=1e-4), path)
+    return path
 
 
-def test_torchscript(weights, tmp_path):
-    """A TorchScript file takes any size."""
-    path = export(weights, tmp_path / 'm.pt', '--format', 'torchscript')
-    assert_same_outputs(torch.jit.load(path), 'xcit_nano_12_p16', SIZES)
+def load_onnx(path: Path):
+    """A file as images -> outputs."""
+    session = onnxruntime.InferenceSession(path)
+    return lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
 
 
-def test_torch_export(weights, tmp_path):
-    """So does a --dynamic file of torch.export."""
-    path = export(weights, tmp_path / 'm.pt2', '--format', 'torch-export', '--dynamic')
-    assert_same_outputs(torch.export.load(path).module(), 'xcit_nano_12_p16', SIZES)
+LOADERS = {'onnx': load_onnx, 'torchscript': torch.jit.load,
+           'torch-export': lambda path: torch.export.load(path).module()}
 
 
-def test_torch_export_of_fixed_size(weights, tmp_path):
-    """Without --dynamic it takes the shape that was asked for."""
-    path = export(weights, tmp_path / 'm.pt2', '--format', 'torch-export', '--batch-size', '2')
-    assert_same_outputs(torch.export.load(path).module(), 'xcit_nano_12_p16', [(2, 64, 64)])
+def assert_same(exported, model: torch.nn.Module, shapes: list):
+    """Both compute the same outputs for images of each shape (B, 3, img_h, img_w)."""
+    for shape in shapes:
+        images = seeded_images(*shape)
+        torch.testing.assert_close(exported(images), model(images), rtol=1e-4, atol=1e-5)
 
 
-def metadata_of(path) -> dict:
-    if path.suffix == '.onnx':
-        return json.loads({entry.key: entry.value for entry in onnx.load(path).metadata_props}['xcit'])
-    files = {'xcit': ''}
-    (torch.jit if path.suffix == '.pt' else torch.export).load(path, **{
-        '_extra_files' if path.suffix == '.pt' else 'extra_files': files})
-    return json.loads(files['xcit'])
+# ----- outputs
 
-
-@pytest.mark.parametrize('suffix', ['.onnx', '.pt', '.pt2'])
-def test_what_a_user_needs_is_in_the_file(weights, tmp_path, suffix):
-    """Model, classes, resolution, crop and normalisation can be read back."""
-    name = {'.onnx': 'onnx', '.pt': 'torchscript', '.pt2': 'torch-export'}[suffix]
-    found = metadata_of(export(weights, tmp_path / f'm{suffix}', '--format', name))
-    assert (found['model'], found['classes'], found['input_size']) == ('xcit_nano_12_p16', list('abcde'), 64)
-    assert found['crop'] == 1.
-    assert len(found['mean']) == len(found['std']) == 3
-
-
-@pytest.mark.parametrize('name', ['xcit_nano_12_p16', 'xcit_tiny_12_p8'])
+@pytest.mark.parametrize('name', ['xcit_nano_12_p16', 'xcit_nano_12_p8', 'xcit_tiny_12_p16'])
 @torch.no_grad()
-def test_fused_stem_is_the_same(name):
-    """The folded BatchNorms change nothing, and the model itself keeps them."""
-    model, images = seeded_model(name).eval(), seeded_images(2, 3, 48, 65)
-    fused = xcit.fuse_stem(model)
-    torch.testing.assert_close(fused(images), model(images), rtol=1e-5, atol=1e-5)
-    assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in fused.patch_embed.modules())
-    assert any(isinstance(part, torch.nn.BatchNorm2d) for part in model.patch_embed.modules())
+def test_fused_stem_computes_the_same(name):
+    """BatchNorm folded into the convolutions changes rounding alone, and no BatchNorm is left in the stem."""
+    model, images = seeded_model(name).eval(), seeded_images(2, 3, 70, 45)
+    expected, expected_patches = model(images), model.patch_embed(images)
+    xcit.fuse_stem(model)
+    torch.testing.assert_close(model.patch_embed(images), expected_patches, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.patch_embed.modules())
 
 
-def test_nothing_is_kept_beyond_the_tolerance(weights, tmp_path):
-    """A file whose outputs differ more than allowed is not written, and an older one stays."""
-    (tmp_path / 'm.pt').write_text('older')
-    with pytest.raises(RunStopped, match=r'differs by .* more than --tolerance'):
-        export(weights, tmp_path / 'm.pt', '--format', 'torchscript', '--tolerance', '0')
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {'m.pt': 'older'}
+def test_stem_in_training_mode_is_not_fused():
+    """There BatchNorm has no fixed statistics to fold in."""
+    with pytest.raises(AssertionError, match='eval'):
+        xcit.fuse_stem(seeded_model(NANO))
 
 
-@pytest.mark.parametrize(('words', 'output', 'message'), [
-    (['--format', 'onnx'], 'm.pt', r'm\.pt: must end in \.onnx for --format onnx'),
-    (['--format', 'torchscript'], 'none/m.pt', 'its folder is missing'),
-    (['--format', 'torchscript', '--dynamic'], 'm.pt', 'take any size without it'),
-    (['--format', 'onnx', '--dynamic', '--batch-size', '2'], 'm.onnx', 'has no effect'),
-    (['--format', 'tflite'], 'm.pt', 'invalid choice'),
-])
-def test_bad_input(weights, tmp_path, words, output, message):
-    """One line, before anything is read."""
-    with pytest.raises(InputError, match=message):
-        export(weights, tmp_path / output, *words)
+@torch.no_grad()
+def test_program_exports_onnx(onnx_file):
+    """From a training's checkpoint to a file that computes the same at sizes that the export did not see."""
+    assert_same(load_onnx(onnx_file), seeded_model(NANO, num_classes=3).eval(), SHAPES)
 
 
-def test_missing_package(weights, tmp_path):
-    """Without onnxruntime the line to install it is printed, with exit code 2."""
-    code = ('import sys, utils\nsys.modules["onnxruntime"] = None\nfrom tools.export import main\n'
-            'utils.run_program(main)')
-    flags = ['--format', 'onnx', '--output', tmp_path / 'm.onnx', '--pretrained', weights / 'xcit_nano_12_p16.pth']
-    done = subprocess.run([sys.executable, '-c', code, *flags], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert 'needs onnxruntime; pip install -r requirements-export.txt' in done.stderr
+@pytest.mark.parametrize(('format_name', 'name'), [
+    ('onnx', 'xcit_nano_12_p16'), ('onnx', 'xcit_tiny_12_p16'), ('onnx', 'xcit_tiny_12_p8'),
+    ('torchscript', 'xcit_nano_12_p8'), ('torchscript', 'xcit_tiny_12_p16'), ('torch-export', 'xcit_tiny_12_p16')])
+@torch.no_grad()
+def test_dynamic_file_takes_any_size(tmp_path, format_name, name):
+    """Any batch, odd images, and images that are not square; with the test above, ONNX of each kind of model."""
+    path = export_shallow(name, format_name, tmp_path, dynamic=True)
+    assert_same(LOADERS[format_name](path), shallow_model(name), SHAPES)
+
+
+@pytest.mark.parametrize('format_name', ['onnx', 'torch-export'])
+@torch.no_grad()
+def test_file_of_one_size_takes_any_batch(tmp_path, format_name):
+    """Without --dynamic: other batch sizes work, and another height is refused by whatever runs the file."""
+    exported = LOADERS[format_name](export_shallow(NANO, format_name, tmp_path, dynamic=False))
+    assert_same(exported, shallow_model(NANO), [(1, 3, 64, 64), (5, 3, 64, 64)])
+    with pytest.raises(Exception, match='64'):
+        exported(seeded_images(1, 3, 72, 64))
+
+
+def test_differences_are_printed_and_returned(weights, tmp_path, capsys):
+    """One for each size that was compared, with the tolerance; --dynamic compares more sizes."""
+    differences = main(flags(weights, 'torchscript', tmp_path / 'nano.pt', '--dynamic'))
+    assert list(differences) == [(1, 3, 64, 64), (3, 3, 64, 64), (1, 3, 9, 64), (2, 3, 65, 96)]
+    assert all(0 < difference < 1e-5 for difference in differences.values())
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if 'largest difference' in line and 'tolerance 1.0e-04' in line]) == 4
+    assert lines[-1].endswith('any number of images of more than 8 pixels a side')
+
+
+def test_file_beyond_the_tolerance_is_not_kept(weights, tmp_path):
+    """The message has the difference, the exit code is 1, and an older file stays as it was."""
+    output = tmp_path / 'nano.pt'
+    output.write_text('older')
+    with pytest.raises(RunStopped, match=r'1 x 3 x 64 x 64: largest difference \d\.\de-\d\d, tolerance 0') as caught:
+        main(flags(weights, 'torchscript', output, '--tolerance', '0'))
+    assert caught.value.exit_code == 1
+    assert [path.name for path in tmp_path.iterdir()] == ['nano.pt']
+    assert output.read_text() == 'older'
+
+
+class PositiveOnly(torch.nn.Module):
+    """Computes different things for different values, which torch.export does not follow."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def test_what_an_exporter_refuses_is_one_line(tmp_path):
+    """Its reason, without a traceback; the program then ends with exit code 1."""
+    model = shallow_model(NANO)
+    model.head = PositiveOnly()
+    loaded = LoadedModel(model, NANO, None, input_size=64, full_crop=True, device=torch.device('cpu'), amp_dtype=None)
+    args = argparse.Namespace(format='torch-export', output=tmp_path, dynamic=False, tolerance=1e-4)
+    with pytest.raises(RunStopped, match=rf'^{NANO} can\'t be exported as torch-export \(.*data-dependent.*\)$'):
+        export(loaded, args, tmp_path / 'nano.pt2')
+
+
+# ----- what else the file holds
+
+def test_onnx_is_valid_and_named(onnx_file):
+    """The checker accepts it; current opset and IR; its input's axes have names; the stem's BatchNorms are gone."""
+    model = onnx.load(onnx_file)
+    onnx.checker.check_model(model, full_check=True)
+    assert (model.opset_import[0].version, model.ir_version) == (20, 10)
+    axes = model.graph.input[0].type.tensor_type.shape.dim
+    assert [axis.dim_param or axis.dim_value for axis in axes] == ['batch', 3, 'height', 'width']
+    assert [node.op_type for node in model.graph.node].count('BatchNormalization') == 12  # LPI's
+
+
+def test_onnx_metadata(onnx_file):
+    """Classes, size, crop and normalisation come with the file."""
+    entries = onnxruntime.InferenceSession(onnx_file).get_modelmeta().custom_metadata_map
+    assert {key: json.loads(value) for key, value in entries.items()} == METADATA
+
+
+@pytest.mark.parametrize(('format_name', 'load', 'keyword'), [
+    ('torchscript', torch.jit.load, '_extra_files'), ('torch-export', torch.export.load, 'extra_files')])
+def test_torch_metadata(tmp_path, format_name, load, keyword):
+    """The same, as the extra file of the two formats of PyTorch's."""
+    extra = {'metadata.json': ''}
+    load(export_shallow(NANO, format_name, tmp_path, dynamic=False), **{keyword: extra})
+    assert json.loads(extra['metadata.json']) == METADATA
+
+
+# ----- mistakes
+
+def refused(weights: Path, format_name: str, output: Path, *more: str) -> str:
+    """Assert that the command is refused in one line and makes no file; returns the line."""
+    before = sorted(output.parent.iterdir()) if output.parent.is_dir() else None
+    with pytest.raises(InputError) as caught:
+        main(flags(weights, format_name, output, *more))
+    assert '\n' not in str(caught.value)
+    assert before is None or sorted(output.parent.iterdir()) == before
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(('format_name', 'name', 'allowed'), [
+    ('onnx', 'nano.pt', '.onnx'), ('torchscript', 'nano', '.pt '), ('torch-export', 'nano.pt', '.pt2')])
+def test_wrong_suffix(weights, tmp_path, format_name, name, allowed):
+    """The message has the suffix of the format."""
+    message = refused(weights, format_name, tmp_path / name)
+    assert message.startswith('--output')
+    assert f'must end in {allowed}' in message
+
+
+def test_missing_directory(weights, tmp_path):
+    """The output can't be written there: found before the weights are read."""
+    message = refused(weights, 'torchscript', tmp_path / 'missing' / 'nano.pt', '--pretrained', 'missing.pth')
+    assert 'is in no directory' in message
+
+
+def test_directory_as_output(weights, tmp_path):
+    """A directory does not become a file."""
+    (tmp_path / 'nano.pt').mkdir()
+    assert 'is a directory' in refused(weights, 'torchscript', tmp_path / 'nano.pt')
+
+
+def test_images_of_one_patch_are_not_dynamic(weights, tmp_path):
+    """torch.export makes a special case of a grid of one token."""
+    message = refused(weights, 'torch-export', tmp_path / 'nano.pt2', '--dynamic', '--input-size', '8')
+    assert message.startswith('--input-size 8: must be above 8 with --dynamic')
+
+
+def test_dynamic_is_for_xcit(weights, tmp_path):
+    """Models of timm's that need one size are not promised at others."""
+    torch.save(seeded_model('resnet10t').state_dict(), tmp_path / 'resnet10t.pth')
+    message = refused(weights, 'torchscript', tmp_path / 'resnet.pt', '--dynamic', '--model', 'resnet10t',
+                      '--pretrained', str(tmp_path / 'resnet10t.pth'))
+    assert message.startswith('--dynamic')
+
+
+def test_flags_without_effect_are_not_offered(weights, tmp_path):
+    """Export is done on the CPU in float32."""
+    assert '--device' in refused(weights, 'torchscript', tmp_path / 'nano.pt', '--device', 'cpu')
+
+
+@pytest.mark.parametrize('package', ['onnx', 'onnxscript', 'onnxruntime'])
+def test_missing_package(weights, tmp_path, monkeypatch, package):
+    """--format onnx says how to get it."""
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    message = refused(weights, 'onnx', tmp_path / 'nano.onnx')
+    assert message.startswith(f'--format onnx: needs {package}: ')
+    assert message.endswith(': pip install -r requirements-export.txt')
+
+
+def run_without_onnx(*argv: str) -> subprocess.CompletedProcess:
+    """The program, where none of the three packages is installed."""
+    program = ('import sys; sys.modules.update(onnx=None, onnxscript=None, onnxruntime=None)\nimport utils\n'
+               'from tools.export import main\nutils.run_program(main)')
+    return subprocess.run([sys.executable, '-c', program, *argv], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_missing_package_is_one_line(weights, tmp_path):
+    """As a user sees it: exit code 2, no traceback, no file."""
+    result = run_without_onnx(*flags(weights, 'onnx', tmp_path / 'nano.onnx'))
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [result.stderr.rstrip('\n')]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_formats_need_no_onnx(weights, tmp_path):
+    """TorchScript is exported without the three packages, and nothing is on stderr."""
+    output = tmp_path / 'nano.pt'
+    result = run_without_onnx(*flags(weights, 'torchscript', output))
+    assert (result.returncode, result.stderr) == (0, '')
+    assert output.exists()
+
+
+def test_full_disk(weights, tmp_path):
+    """One line, and nothing is left."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, hard))
+    try:
+        with pytest.raises(RunStopped, match=r'nano\.pt can\'t be written \(.*File too large') as caught:
+            main(flags(weights, 'torchscript', tmp_path / 'nano.pt'))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.exit_code == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,150 +1,231 @@
-"""Export a model to a file that runs without this repository: ONNX, TorchScript or torch.export.
+"""Export a model with its weights as ONNX, TorchScript or torch.export program, in float32.
 
-The file takes normalised images (B, 3, img_h, img_w), float32, and gives logits, or without a head pooled features.
-With --dynamic, B is any number, and img_h and img_w are any numbers of pixels above one patch; otherwise all three are
-fixed (but in TorchScript, where they never are). Before the file is kept, its outputs are compared with the model's.
-Names of classes, resolution, crop, mean and standard deviation are stored with it, as JSON under 'xcit'.
+The batch size stays free; height and width do with --dynamic. The outputs of the file, read back, are compared with the
+model's at several sizes before it is kept. It also holds what a program that uses it must know, as JSON: names of the
+classes, and size (pixels), crop and normalisation of the images. ONNX has these as metadata properties, the two others
+as extra file metadata.json.
 """
 import argparse
+import io
 import json
 import warnings
 from pathlib import Path
-from typing import Callable, List, Optional
+from typing import Callable, Dict, List, Tuple
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+import datasets
 import utils
 import xcit
+from main import check_input_size
 from tools import common
-from utils import COUNT, NON_NEGATIVE, InputError, Parser, RunStopped, notice
+from utils import NON_NEGATIVE, InputError, RunStopped, first_line, notice
 
-SUFFIXES = {'onnx': '.onnx', 'torchscript': '.pt', 'torch-export': '.pt2'}
 ONNX_PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
-METADATA = 'xcit'  # the name of what is stored beside the model
+OPSET = 20  # torch.onnx's own choice; newer ones are read by fewer runtimes
+METADATA = 'metadata.json'
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser('python -m tools.export', description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--format', required=True, choices=list(SUFFIXES))
-    parser.add_argument('--output', required=True, type=Path, metavar='FILE',
-                        help='ends in ' + ', '.join(f'{suffix} ({name})' for name, suffix in SUFFIXES.items()))
-    parser.add_argument('--dynamic', action='store_true', help='leave batch, height and width open')
-    parser.add_argument('--batch-size', type=COUNT, metavar='IMAGES', help='where it is not left open; 1 if unset')
-    parser.add_argument('--tolerance', default=1e-4, type=NON_NEGATIVE,
-                        help='largest difference from the model\'s outputs, as a fraction of the largest of these')
+    parser = utils.Parser('python -m tools.export', description=__doc__, allow_abbrev=False,
+                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     common.add_weights_arguments(parser)
     common.add_square_arguments(parser)
-    parser.set_defaults(device='cpu', amp='off')  # where outputs can be compared exactly
+    parser.set_defaults(device='cpu', amp='off')  # for load_model: every machine has them
+    group = parser.add_argument_group('export')
+    group.add_argument('--format', required=True, choices=list(FORMATS),
+                       help='onnx needs the packages of requirements-export.txt; torchscript is deprecated by PyTorch')
+    group.add_argument('--output', required=True, type=Path, metavar='FILE',
+                       help='ends in ' + ', '.join(f'{suffix} ({name})' for name, (suffix, _, _) in FORMATS.items()))
+    group.add_argument('--dynamic', action=argparse.BooleanOptionalAction, default=False,
+                       help='leave height and width free, each of any size above one patch (XCiT only); a torchscript '
+                       'file takes any size in any case, which this has compared')
+    group.add_argument('--tolerance', type=NON_NEGATIVE, default=1e-4, metavar='FRACTION',
+                       help='largest difference allowed, as a fraction of the largest output')
     return parser
 
 
-def check_output(args):
-    """Refuse what can't be written, or needs packages that are not there."""
-    if args.output.suffix != SUFFIXES[args.format]:
-        raise InputError(f'--output {args.output}: must end in {SUFFIXES[args.format]} for --format {args.format}')
+def parse_args(argv=None) -> argparse.Namespace:
+    """Parse the command line and refuse what can't work before any work is done."""
+    args = get_args_parser().parse_args(argv)
+    suffix = FORMATS[args.format][0]
+    if args.output.suffix != suffix:
+        raise InputError(f'--output {args.output}: must end in {suffix} for --format {args.format}')
     if args.output.is_dir() or not args.output.absolute().parent.is_dir():
-        problem = 'is a folder' if args.output.is_dir() else 'its folder is missing'
-        raise InputError(f'--output {args.output}: {problem}')
-    if args.dynamic and args.format == 'torchscript':
-        raise InputError('--dynamic: TorchScript files take any size without it')
-    if args.batch_size and (args.dynamic or args.format == 'torchscript'):
-        raise InputError(f'--batch-size {args.batch_size}: has no effect where the sizes are left open')
-    missing = [name for name in ONNX_PACKAGES if args.format == 'onnx' and not utils.is_installed(name)]
+        raise InputError(f'--output {args.output}: is {"a" if args.output.is_dir() else "in no"} directory')
+    if args.format == 'onnx':
+        check_packages()
+    return args
+
+
+def check_packages():
+    missing = [name for name in ONNX_PACKAGES if not utils.is_installed(name)]
     if missing:
-        raise InputError(f'--format onnx: needs {", ".join(missing)}; pip install -r requirements-export.txt')
+        raise InputError(f'--format onnx: needs {", ".join(missing)}: pip install -r requirements-export.txt')
+
+
+def check_sizes(loaded: common.LoadedModel, dynamic: bool):
+    """Refuse sizes that the model or the format can't take."""
+    if not isinstance(loaded.model, xcit.Xcit):
+        if dynamic:
+            raise InputError(f'--dynamic: is for the XCiT models, and {loaded.name} is none')
+        check_input_size(argparse.Namespace(model=loaded.name, input_size=loaded.input_size), loaded.model)
+    elif dynamic and loaded.input_size <= patch_size(loaded.model):
+        raise InputError(f'--input-size {loaded.input_size}: must be above {patch_size(loaded.model)} with --dynamic, '
+                         f'which is one patch')
+
+
+def patch_size(model: xcit.Xcit) -> int:
+    return model.feature_info[0]['reduction']
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The formats: each writes a file, and reads it back as a function of images
+# Formats: for each, what makes a file's content of a model, and what reads the file, as images -> outputs
 
-def export_onnx(model: torch.nn.Module, images: torch.Tensor, path: Path, *, dynamic: bool, metadata: str) -> Callable:
-    import onnxruntime
-    dimensions = {0: 'batch', 2: 'height', 3: 'width'}
+def free_axes(dynamic: bool) -> Dict[int, str]:
+    """The axes of the images (B, 3, img_h, img_w) whose length a file leaves open."""
+    return {0: 'batch', 2: 'height', 3: 'width'} if dynamic else {0: 'batch'}
+
+
+def to_onnx(model: torch.nn.Module, images: torch.Tensor, metadata: dict, *, dynamic: bool) -> bytes:
     program = torch.onnx.export(
-        model, (images,), dynamo=True, verbose=False, input_names=['images'], output_names=['output'],
-        dynamic_shapes=(dict.fromkeys(dimensions, torch.export.Dim.DYNAMIC),) if dynamic else None)
-    program.model.metadata_props[METADATA] = metadata
-    if dynamic:
-        shape = program.model.graph.inputs[0].shape
-        program.rename_axes({shape[i]: name for i, name in dimensions.items()})
-    program.save(path)
+        model, (images,), dynamo=True, opset_version=OPSET, dynamic_shapes=(free_axes(dynamic),),
+        input_names=['images'], output_names=['outputs'], verbose=False)
+    for node in program.model.graph:
+        node.metadata_props.clear()  # torch's notes, with paths of this machine
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in metadata.items()})
+    return program.model_proto.SerializeToString()
+
+
+def read_onnx(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    import onnxruntime
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    return lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
+    return lambda images: torch.from_numpy(session.run(['outputs'], {'images': images.numpy()})[0])
 
 
-def export_torchscript(model: torch.nn.Module, images: torch.Tensor, path: Path, *, dynamic: bool, metadata: str
-                       ) -> Callable:
-    # Scripting keeps every size open; tracing would fix the grid in the positional encoding.
-    script = torch.jit.freeze(torch.jit.script(model))
-    torch.jit.save(script, path, _extra_files={METADATA: metadata})
-    return torch.jit.load(path)
+def to_torchscript(model: torch.nn.Module, images: torch.Tensor, metadata: dict, *, dynamic: bool) -> bytes:
+    buffer = io.BytesIO()  # torch.jit.save itself aborts the process where the disk is full
+    torch.jit.save(torch.jit.script(model), buffer, _extra_files={METADATA: json.dumps(metadata)})
+    return buffer.getvalue()
 
 
-def export_program(model: torch.nn.Module, images: torch.Tensor, path: Path, *, dynamic: bool, metadata: str
-                   ) -> Callable:
-    shapes = (dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),) if dynamic else None
-    program = torch.export.export(model, (images,), dynamic_shapes=shapes)
-    torch.export.save(program, path, extra_files={METADATA: metadata})
+def to_torch_export(model: torch.nn.Module, images: torch.Tensor, metadata: dict, *, dynamic: bool) -> bytes:
+    buffer = io.BytesIO()
+    axes = dict.fromkeys(free_axes(dynamic), torch.export.Dim.DYNAMIC)
+    program = torch.export.export(model, (images,), dynamic_shapes=(axes,))
+    torch.export.save(program, buffer, extra_files={METADATA: json.dumps(metadata)})
+    return buffer.getvalue()
+
+
+def read_torch_export(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     return torch.export.load(path).module()
 
 
-EXPORTERS = {'onnx': export_onnx, 'torchscript': export_torchscript, 'torch-export': export_program}
+FORMATS = {
+    'onnx': ('.onnx', to_onnx, read_onnx),
+    'torchscript': ('.pt', to_torchscript, torch.jit.load),
+    'torch-export': ('.pt2', to_torch_export, read_torch_export),
+}
+
+
+def describe(loaded: common.LoadedModel) -> dict:
+    """What a program must know to show images to the model and to name what it says; plain values.
+
+    `crop` is the part of an image's shorter side that is resized to `input_size`; None: images are taken as they are.
+    """
+    crop = 1. if loaded.full_crop else .875
+    return {'model': loaded.name, 'classes': loaded.classes, 'input_size': loaded.input_size,
+            'crop': crop if datasets.resizes_for_evaluation(loaded) else None, 'interpolation': 'bicubic',
+            'mean': list(IMAGENET_DEFAULT_MEAN), 'std': list(IMAGENET_DEFAULT_STD)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The program
+# Comparison
 
-def sizes_to_check(args, input_size: int) -> List[tuple]:
-    """Shapes (B, img_h, img_w) that the file is tried with."""
-    if not args.dynamic and args.format != 'torchscript':
-        return [(args.batch_size or 1, input_size, input_size)]
-    more = input_size * 4 // 3
-    return [(1, input_size, input_size), (3, input_size, more), (2, more + 1, input_size + 5), (1, 40, 56)]
+def shapes_to_compare(loaded: common.LoadedModel, dynamic: bool) -> List[Tuple[int, ...]]:
+    """Batches of several sizes; with `dynamic`, also images as low as they may be, and larger ones, not square."""
+    size = loaded.input_size
+    shapes = [(1, 3, size, size), (3, 3, size, size)]
+    if dynamic:
+        shapes += [(1, 3, patch_size(loaded.model) + 1, size), (2, 3, size + 1, size + size // 2)]
+    return shapes
 
 
-@torch.inference_mode()
-def compare(model: torch.nn.Module, exported: Callable, shapes: List[tuple], tolerance: float):
-    """Print how far the outputs of both are apart for random images of each shape.
+def compare(exported: Callable, examples: List[Tuple[torch.Tensor, torch.Tensor]], tolerance: float
+            ) -> Dict[tuple, float]:
+    """Compare what a file computes with the model's outputs, and print each difference.
+
+    Args:
+        examples: images (B, 3, img_h, img_w) and the model's outputs (B, K).
+        tolerance: fraction of the largest output.
+
+    Returns:
+        The largest difference for each shape of the images, as a fraction of the largest output.
 
     Raises:
-        RunStopped: farther than the tolerance, as a fraction of the largest output.
+        RunStopped: one is above the tolerance.
     """
-    for batch, height, width in shapes:
-        images = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
-        expected = model(images)
+    differences = {}
+    for images, expected in examples:
         difference = ((exported(images) - expected).abs().max() / expected.abs().max()).item()
-        where = f'{batch} x 3 x {height} x {width}'
-        notice(f'{where}: largest difference {difference:.1e} of the largest output (tolerance {tolerance:.0e})')
-        if not difference <= tolerance:
-            raise RunStopped(f'the exported model differs by {difference:.1e} at {where}, more than --tolerance '
-                             f'{tolerance:.0e}: no file is kept')
+        differences[tuple(images.shape)] = difference
+        report = f'{" x ".join(map(str, images.shape))}: largest difference {difference:.1e}, tolerance {tolerance:.1e}'
+        if not difference <= tolerance:  # nan is none of both
+            raise RunStopped(f'{report}, of the largest output: not exported')
+        notice(report)
+    return differences
 
 
-def describe(loaded: common.LoadedModel) -> str:
-    """What a user of the file has to know, as JSON."""
-    return json.dumps({'model': loaded.name, 'classes': loaded.classes, 'input_size': loaded.input_size,
-                       'crop': 1. if loaded.full_crop else .875, 'mean': IMAGENET_DEFAULT_MEAN,
-                       'std': IMAGENET_DEFAULT_STD})
+# ---------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def main(argv=None) -> Dict[tuple, float]:
+    """Export a model; returns how far its outputs are from the model's, see `compare`."""
+    args = parse_args(argv)
+    with utils.whole_file(args.output) as path:
+        path.touch()  # what can't be written shows before the work
+        loaded = common.load_model(args)
+        check_sizes(loaded, args.dynamic)
+        differences = export(loaded, args, path)
+    if args.dynamic:
+        images = f'images of more than {patch_size(loaded.model)} pixels a side'
+    else:
+        images = f'images of {loaded.input_size} x {loaded.input_size} pixels'
+    notice(f'{args.output}: {args.output.stat().st_size / 2 ** 20:.1f} MB, for any number of {images}')
+    return differences
 
 
-def main(argv: Optional[list] = None) -> Path:
-    """Export, with a command line (`sys.argv` if None); returns the file's path."""
-    args = get_args_parser().parse_args(argv)
-    check_output(args)
-    loaded = common.load_model(args)
-    if not isinstance(loaded.model, xcit.Xcit):
-        raise InputError(f'--model {loaded.name}: is not an XCiT model')
-    example = torch.zeros(2 if args.dynamic else args.batch_size or 1, 3, loaded.input_size, loaded.input_size)
-    with utils.whole_file(args.output) as unfinished:
+def export(loaded: common.LoadedModel, args, path: Path) -> Dict[tuple, float]:
+    """Write a file and compare it with the model, whose stem this changes.
+
+    Raises:
+        RunStopped: the model can't be exported, or the file not read back, or it computes something else.
+    """
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(shape, generator=generator) for shape in shapes_to_compare(loaded, args.dynamic)]
+    examples = [(images, loaded.model(images)) for images in batches]
+    if isinstance(loaded.model, xcit.Xcit):
+        xcit.fuse_stem(loaded.model)
+    notice(f'Exporting {loaded.name} as {args.format}')
+    _, content_of, read = FORMATS[args.format]
+    try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # torch's, about its own exporters
-            exported = EXPORTERS[args.format](xcit.fuse_stem(loaded.model), example, unfinished, dynamic=args.dynamic,
-                                              metadata=describe(loaded))
-        compare(loaded.model, exported, sizes_to_check(args, loaded.input_size), args.tolerance)
-    notice(f'{args.output}: {loaded.name}, {args.output.stat().st_size / 2 ** 20:.1f} MB')
-    return args.output
+            warnings.simplefilter('ignore')  # the exporters' about their own deprecated parts
+            # The example has more than one image: an axis of length 1 would count as fixed.
+            content = content_of(loaded.model, batches[-1], describe(loaded), dynamic=args.dynamic)
+            with utils.writing(args.output), open(path, 'wb') as file:
+                file.write(content)
+                utils.sync_to_disk(file)
+            return compare(read(path), examples, args.tolerance)
+    except RunStopped:
+        raise
+    except Exception as error:  # of the exporters and the runtimes: many kinds
+        raise RunStopped(f'{loaded.name} can\'t be exported as {args.format} ({first_line(error.__cause__ or error)})'
+                         ) from None
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 """Checkpoint files: plain values and state dicts, written whole or not at all, read without executing anything."""
 import argparse
+import contextlib
 import glob
 import http.client
 import os
@@ -7,6 +8,7 @@ import pickle
 import re
 import sys
 import urllib.parse
+import urllib.request
 import warnings
 import zipfile
 import zlib
@@ -45,16 +47,18 @@ def save_checkpoint(state: dict, path: Path, *, keep: Optional[Path] = None):
             else:
                 torch.save(state, file)
             sync_to_disk(file)
+        if keep is not None and path.exists():
+            keep_as(path, keep)
+        os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:  # torch wraps the system's error
         unfinished.unlink(missing_ok=True)
         raise RunStopped(f'{path} can\'t be written ({first_line(error)}); the one before is intact') from None
-    if keep is not None and path.exists():
-        keep_as(path, keep)
-    os.replace(unfinished, path)
-    if os.name == 'posix':  # elsewhere directories can't be opened
+    with contextlib.suppress(OSError):  # some systems can't do that with a directory
         directory = os.open(path.parent, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def keep_as(path: Path, keep: Path):
@@ -111,6 +115,8 @@ def load_checkpoint(source, flag: str) -> dict:
         InputError: not there, damaged, or holding Python objects.
         DownloadError: of these, what the network or the server is to blame for.
     """
+    if str(source).startswith('file://'):
+        return load_file(Path(urllib.request.url2pathname(urllib.parse.urlparse(source).path)), f'{flag} {source}')
     return load_from_url(str(source), flag) if is_url(source) else load_file(Path(source), f'{flag} {source}')
 
 
@@ -120,6 +126,8 @@ def load_from_url(url: str, flag: str) -> dict:
         path = cache_path(url)
     except ValueError as error:
         raise InputError(f'{flag} {url}: {first_line(error)}') from None
+    if path.name == 'checkpoints':
+        raise InputError(f'{flag} {url}: has no file\'s name')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         record = open(path.with_name(path.name + '.lock'), 'a+')
@@ -175,7 +183,8 @@ def download(url: str, path: Path, flag: str) -> dict:
 def wait_for_lock(file):
     """Return once no other process of this machine has the lock of an open file; it is held until that is closed."""
     if fcntl is not None:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a file system without locks: two processes may download the same
+            fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def load_file(path: Path, name: str) -> dict:

@@ -266,8 +266,11 @@ def check_data_set(args):
     if args.data_set not in BUILDERS and not readers.prefix_of(args.data_set):
         raise InputError(f'--data-set {args.data_set}: must be one of {", ".join(BUILDERS)}, or timm\'s '
                          f'{", ".join(f"{prefix}/NAME" for prefix in readers.PACKAGES)}')
-    if args.data_set in BUILDERS and args.num_classes:
-        raise InputError(f'--num-classes {args.num_classes}: {args.data_set} says itself how many it has')
+    if args.data_set in BUILDERS:
+        for flag, value, unset in (('num-classes', args.num_classes, None), ('train-split', args.train_split, 'train'),
+                                   ('val-split', args.val_split, 'validation')):
+            if value != unset:
+                raise InputError(f'--{flag} {value}: is for timm\'s readers, and {args.data_set} is none of them')
 
 
 def build_dataset(args, is_train: bool) -> Tuple[Dataset, int]:

@@ -208,6 +208,8 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
         args = parser.parse_args(argv)
         args.pretrained = args.finetune
     check_model('--model', args.model)
+    if weights.published('', args.model) and not args.pretrained and not args.resume:
+        args.pretrained = args.model  # a name with a tag asks for its weights
     datasets.check_data_set(args)
     device = utils.choose_device(args.device)
     if args.amp == 'fp16' and device.type != 'cuda':
@@ -261,8 +263,12 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
 
 
 def check_model(flag: str, name: str):
-    if not timm.is_model(name.split('.')[0]):
+    base, _, tag = name.partition('.')
+    if not timm.is_model(base):
         raise InputError(f'{flag} {name}: no such model{similar(name, xcit.MODELS + timm.list_models())}')
+    known = [full.partition('.')[2] for full in timm.list_pretrained(f'{base}.*')]
+    if tag and tag not in known:
+        raise InputError(f'{flag} {name}: {base} has no such tag; it has: {", ".join(known)}')
 
 
 def similar(name: str, names: list) -> str:
@@ -594,6 +600,9 @@ def evaluation_command(args) -> str:
     words += [] if args.data_set == 'SAMPLE' else ['--data-path', args.data_path]
     words += ['--inat-category', args.inat_category] if args.data_set.startswith('INAT') else []
     words += ['--full-crop'] if args.full_crop else []
+    if readers.prefix_of(args.data_set):
+        words += ['--val-split', args.val_split]
+        words += ['--num-classes', str(args.num_classes)] if args.num_classes else []
     return shlex.join(words)
 
 
@@ -607,7 +616,9 @@ def evaluate_only(args, device: torch.device) -> dict:
         weights.load(model, weights.extract(checkpoint, source, use_ema=args.use_ema))
     elif args.resume:
         raise InputError(f'--resume auto: no {CHECKPOINT} in {args.output_dir} to evaluate')
-    elif not args.pretrained:
+    elif args.pretrained:
+        notice_published_setting(args)
+    else:
         notice('Neither --resume nor --pretrained: the weights are random')
     for description in (args, utils.environment()):
         notice(description)
@@ -624,6 +635,13 @@ def evaluate_only(args, device: torch.device) -> dict:
         utils.write_json(Path(args.output_dir, 'eval.json'),
                          {**stats, 'args': vars(args), 'environment': utils.environment()})
     return stats
+
+
+def notice_published_setting(args):
+    """Say so where published weights are not evaluated as they were published."""
+    published = weights.published(args.model, args.pretrained) or weights.published_as(args.pretrained)
+    if published and (args.input_size != published.resolution or not args.full_crop):
+        notice(f'{published.tag}: its published accuracy is for --input-size {published.resolution} --full-crop')
 
 
 def set_deterministic(deterministic: bool):

@@ -40,9 +40,13 @@ def build_dataset(args, is_train: bool) -> Tuple[Dataset, int]:
     if prefix in ('torch', 'wds') and not root.is_dir():
         raise InputError(f'--data-path {args.data_path}: no such directory')
     split = args.train_split if is_train else args.val_split
+    cache = root if root.is_dir() else None
     try:
-        source = create_dataset(args.data_set, root=str(root) if root.is_dir() else None, split=split,
-                                is_training=is_train, batch_size=args.batch_size, seed=args.seed)
+        columns = columns_of(args.data_set.removeprefix('hfds/'), cache) if prefix == 'hfds' else {}
+        source = create_dataset(args.data_set, root=cache and str(cache), split=split,
+                                is_training=is_train, batch_size=args.batch_size, seed=args.seed, **columns)
+    except InputError:
+        raise
     except Exception as error:  # of whichever library reads it; timm has no better for one that is missing
         if not utils.is_installed(PACKAGES[prefix]):
             raise InputError(f'--data-set {args.data_set}: needs the package {PACKAGES[prefix]}; pip install -r '
@@ -86,15 +90,33 @@ def import_hugging_face_datasets():
         sys.path[:] = paths
 
 
+def columns_of(name: str, root: Optional[Path]) -> dict:
+    """Which columns of a Hugging Face data set hold the images and their classes, as options of timm's reader.
+
+    Raises:
+        InputError: it does not have one of each.
+    """
+    features = sys.modules['datasets'].load_dataset_builder(name, cache_dir=root and str(root)).info.features or {}
+    kinds = {column: type(feature).__name__ for column, feature in features.items()}
+    images = [column for column, kind in kinds.items() if kind == 'Image']
+    labels = [column for column, kind in kinds.items() if kind == 'ClassLabel']
+    labels = [column for column in ('label', 'fine_label') if column in labels] or labels
+    if features and (len(images) != 1 or not labels):
+        raise InputError(f'--data-set hfds/{name}: needs one column of images and one of classes; it has: '
+                         f'{", ".join(f"{column} ({kind})" for column, kind in kinds.items())}')
+    return {'input_key': images[0], 'target_key': labels[0]} if features else {}
+
+
 def is_file_of(module, folder: Path) -> bool:
     return Path(getattr(module, '__file__', None) or '/').resolve().parent == folder
 
 
 def names_of(source) -> List[str]:
     """The classes' names in the order of their indices, if the data set knows them."""
-    if hasattr(source, 'classes'):  # torchvision's; ImageNet's are tuples of synonyms
-        return [name if isinstance(name, str) else ', '.join(name) for name in source.classes]
-    index = source.reader.class_to_idx
+    names = getattr(source, 'classes', None) or getattr(source, 'all_categories', None)  # torchvision's; iNaturalist's
+    if names:  # ImageNet's are tuples of synonyms
+        return [name if isinstance(name, str) else ', '.join(name) for name in names]
+    index = getattr(getattr(source, 'reader', None), 'class_to_idx', None) or {}
     return [str(name) for name in sorted(index, key=index.get)]
 
 

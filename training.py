@@ -1,4 +1,5 @@
 """What a training holds, how it is stored, and how it goes on."""
+import contextlib
 import dataclasses
 import os
 import signal
@@ -15,6 +16,7 @@ from utils import InputError, notice
 
 CHECKPOINT, PREVIOUS, BEST = 'checkpoint.pth', 'checkpoint_previous.pth', 'best_model.pth'
 DAMAGED = 'checkpoint_damaged.pth'
+NOT_SHARED = '--output-dir must be on a file system that all nodes share'
 
 
 class WarmupPlateau:
@@ -107,7 +109,7 @@ class Training:
             self.scaler.load_state_dict(checkpoint['scaler'])
         if self.model_ema is not None:
             average = weights.extract(checkpoint, source, use_ema=bool(checkpoint.get('model_ema')))
-            self.model_ema.module.load_state_dict(average.tensors)
+            self.model_ema.module.load_state_dict(weights.named_for(self.model, average))
         self.epoch = checkpoint['epoch']
         self.accuracy.update(checkpoint.get('accuracy', {}))
         self.step = checkpoint.get('step', 0)
@@ -125,7 +127,7 @@ class Training:
         opt = trained_with(checkpoint).get('opt', args.opt)
         if opt != args.opt:
             raise InputError(f'{source}: was trained with --opt {opt}, not {args.opt}')
-        flags = {'weight_decay', 'betas', 'eps', 'momentum'}
+        flags = {'weight_decay', 'betas', 'eps', 'momentum', 'lr_scale'}
         if not isinstance(self.scheduler, WarmupPlateau):  # whose rate depends on what happened
             flags.add('lr')
         options = [{k: v for k, v in group.items() if k in flags} for group in self.optimizer.param_groups]
@@ -147,8 +149,7 @@ def refuse_disagreement(run: Training, source: str):
     """Raises InputError where the processes have read different checkpoints."""
     place = run.epoch * 2 ** 32 + run.step
     if utils.max_over_processes(place) != -utils.max_over_processes(-place):
-        raise InputError(f'{source}: is not the same file for all processes: --output-dir must be on a file system '
-                         f'that all nodes share')
+        raise InputError(f'{source}: is not the same file for all processes: {NOT_SHARED}')
 
 
 def load_for_resume(args) -> Tuple[Optional[dict], str]:
@@ -164,6 +165,8 @@ def load_for_resume(args) -> Tuple[Optional[dict], str]:
     if not path:
         notice(f'--resume auto: no {CHECKPOINT} in {args.output_dir}, a fresh start')
         return None, ''
+    if utils.max_over_processes(not Path(path).exists()):
+        raise InputError(f'--resume auto: {path} is not there for all processes: {NOT_SHARED}')
     return checkpoints.load_checkpoint(path, '--resume auto:'), f'--resume auto: {path}'
 
 
@@ -183,7 +186,8 @@ def newest_intact(args) -> str:
             notice(f'{error}; trying the one before')
             continue
         if path != candidates[0] and not args.eval:  # or the next save would put the damaged one in its place
-            os.replace(candidates[0], Path(args.output_dir, DAMAGED))
+            with contextlib.suppress(OSError):
+                os.replace(candidates[0], Path(args.output_dir, DAMAGED))
         return str(path)
     return ''
 

@@ -44,13 +44,20 @@ def tags(model_name: str) -> List[str]:
 
 
 def published(model_name: str, tag: str) -> Optional[xcit.Published]:
-    """The published checkpoint that a tag means for a model, None if it has no such tag."""
-    return xcit.ZOO.get(f'{model_name.split(".")[0]}.{tag}')
+    """The published checkpoint that a tag, alone or after its model's name, means for a model; None if none.
+
+    Args:
+        model_name: '' for any, where the tag has a model's name.
+    """
+    found = xcit.ZOO.get(tag) or xcit.ZOO.get(f'{model_name.split(".")[0]}.{tag}')
+    return found if found and model_name.split('.')[0] in ('', found.model) else None
 
 
 def published_as(given: str) -> Optional[xcit.Published]:
-    """The published checkpoint that an address or a file's name means, None if it is none of them."""
+    """The published checkpoint that a full name, an address or a file's name means, None if it is none of them."""
     name = Path(given).name
+    if given in xcit.ZOO:
+        return xcit.ZOO[given]
     return next((entry for entry in xcit.ZOO.values()
                  if given == f'{HUB}{entry.hf_hub_id}' or name == Path(entry.url).name), None)
 
@@ -64,6 +71,8 @@ def check_exists(given: str, flag: str, model_name: str):
     if published(model_name, given) or given.startswith(HUB) or checkpoints.is_url(given) or Path(given).exists():
         return
     allowed = f'; tags of {model_name}: {", ".join(tags(model_name))}' if tags(model_name) else ''
+    if not model_name and given in {entry.tag for entry in xcit.ZOO.values()}:
+        allowed = f'; as a tag it needs its model\'s name before it, as in {next(iter(xcit.ZOO)).split(".")[0]}.{given}'
     raise InputError(f'{flag} {given}: no such file{allowed}')
 
 
@@ -116,10 +125,10 @@ def read_hub(name: str, flag: str) -> dict:
             with contextlib.suppress(huggingface_hub.errors.EntryNotFoundError):
                 huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(**file))
         try:
-            return load_state_dict_from_hf(name)
+            return load_state_dict_from_hf(name, weights_only=True)
         except safetensors.SafetensorError:  # the hub's cache is damaged
             huggingface_hub.hf_hub_download(**file, force_download=True)
-            return load_state_dict_from_hf(name)
+            return load_state_dict_from_hf(name, weights_only=True)
     except Exception as error:  # of the network, of the hub, of the file: many kinds
         raise checkpoints.DownloadError(
             f'{flag} {HUB}{name}: can\'t be read from the Hugging Face hub ({first_line(error)}); without a network, '
@@ -167,6 +176,11 @@ def num_classes(name: str, given: Weights) -> int:
     return 0 if bias is None else len(bias)
 
 
+def named_for(model: torch.nn.Module, weights: Weights) -> dict:
+    """The weights under the model's own names: timm's, if it is timm's XCiT."""
+    return xcit.to_timm_names(weights.tensors) if xcit.has_timm_names(model.state_dict()) else weights.tensors
+
+
 def head_keys(model: torch.nn.Module) -> List[str]:
     return [f'{getattr(model, "default_cfg", {}).get("classifier", "head")}.{part}' for part in ('weight', 'bias')]
 
@@ -177,7 +191,7 @@ def check(model: torch.nn.Module, weights: Weights):
     Raises:
         InputError: lists the weights that are missing, left over or of another shape.
     """
-    own, given, head = model.state_dict(), weights.tensors, head_keys(model)
+    own, given, head = model.state_dict(), named_for(model, weights), head_keys(model)
     problems = {
         'missing keys': [k for k in own if k not in given],
         'unexpected keys': [k for k in given if k not in own],
@@ -199,7 +213,7 @@ def load(model: torch.nn.Module, weights: Weights, *, new_head: bool = False):
         InputError: a weight is missing, left over or of another shape.
     """
     check(model, weights)
-    own, given, source = model.state_dict(), weights.tensors, weights.source
+    own, given, source = model.state_dict(), named_for(model, weights), weights.source
     head = head_keys(model)
     notice(f'{source}: {weights.description}')
     if any(getattr(own.get(k), 'shape', None) != getattr(given.get(k), 'shape', None) for k in head):

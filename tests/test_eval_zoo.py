@@ -170,10 +170,18 @@ def test_measured_rows_are_not_measured_again(earlier, imagenet, published):
     assert [row['tag'] for row in rows] == eval_zoo.TAGS
 
 
-def test_nothing_is_left_to_do(earlier, imagenet, tmp_path):
-    """All there: no weights are needed."""
+def test_nothing_is_left_to_do(earlier, imagenet, published):
+    """All there: the table stays as it is."""
+    before = (earlier / 'zoo.csv').read_text()
+    main(flags(imagenet, published, earlier))
+    assert (earlier / 'zoo.csv').read_text() == before
+
+
+def test_other_weights_are_measured(earlier, imagenet, tmp_path):
+    """Rows of another folder of checkpoints do not count as measured."""
     (tmp_path / 'empty').mkdir()
-    assert main(flags(imagenet, tmp_path / 'empty', earlier)) == read(earlier)
+    with pytest.raises(RunStopped, match='checkpoints could not be evaluated'):
+        main(flags(imagenet, tmp_path / 'empty', earlier))
 
 
 @pytest.mark.parametrize('cut', [1, 5, 40, 150])

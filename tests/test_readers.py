@@ -176,7 +176,7 @@ def test_torch_reader(tmp_path):
 
 @pytest.mark.parametrize(('flags', 'message'), [
     (['--data-set', 'hf/food101'], r'--data-set hf/food101: must be one of IMNET, .*hfds/NAME'),
-    (['--data-set', 'SAMPLE', '--num-classes', '10'], 'SAMPLE says itself how many'),
+    (['--data-set', 'SAMPLE', '--num-classes', '10'], '--num-classes 10: is for timm.s readers'),
     (['--data-set', 'torch/nothing', '--data-path', '.'], r'torch/nothing: timm can\'t read its split train'),
     (['--data-set', 'torch/cifar10', '--data-path', 'no/such'], 'no such directory'),
     (['--data-set', 'wds/', '--data-path', 'SHARDS'], 'does not say how many classes it has: add --num-classes'),

@@ -1,12 +1,15 @@
 """What the tools share: a model with its weights, classes and transform, and the pictures to show it."""
 import argparse
 import dataclasses
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Iterator, List, Optional, Tuple
 
 import timm
 import torch
+from PIL import Image, ImageOps
 from timm.data import ImageNetInfo
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -16,6 +19,7 @@ import datasets
 import training
 import utils
 import weights
+import xcit
 from main import AMP_DTYPES, build_amp_dtype, check_model
 from utils import COUNT, COUNT_OR_0, InputError, RunStopped
 
@@ -41,9 +45,10 @@ class LoadedModel:
     device: torch.device
     amp_dtype: Optional[torch.dtype]
 
-    def transform(self):
-        """The transform of evaluation: PIL image -> (3, img_h, img_w)."""
-        return datasets.build_eval_transform(self)
+    def transform(self, image: Image.Image) -> torch.Tensor:
+        """An image as evaluation shows it, (3, img_h, img_w); larger ones are resized to small sizes, too."""
+        small = not datasets.resizes_for_evaluation(self) and max(image.size) > self.input_size
+        return datasets.build_eval_transform(dataclasses.replace(self, full_crop=True) if small else self)(image)
 
 
 def add_weights_arguments(parser: argparse.ArgumentParser):
@@ -90,19 +95,26 @@ def load_model(args) -> LoadedModel:
     given = weights.read(args.pretrained, '--pretrained', args.model or '', use_ema=args.use_ema)
     trained = training.trained_with(given.checkpoint)
     published = weights.published(args.model or '', args.pretrained) or weights.published_as(args.pretrained)
-    name = args.model or trained.get('model') or (published and published.model)
+    name = args.model or (published and published.model) or model_of_training(trained)
     if name is None:
         raise InputError(f'--model: is needed, since {args.pretrained} does not say what it is the weights of')
     check_model('--model', name)
     model = timm.create_model(name, num_classes=weights.num_classes(name, given))
     weights.load(model, given)
-    own_size = published.resolution if published else trained.get('input_size', model.default_cfg['input_size'][-1])
-    own_crop = published.crop if published else 1. if trained.get('full_crop', not trained) else .875
+    own_size = published.resolution if published else trained.get('input_size') or model.default_cfg['input_size'][-1]
+    own_crop = .875 if not published and trained.get('full_crop') is False else 1.
     return LoadedModel(
         model.eval().requires_grad_(False).to(device), name, names_in_words(given, model),
         input_size=args.input_size or own_size,
         full_crop=own_crop == 1. if args.full_crop is None else args.full_crop,
         device=device, amp_dtype=build_amp_dtype(args, device))
+
+
+def model_of_training(trained: dict) -> Optional[str]:
+    """The model of a training's flags; this repository's where timm has the same under a name with a resolution."""
+    name = trained.get('model')
+    own = re.sub(r'_(224|384)(\..*)?$', '', str(name))
+    return own if own in xcit.MODELS else name
 
 
 def names_in_words(given: weights.Weights, model: torch.nn.Module) -> Optional[List[str]]:
@@ -129,7 +141,8 @@ def find_images(given: List[str]) -> List[Path]:
     images = []
     for path in map(Path, given):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob('*') if p.suffix.lower() in IMG_EXTENSIONS)
+            inside = sorted(Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names
+                            if Path(name).suffix.lower() in IMG_EXTENSIONS)
             if not inside:
                 raise InputError(f'{path}: no images in this folder (looked for {", ".join(IMG_EXTENSIONS)})')
             images += inside
@@ -138,6 +151,15 @@ def find_images(given: List[str]) -> List[Path]:
         else:
             raise InputError(f'{path}: no such file or folder')
     return images
+
+
+def load_upright(path: Path) -> Image.Image:
+    """An image file as RGB, turned as its camera says.
+
+    Raises:
+        UnreadableImage: it can't be decoded.
+    """
+    return ImageOps.exif_transpose(datasets.load_rgb(str(path)))
 
 
 class ImageFiles(Dataset):
@@ -151,7 +173,7 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, index: int):
         try:
-            return self.transform(datasets.load_rgb(str(self.paths[index]))), index
+            return self.transform(load_upright(self.paths[index])), index
         except datasets.UnreadableImage as error:
             return error, index
 
@@ -168,7 +190,7 @@ def batches(paths: List[Path], loaded: LoadedModel, *, batch_size: int, num_work
     """
     if not datasets.resizes_for_evaluation(loaded):
         batch_size = 1  # the images keep their sizes, and need not be alike
-    loader = DataLoader(ImageFiles(paths, loaded.transform()), batch_size=batch_size, collate_fn=list,
+    loader = DataLoader(ImageFiles(paths, loaded.transform), batch_size=batch_size, collate_fn=list,
                         num_workers=utils.usable_workers(num_workers), worker_init_fn=utils.WorkerSignals())
     with tqdm(total=len(paths), unit=' images', disable=not utils.shows_bar()) as bar:
         for samples in loader:

@@ -1,7 +1,8 @@
 """Convert XCiT weights between the published naming and timm's, bit by bit.
 
-Reads whatever the other programs read: a training's checkpoint, a published file, timm's copy. Writes weights alone, as
-`{'model': ...}` (original) or a bare state dict (timm) to a .pth file, as a bare state dict to a .safetensors file.
+Reads whatever the other programs read: a training's checkpoint, a published file, timm's copy. Writes a bare state dict
+to a .safetensors file and in timm's naming; `{'model': ...}` in the original's to a .pth file, with the classes and
+flags that a training's checkpoint has. Resolution and crop of published weights are in their name alone: repeat them.
 """
 import argparse
 from pathlib import Path
@@ -49,9 +50,9 @@ def model_of(given: weights.Weights) -> str:
     """
     depth = len({key.split('.')[1] for key in given.tensors if key.startswith('blocks.')})
     patch = 2 ** len({key.split('.')[2] for key in given.tensors if key.startswith('patch_embed.proj.')})
-    width = getattr(given.tensors.get('cls_token'), 'shape', (0,))[-1]
+    width = getattr(given.tensors.get('cls_token'), 'shape', ())[-1:]
     for size, config in xcit.SIZES.items():
-        if (config['embed_dim'], config['depth']) == (width, depth) and patch in xcit.PATCH_SIZES:
+        if ((config['embed_dim'],), config['depth']) == (width, depth) and patch in xcit.PATCH_SIZES:
             return f'xcit_{size}_p{patch}'
     raise InputError(f'{given.source}: not the weights of an XCiT model; it has: {utils.abridge(list(given.tensors))}')
 
@@ -69,13 +70,16 @@ def main(argv: Optional[list] = None) -> dict:
     weights.check_exists(args.source, 'IN', args.model or '')
     given = weights.read(args.source, 'IN', args.model or '', use_ema=args.use_ema)
     name = model_of(given)
+    if args.model and args.model.split('.')[0] != name:
+        raise InputError(f'--model {args.model}: {given.source} has the weights of {name}')
     weights.check(weights.build_without_storage(name, given), given)
     num_classes = weights.num_classes(name, given)
     # As files of their own: without what a tensor may share with others, and in one piece.
     tensors = {key: value.clone(memory_format=torch.contiguous_format) for key, value in given.tensors.items()}
     tensors = xcit.to_timm_names(tensors) if args.to == 'timm' else tensors
     bare = args.to == 'timm' or args.target.suffix == '.safetensors'
-    checkpoints.save_checkpoint(tensors if bare else {'model': tensors}, args.target)
+    kept = {key: given.checkpoint[key] for key in ('classes', 'args') if key in given.checkpoint}
+    checkpoints.save_checkpoint(tensors if bare else {'model': tensors, **kept}, args.target)
     notice(f'{given.source}: {given.description}')
     notice(f'{args.target}: {name}, {num_classes} classes, {len(tensors)} tensors in {args.to} naming')
     return tensors

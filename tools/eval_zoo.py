@@ -154,12 +154,9 @@ def deviation(row: dict) -> str:
 def measure(args, published: xcit.Published, images: int) -> dict:
     """Evaluate a checkpoint; returns its row, with the reason in `error` if the weights can't be had."""
     file = args.checkpoints and str(args.checkpoints / Path(published.url).name)
-    device = utils.choose_device(args.device)
     row = dict.fromkeys(COLUMNS, '') | {
         'model': published.model, 'tag': published.tag, 'resolution': published.resolution, 'crop': published.crop,
-        'published_top1': published.top1, 'images': images, 'data_path': data_path(args),
-        'weights': file or published.url, 'device': device,
-        'dtype': classification.build_amp_dtype(args, device) or torch.float32}
+        'published_top1': published.top1, 'images': images, 'data_path': data_path(args), **setting(args, published)}
     try:
         with open(args.output_dir / 'zoo.log', 'a') as log, contextlib.redirect_stdout(log):
             stats = classification.main([*evaluation_flags(args, published), '--pretrained', file or published.tag])
@@ -169,6 +166,19 @@ def measure(args, published: xcit.Published, images: int) -> dict:
         return row | {'error': error}
     return row | {'top1': stats['acc1'], 'top5': stats['acc5'], 'loss': stats['loss'],
                   'images_per_s': stats['images_per_s']}
+
+
+def setting(args, published: xcit.Published) -> dict:
+    """What else a row depends on: where the weights come from, and what they are run with."""
+    device = utils.choose_device(args.device)
+    file = args.checkpoints and (args.checkpoints / Path(published.url).name).resolve()
+    return {'weights': str(file or published.url), 'device': str(device),
+            'dtype': str(classification.build_amp_dtype(args, device) or torch.float32)}
+
+
+def is_current(args, published: xcit.Published, row: Optional[dict]) -> bool:
+    """Whether a row need not be measured again."""
+    return row is not None and is_measured(row) and setting(args, published).items() <= row.items()
 
 
 def data_path(args) -> str:
@@ -197,7 +207,7 @@ def main(argv: Optional[list] = None) -> List[dict]:
     with utils.DirectoryLock(args.output_dir):
         rows = read_rows(table)
         check_same_images(rows.values(), table, data_path=data_path(args), images=images)
-        left = [p for p in chosen(args) if not is_measured(rows.get(f'{p.model}.{p.tag}', {'top1': None}))]
+        left = [p for p in chosen(args) if not is_current(args, p, rows.get(f'{p.model}.{p.tag}'))]
         for number, published in enumerate(left, start=1):
             row = measure(args, published, images)
             rows[name_of(row)] = row

@@ -59,7 +59,7 @@ def extract(args, paths: List[Path], loaded: common.LoadedModel) -> Tuple[np.nda
             raise unreadable[0]
         features[len(places):len(places) + len(indices)] = common.forward(loaded, pooled(loaded.model), images)
         places += indices
-    if len(unreadable) > args.skip_bad_images:
+    if len(unreadable) > args.skip_bad_images or not places:
         raise unreadable[0]
     return features[:len(places)], places
 

@@ -13,16 +13,15 @@ from typing import Iterable, Iterator, List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms import functional as transforms
 from tqdm import tqdm
 
-import datasets
 import utils
 import xcit
 from tools import common
-from utils import COUNT, InputError, Parser, first_line, notice
+from utils import COUNT, InputError, Parser, RunStopped, first_line, notice
 
 PERCENTILES = (1, 99)  # of a map's values: what gets the darkest and the brightest colour
 SMOOTHING = .95  # of a video's colour scale: the part that each frame keeps of the scale before
@@ -312,15 +311,6 @@ def check_inputs_are_kept(inputs: List[Path], outputs: List[Path]):
         raise InputError(f'--output-dir {outputs[0].parent}: {min(lost)} would be written over; choose another one')
 
 
-def load_upright(path: Path) -> Image.Image:
-    """An image file as RGB, turned as its camera says.
-
-    Raises:
-        UnreadableImage: it can't be decoded.
-    """
-    return ImageOps.exif_transpose(datasets.load_rgb(str(path)))
-
-
 def save_picture(picture: Image.Image, path: Path):
     with utils.whole_file(path) as unfinished:
         picture.save(unfinished)
@@ -355,12 +345,12 @@ def draw_pictures(args) -> List[Path]:
     paths = common.find_images(args.images)
     stems = [Path(args.output_dir, stem) for stem in unique_stems(paths)]
     for path in paths:
-        load_upright(path)  # what can't be read is refused before the work
+        common.load_upright(path)  # what can't be read is refused before the work
     attention = build_attention(args)
     check_inputs_are_kept(paths, [file for stem in stems for file in output_files(stem, attention.heads)])
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     for path, stem in zip(tqdm(paths, unit=' images', disable=not utils.shows_bar()), stems):
-        draw_picture(attention, scale_to(load_upright(path), args.input_size), stem, save_raw=args.save_raw)
+        draw_picture(attention, scale_to(common.load_upright(path), args.input_size), stem, save_raw=args.save_raw)
     for path, stem in zip(paths, stems):
         notice(f'{path}: {map_path(stem, "sheet")}')
     return [map_path(stem, 'sheet') for stem in stems]
@@ -424,7 +414,10 @@ def write_video(path: Path, timed_pictures: Iterable[Tuple[Image.Image, int]], s
                 encoder.time_base = encoder.codec_context.time_base = stream.time_base
             frame = av.VideoFrame.from_image(picture)
             frame.pts, frame.time_base = time, stream.time_base
-            container.mux(encoder.encode(frame))
+            try:
+                container.mux(encoder.encode(frame))
+            except av.FFmpegError as error:
+                raise RunStopped(f'a frame of the video can\'t be encoded ({first_line(error)})') from None
         container.mux(encoder.encode())
 
 

@@ -42,7 +42,7 @@ def build_dataset(args, is_train: bool) -> Tuple[Dataset, int]:
     split = args.train_split if is_train else args.val_split
     cache = root if root.is_dir() else None
     try:
-        columns = columns_of(args.data_set.removeprefix('hfds/'), cache) if prefix == 'hfds' else {}
+        columns = columns_of(args.data_set.removeprefix('hfds/'), split, cache) if prefix == 'hfds' else {}
         source = create_dataset(args.data_set, root=cache and str(cache), split=split,
                                 is_training=is_train, batch_size=args.batch_size, seed=args.seed, **columns)
     except InputError:
@@ -90,21 +90,21 @@ def import_hugging_face_datasets():
         sys.path[:] = paths
 
 
-def columns_of(name: str, root: Optional[Path]) -> dict:
+def columns_of(name: str, split: str, root: Optional[Path]) -> dict:
     """Which columns of a Hugging Face data set hold the images and their classes, as options of timm's reader.
 
     Raises:
         InputError: it does not have one of each.
     """
-    features = sys.modules['datasets'].load_dataset_builder(name, cache_dir=root and str(root)).info.features or {}
+    features = sys.modules['datasets'].load_dataset(name, split=split, cache_dir=root and str(root)).features
     kinds = {column: type(feature).__name__ for column, feature in features.items()}
     images = [column for column, kind in kinds.items() if kind == 'Image']
     labels = [column for column, kind in kinds.items() if kind == 'ClassLabel']
     labels = [column for column in ('label', 'fine_label') if column in labels] or labels
-    if features and (len(images) != 1 or not labels):
+    if len(images) != 1 or not labels:
         raise InputError(f'--data-set hfds/{name}: needs one column of images and one of classes; it has: '
                          f'{", ".join(f"{column} ({kind})" for column, kind in kinds.items())}')
-    return {'input_key': images[0], 'target_key': labels[0]} if features else {}
+    return {'input_key': images[0], 'target_key': labels[0]}
 
 
 def is_file_of(module, folder: Path) -> bool:

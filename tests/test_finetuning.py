@@ -93,3 +93,27 @@ def test_unknown_tag_names_the_known(pretrained):
     """A tag that the model has not is answered with those that it has, under the option that was given."""
     with pytest.raises(InputError, match=r'--finetune fb_in22k: no such file; tags of xcit_small_12_p16: fb_in1k, '):
         parse_args(['--finetune', 'fb_in22k'])
+
+
+def test_layer_decay_may_change_on_resume(tmp_path, folders):
+    """The rates are those of the command line that goes on."""
+    flags = tiny(folders, '--layer-decay', '0.5', '--output-dir', str(tmp_path))
+    main([*flags, '--epochs', '1'])
+    main([*flags, '--epochs', '2', '--layer-decay', '0.9', '--resume', 'auto'])
+    scales = {group['lr_scale'] for group in checkpoint(tmp_path)['optimizer']['param_groups']}
+    assert min(scales) == pytest.approx(.9 ** (len(scales) - 1))
+
+
+def test_tag_in_the_models_name_asks_for_its_weights():
+    """--model NAME.TAG alone means --pretrained TAG; an unknown tag is refused."""
+    assert parse_args(['--model', 'xcit_nano_12_p16.fb_in1k']).pretrained == 'xcit_nano_12_p16.fb_in1k'
+    with pytest.raises(InputError, match=r'xcit_nano_12_p16 has no such tag; it has: .*fb_in1k'):
+        parse_args(['--model', 'xcit_nano_12_p16.nonsense'])
+
+
+def test_other_setting_than_published_is_told(tmp_path, folders, capsys):
+    """Evaluating published weights at another resolution or crop says so."""
+    path = tmp_path / 'xcit_nano_12_p16_384_dist.pth'
+    torch.save({'model': seeded_model('xcit_nano_12_p16', num_classes=2).state_dict()}, path)
+    main(tiny(folders, '--eval', '--pretrained', str(path)))
+    assert 'its published accuracy is for --input-size 384 --full-crop' in capsys.readouterr().out

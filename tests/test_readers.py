@@ -140,6 +140,20 @@ def test_hfds_evaluation_is_exact(folders, weights, expected, tmp_path):
     assert stats['loss'] == pytest.approx(expected['loss'], abs=1e-6)
 
 
+def test_hfds_with_other_columns(folders, tmp_path):
+    """Images and classes are found by their kind, whatever the columns are called."""
+    script = tmp_path / 'write.py'
+    script.write_text('import sys, datasets\n'
+                      'data = datasets.load_dataset(sys.argv[1], cache_dir=sys.argv[2])\n'
+                      'data = data.rename_columns({"image": "img", "label": "fine"})\n'
+                      'for split in data: data[split].to_parquet(f"{sys.argv[3]}/{split}-00000-of-00001.parquet")\n')
+    (tmp_path / 'renamed').mkdir()
+    subprocess.run([sys.executable, script, folders, tmp_path / 'cache', tmp_path / 'renamed'], check=True,
+                   cwd=tmp_path)
+    run(hfds(tmp_path / 'renamed', '--epochs', '1', '--output-dir', tmp_path / 'run', '--data-path', tmp_path), 1)
+    assert torch.load(tmp_path / 'run' / 'checkpoint.pth', weights_only=True)['classes'] == ['cat', 'dog']
+
+
 def test_hfds_unreadable_image(tmp_path, weights):
     """In a loading process too, it ends the run in one line."""
     broken = write_folders(tmp_path / 'data')

@@ -261,16 +261,34 @@ def test_number_of_processes_may_change_within_an_epoch(data, tmp_path, monkeypa
     assert resumed['train_grad_norm'] == pytest.approx(stats['train_grad_norm'], rel=.5)
 
 
+OWN_FOLDER = (
+    'import os, sys, main, utils\n'
+    'os.chdir(sys.argv[1 + int(os.environ["RANK"])])\n'
+    'utils.run_program(lambda: main.main(sys.argv[3:]))\n')
+
+
 def test_processes_that_see_different_checkpoints_refuse(data, tmp_path):
     """With an output directory that is not shared, a resumed run ends at once instead of training on two states."""
     folders = [tmp_path / 'node0', tmp_path / 'node1']
     script = tmp_path / 'own_folder.py'
-    script.write_text('import os, sys, main, utils\n'
-                      'os.chdir(sys.argv[1 + int(os.environ["RANK"])])\n'
-                      'utils.run_program(lambda: main.main(sys.argv[3:]))\n')
+    script.write_text(OWN_FOLDER)
     for folder, epochs in zip(folders, '12'):
         folder.mkdir()
         main(tiny(data, '--epochs', epochs, '--output-dir', str(folder / 'run')))
+    results = finish(start([script, *folders, *tiny(data, '--epochs', '3', '--output-dir', 'run', '--resume', 'auto')],
+                           2))
+    assert [code for code, _, _ in results] == [2, 2], results
+    assert 'must be on a file system that all nodes share' in results[0][2]
+
+
+def test_process_that_sees_no_checkpoint_refuses(data, tmp_path):
+    """So do processes of which only the first finds a checkpoint."""
+    folders = [tmp_path / 'node0', tmp_path / 'node1']
+    script = tmp_path / 'own_folder.py'
+    script.write_text(OWN_FOLDER)
+    for folder in folders:
+        folder.mkdir()
+    main(tiny(data, '--epochs', '1', '--output-dir', str(folders[0] / 'run')))
     results = finish(start([script, *folders, *tiny(data, '--epochs', '3', '--output-dir', 'run', '--resume', 'auto')],
                            2))
     assert [code for code, _, _ in results] == [2, 2], results

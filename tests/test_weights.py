@@ -624,3 +624,64 @@ def test_neither_home_can_be_reached(reader):
     assert NOWHERE in error
     assert error.endswith(f'put the file at {reader.folder}/torch/hub/checkpoints/nano.pth')
     assert time.monotonic() - start < 10
+
+
+class Payload:
+    """What a pickle does when it is executed."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+def test_python_code_on_the_hub_is_not_executed(reader, tmp_path):
+    """A repository with nothing but a pickle of other objects is refused."""
+    torch.save({'model': Payload(tmp_path / 'executed')}, tmp_path / 'pytorch_model.bin')
+    with serve({'evil/model/resolve/main/pytorch_model.bin': tmp_path / 'pytorch_model.bin'}, port=reader.port):
+        error = reader.read('hf-hub:evil/model')
+    assert "can't be read" in error
+    assert not (tmp_path / 'executed').exists()
+
+
+# ----- names and models
+
+def test_full_name_is_a_tag(tmp_path, monkeypatch):
+    """MODEL.TAG names the same file as TAG with the model, and only that model's."""
+    assert weights.published('', PUBLISHED.model + '.fb_in1k') is weights.published(PUBLISHED.model, 'fb_in1k')
+    assert weights.published('xcit_large_24_p8', PUBLISHED.model + '.fb_in1k') is None
+    with pytest.raises(InputError, match=r"needs its model's name before it, as in xcit_nano_12_p16\.fb_in1k"):
+        weights.check_exists('fb_in1k', '--pretrained', '')
+
+
+def test_address_of_a_file_is_read_anew(tmp_path):
+    """file:// is no download: what is there now counts."""
+    for value in (1., 2.):
+        torch.save({'weight': torch.full((2,), value)}, tmp_path / 'w.pth')
+        given = weights.read(f'file://{tmp_path}/w.pth', '--pretrained')
+        assert given.tensors['weight'].tolist() == [value, value]
+
+
+def test_timms_own_model_goes_on(tmp_path, folders):
+    """A training of timm's XCiT, whose weights have other names, can be evaluated, resumed and be a teacher."""
+    flags = tiny(folders, '--model', 'xcit_nano_12_p16_224', '--epochs', '1', '--output-dir', str(tmp_path))
+    main.main(flags)
+    best = str(tmp_path / 'best_model.pth')
+    assert main.main([*flags, '--eval', '--resume', best])['images'] == 8
+    main.main([*flags, '--epochs', '2', '--resume', 'auto'])
+    assert torch.load(tmp_path / 'checkpoint.pth', weights_only=True)['epoch'] == 1
+    stats = main.main(tiny(folders, '--epochs', '1', '--distillation-type', 'hard', '--teacher-model',
+                      'xcit_nano_12_p16_224', '--teacher-path', best))
+    assert stats['train_loss'] > 0
+
+
+def test_checkpoint_of_timms_program(tmp_path, folders):
+    """The flags that timm's train.py stores are no obstacle: its model's name counts, its unset size does not."""
+    from tools.predict import main as predict
+    model = seeded_model('xcit_nano_12_p16', num_classes=2)
+    args = argparse.Namespace(model='xcit_nano_12_p16_224', input_size=None, img_size=None)
+    torch.save({'state_dict': xcit.to_timm_names(model.state_dict()), 'args': args, 'epoch': 3}, tmp_path / 'timm.pth')
+    results = predict([str(folders / 'val'), '--pretrained', str(tmp_path / 'timm.pth'), '--num-workers', '0',
+                       '--device', 'cpu'])
+    assert len(results) == 8

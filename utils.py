@@ -397,7 +397,7 @@ def writing(path: Path):
     try:
         yield
     except OSError as error:
-        raise RunStopped(f'{path} can\'t be written ({first_line(error)})') from None
+        raise RunStopped(f'{path} can\'t be written ({error.strerror or first_line(error)})') from None
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ as extra file metadata.json.
 import argparse
 import io
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Callable, Dict, List, Tuple
@@ -55,8 +56,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     suffix = FORMATS[args.format][0]
     if args.output.suffix != suffix:
         raise InputError(f'--output {args.output}: must end in {suffix} for --format {args.format}')
-    if args.output.is_dir() or not args.output.absolute().parent.is_dir():
+    folder = args.output.absolute().parent
+    if args.output.is_dir() or not folder.is_dir():
         raise InputError(f'--output {args.output}: is {"a" if args.output.is_dir() else "in no"} directory')
+    if not os.access(folder, os.W_OK):
+        raise InputError(f'--output {args.output}: can\'t be written to {folder}')
     if args.format == 'onnx':
         check_packages()
     return args
@@ -117,6 +121,8 @@ def to_torch_export(model: torch.nn.Module, images: torch.Tensor, metadata: dict
     buffer = io.BytesIO()
     axes = dict.fromkeys(free_axes(dynamic), torch.export.Dim.DYNAMIC)
     program = torch.export.export(model, (images,), dynamic_shapes=(axes,))
+    for node in program.graph.nodes:
+        node.meta.pop('stack_trace', None)  # with paths of this machine
     torch.export.save(program, buffer, extra_files={METADATA: json.dumps(metadata)})
     return buffer.getvalue()
 

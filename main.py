@@ -484,7 +484,11 @@ def train(args, device: torch.device) -> dict:
                     mixup_fn=build_mixup(args, num_classes), device=device, amp_dtype=amp_dtype)
         log = open_log(args, derived, train_loader, run)
         with utils.StopRequest() as stop:
-            return run_epochs(args, run, train_loader, eval_loader, log=log, keeper=Keeper(args, run, stop), **loop)
+            keeper = Keeper(args, run, stop)
+            try:
+                return run_epochs(args, run, train_loader, eval_loader, log=log, keeper=keeper, **loop)
+            finally:
+                keeper.join()
 
 
 def resume(run: Training, args):

@@ -211,8 +211,17 @@ class StreamLoader:
     def __iter__(self) -> Iterator:
         if not self.loader.dataset.is_train:
             return iter(self.loader)
-        passes = itertools.chain.from_iterable(itertools.repeat(self.loader))
-        return itertools.islice(passes, len(self))
+        return itertools.islice(self.passes(), len(self))
+
+    def passes(self) -> Iterator:
+        """Batches of one pass after another; raises InputError where a pass has none."""
+        while True:
+            batches = 0
+            for batch in self.loader:
+                batches += 1
+                yield batch
+            if not batches:
+                raise InputError('--data-set: no batch of readable samples comes from the stream')
 
 
 def build_loader(dataset: Stream, args, *, batch_size: int, build: Callable[..., DataLoader]) -> StreamLoader:

@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Optional, Tuple
 
@@ -192,8 +193,21 @@ def newest_intact(args) -> str:
     return ''
 
 
+def copy_to_host(state):
+    """A copy of nested dicts, lists and tuples whose tensors are in the host's memory, and change no more."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to('cpu', copy=True)
+    if isinstance(state, dict):
+        return {key: copy_to_host(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(copy_to_host(value) for value in state)
+    return state
+
+
 class Keeper:
-    """Stores a training between two steps: when asked to stop, and every --save-every steps.
+    """Stores a training between two steps: when asked to stop, at the end of an epoch, and every --save-every steps.
+
+    The last of these is done beside the training, which waits only for a copy of its state in the host's memory.
 
     Args:
         run: what to store.
@@ -202,11 +216,42 @@ class Keeper:
 
     def __init__(self, args, run: Training, stop: utils.StopRequest):
         self.args, self.run, self.stop = args, run, stop
+        self.writing: Optional[threading.Thread] = None
+        self.error: Optional[Exception] = None
 
-    def save(self):
-        if self.args.output_dir:
-            folder = Path(self.args.output_dir)
-            checkpoints.save_checkpoint(self.run.state_dict(self.args), folder / CHECKPOINT, keep=folder / PREVIOUS)
+    def save(self, *, beside: bool = False):
+        """Store the training; `beside`: come back before it is written."""
+        if not self.args.output_dir:
+            return
+        state = self.run.state_dict(self.args)
+        self.wait()
+        if not beside:
+            self.write(state)
+        elif utils.is_main_process():
+            self.writing = threading.Thread(target=self.note_error, args=(copy_to_host(state),))
+            self.writing.start()
+
+    def write(self, state: dict):
+        folder = Path(self.args.output_dir)
+        checkpoints.save_checkpoint(state, folder / CHECKPOINT, keep=folder / PREVIOUS)
+
+    def note_error(self, state: dict):
+        try:
+            self.write(state)
+        except Exception as error:  # for wait() to raise where the training can be stopped
+            self.error = error
+
+    def join(self):
+        """Come back when the last checkpoint is written, or has failed."""
+        if self.writing is not None:
+            self.writing.join()
+            self.writing = None
+
+    def wait(self):
+        """The same; raises what has kept it from being written."""
+        self.join()
+        if self.error is not None:
+            raise self.error
 
     def after_update(self, step: int, sums: dict):
         self.run.step, self.run.sums = step, sums
@@ -217,7 +262,7 @@ class Keeper:
         """Store the training if asked to; stop, stored, if any process got a signal."""
         signum = self.stop.agreed()
         if save or signum:
-            self.save()
+            self.save(beside=not signum)
         if signum:
             utils.wait_for_all()  # a launcher may kill what is left when the first process ends
             self.interrupt(signum)

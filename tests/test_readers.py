@@ -124,6 +124,15 @@ def test_unreadable_image_in_a_stream(shards, weights, tmp_path):
         main(wds(tmp_path, '--eval', '--pretrained', weights))
 
 
+def test_stream_without_readable_images(shards, tmp_path):
+    """A training on files in which timm finds no image it can read ends in one line."""
+    (tmp_path / '_info.json').write_bytes((shards / '_info.json').read_bytes())
+    for file in shards.glob('*.tar'):
+        (tmp_path / file.name).write_bytes(file.read_bytes().replace(b'.png', b'.txt'))
+    with pytest.raises(InputError, match=r'no batch of readable samples|images of 16'):
+        main(wds(tmp_path))
+
+
 # ----- Hugging Face
 
 def test_hfds_trains(folders, tmp_path):

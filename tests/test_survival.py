@@ -20,6 +20,7 @@ import checkpoints
 import datasets
 import utils
 from main import main
+from training import Keeper
 from utils import InputError, RunStopped
 
 STEPS = 4  # of an epoch of the runs below
@@ -408,6 +409,35 @@ def test_full_disk_leaves_the_last_checkpoint(flags, whole, tmp_path):
     assert not list(run.glob('*.tmp'))
     main([*flags, '--output-dir', str(run), '--resume', 'auto'])
     assert_same_run(run, whole)
+
+
+def test_full_disk_under_save_every(flags, tmp_path):
+    """A checkpoint that is written beside the training and can't be ends the run too, at the next one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, hard))
+    try:
+        with pytest.raises(RunStopped, match=r"checkpoint\.pth can't be written"):
+            main([*flags, '--save-every', '1', '--output-dir', str(tmp_path)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / 'log.txt').exists()
+
+
+def test_stored_state_is_that_of_its_step(flags, tmp_path, monkeypatch):
+    """What is written beside the training does not see the steps that follow."""
+    write, stored = Keeper.write, []
+
+    def slowly(self, content):
+        time.sleep(.5)  # some steps
+        stored.append(content)
+        write(self, content)
+
+    monkeypatch.setattr(Keeper, 'write', slowly)
+    main([*flags, '--epochs', '1', '--save-every', '1', '--output-dir', str(tmp_path / 'a')])
+    monkeypatch.setattr(Keeper, 'write', write)
+    interrupt_main([*flags, '--output-dir', str(tmp_path / 'b')], signal.SIGTERM, 2, monkeypatch)
+    for key in ('step', 'model', 'model_ema', 'optimizer'):
+        torch.testing.assert_close(stored[1][key], state(tmp_path / 'b')[key], rtol=0, atol=0)
 
 
 def test_full_disk_leaves_other_files(tmp_path):

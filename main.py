@@ -288,12 +288,12 @@ def build_amp_dtype(args, device: torch.device) -> Optional[torch.dtype]:
     return AMP_DTYPES[args.amp or ('fp16' if device.type == 'cuda' else 'off')]
 
 
-def build_loader(dataset: Dataset, args, device: torch.device, *, workers: Optional[int] = None, **kwargs
-                 ) -> DataLoader:
+def build_loader(dataset: Dataset, args, device: torch.device, *, workers: Optional[int] = None,
+                 persistent: bool = True, **kwargs) -> DataLoader:
     workers = utils.usable_workers(args.num_workers) if workers is None else workers
     # Where `import datasets` means Hugging Face's package, a fresh process would not find datasets.py.
     context = 'fork' if workers and readers.prefix_of(args.data_set) == 'hfds' else None
-    return DataLoader(dataset, num_workers=workers, persistent_workers=workers > 0,
+    return DataLoader(dataset, num_workers=workers, persistent_workers=persistent and workers > 0,
                       worker_init_fn=utils.WorkerSignals(), multiprocessing_context=context,
                       pin_memory=args.pin_mem and device.type == 'cuda', **kwargs)
 

@@ -5,6 +5,7 @@ repeated augmentation, and a training that goes on in the middle of an epoch see
 """
 import importlib
 import itertools
+import numbers
 import sys
 from pathlib import Path
 from typing import Callable, Iterator, List, Optional, Tuple
@@ -13,12 +14,15 @@ import torch
 from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torchvision.datasets import ImageFolder
 
 import utils
 from utils import InputError, UnreadableImage, notice
 
 PACKAGES = {'hfds': 'datasets', 'wds': 'webdataset', 'tfds': 'tensorflow_datasets', 'torch': 'torchvision'}  # they need
+INSTALL = {'tfds': 'tensorflow tensorflow-datasets'}  # what pip is to install; else what the requirements file names
 STREAMS = ('wds', 'tfds')
+TRAIN_OR_NOT = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')  # splits of torch/NAME
 
 
 def prefix_of(data_set: str) -> Optional[str]:
@@ -45,12 +49,16 @@ def build_dataset(args, is_train: bool) -> Tuple[Dataset, int]:
         columns = columns_of(args.data_set.removeprefix('hfds/'), split, cache) if prefix == 'hfds' else {}
         source = create_dataset(args.data_set, root=cache and str(cache), split=split,
                                 is_training=is_train, batch_size=args.batch_size, seed=args.seed, **columns)
+        if prefix == 'torch':
+            check_split(source, split, root)
+        elif prefix == 'wds':
+            check_shards(source.reader, split)
     except InputError:
         raise
     except Exception as error:  # of whichever library reads it; timm has no better for one that is missing
         if not utils.is_installed(PACKAGES[prefix]):
-            raise InputError(f'--data-set {args.data_set}: needs the package {PACKAGES[prefix]}; pip install -r '
-                             f'requirements-readers.txt') from None
+            raise InputError(f'--data-set {args.data_set}: needs the package {PACKAGES[prefix]}; pip install '
+                             f'{INSTALL.get(prefix, "-r requirements-readers.txt")}') from None
         raise InputError(f'--data-set {args.data_set}: timm can\'t read its split {split} with --data-path '
                          f'{args.data_path} ({type(error).__name__}: {utils.first_line(error)})') from None
     if prefix in STREAMS:
@@ -100,11 +108,48 @@ def columns_of(name: str, split: str, root: Optional[Path]) -> dict:
     kinds = {column: type(feature).__name__ for column, feature in features.items()}
     images = [column for column, kind in kinds.items() if kind == 'Image']
     labels = [column for column, kind in kinds.items() if kind == 'ClassLabel']
-    labels = [column for column in ('label', 'fine_label') if column in labels] or labels
+    labels = [column for column in ('label', 'fine_label') if column in kinds] or labels  # numbers without names do
     if len(images) != 1 or not labels:
         raise InputError(f'--data-set hfds/{name}: needs one column of images and one of classes; it has: '
                          f'{", ".join(f"{column} ({kind})" for column, kind in kinds.items())}')
     return {'input_key': images[0], 'target_key': labels[0]}
+
+
+def check_split(source: Dataset, split: str, root: Path):
+    """Refuse a split of torchvision's that is not there: timm takes the evaluation's, or the whole folder, for it."""
+    if type(source) is ImageFolder and Path(source.root) == root:
+        raise InputError(f'--data-path {root}: has no folder of the split {split}')
+    if isinstance(getattr(source, 'train', None), bool) and split not in TRAIN_OR_NOT:
+        raise InputError(f'no split {split}: must be one of {", ".join(TRAIN_OR_NOT)}')
+
+
+def check_shards(reader, split: str):
+    """Refuse shards in which timm would find nothing: in training it would look for ever.
+
+    Raises:
+        InputError: files are not there, their number of images is not known, or the first has no image or label.
+    """
+    import webdataset
+    files = [Path(reader.root, name) for name in reader.split_info.filenames]
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        raise InputError(f'split {split}: {len(missing)} of {len(files)} files are not there: '
+                         f'{utils.abridge(missing, 3)}')
+    if not reader.num_samples:
+        raise InputError(f'split {split}: its number of images is not known; add it, as in "{split}|1000"')
+    shard = webdataset.DataPipeline(webdataset.SimpleShardList([str(files[0])]), webdataset.tarfile_to_samples())
+    sample = [key for key in next(iter(shard), {}) if not key.startswith('__')]
+    images, label = reader.input_key.split(';'), 'json' if reader.split_info.alt_label else 'cls'
+    if label not in sample or not set(images) & set(sample):
+        raise InputError(f'{files[0]}: a sample needs a file .{label} and one of .{", .".join(images)}; the first has '
+                         f'{", ".join(f".{key}" for key in sample) or "none"}')
+
+
+def check_label(label, num_classes: int) -> int:
+    """A class index, or InputError."""
+    if not isinstance(label, numbers.Integral) or not 0 <= label < num_classes:
+        raise InputError(f'an image has the label {label!r}: must be a number from 0 to {num_classes - 1}')
+    return int(label)
 
 
 def is_file_of(module, folder: Path) -> bool:
@@ -143,7 +188,7 @@ class Readable(Dataset):
                 image = image.convert('RGB')
         except Exception as error:  # Pillow has many
             raise UnreadableImage(f'unreadable image number {index}: {utils.first_line(error)}') from None
-        return self.transform(image) if self.transform else image, target
+        return self.transform(image) if self.transform else image, check_label(target, len(self.classes))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,7 +224,7 @@ class Stream(IterableDataset):
                 continue
             if self.is_train:
                 utils.seed_everything(self.seed, int(self.epoch), rank, worker.id if worker else 0, position)
-            yield self.transform(image.convert('RGB')), target
+            yield self.transform(image.convert('RGB')), check_label(target, len(self.classes))
 
     def refuse_losses(self, images: int):
         """timm's readers leave unreadable images out; raises InputError where an evaluation has lost some."""
@@ -191,7 +236,7 @@ class StreamLoader:
     """Batches of a stream; in training, equally many on every process.
 
     Args:
-        loader: of a `Stream`.
+        loader: of a `Stream`; in training its processes start anew each epoch, so that their seeds are the epoch's.
         steps: batches of an epoch in training; in evaluation, about as many as there will be.
     """
 
@@ -200,9 +245,13 @@ class StreamLoader:
 
     def set_epoch(self, epoch: int, first_step: int):
         self.first = first_step
-        self.loader.dataset.epoch.fill_(epoch)
-        self.loader.dataset.source.set_epoch(epoch)
-        if first_step:
+        dataset, reader = self.loader.dataset, self.loader.dataset.source.reader
+        dataset.epoch.fill_(epoch)
+        dataset.source.set_epoch(epoch)
+        seed = utils.derive_seed(dataset.seed, epoch, utils.get_rank()) % 2 ** 62
+        self.loader.generator.manual_seed(seed)  # of timm's shuffling, which else ran on, or were the same each epoch
+        reader.worker_seed, reader.ds = seed, None  # without loading processes
+        if 0 < first_step < self.steps:
             notice('A stream can\'t be entered in its middle: the rest of this epoch has about the same images')
 
     def __len__(self) -> int:
@@ -243,6 +292,9 @@ def build_loader(dataset: Stream, args, *, batch_size: int, build: Callable[...,
     if dataset.is_train and not steps:
         raise InputError(f'--batch-size {batch_size}: an epoch has {len(dataset) // world} images for each process, '
                          f'less than one batch')
+    if dataset.is_train and args.accum_iter > steps:
+        raise InputError(f'--accum-iter {args.accum_iter}: an epoch has {steps} batches')
     dataset.source.set_loader_cfg(num_workers=workers)
-    loader = build(dataset, workers=workers, batch_size=batch_size, drop_last=dataset.is_train)
+    loader = build(dataset, workers=workers, persistent=not dataset.is_train, batch_size=batch_size,
+                   drop_last=dataset.is_train, generator=torch.Generator())
     return StreamLoader(loader, steps if dataset.is_train else -(-len(dataset) // (batch_size * world)))

@@ -3,6 +3,8 @@ import io
 import json
 import math
 import pickle
+import signal
+import struct
 import subprocess
 import sys
 import tarfile
@@ -13,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, seeded_model, tiny, write_folders
 from processes import finish, run, start
+from test_survival import assert_same_run, interrupt_main
 
 from main import main, parse_args
 from utils import InputError
@@ -108,9 +111,9 @@ def test_stream_trains_with_two_processes(shards, tmp_path):
 
 def test_too_few_shards(shards):
     """Processes without a file of their own are refused."""
-    results = finish(start([ROOT / 'main.py', *wds(shards, '--batch-size', '2')], 5))
-    assert [code for code, _, _ in results] == [2] * 5
-    assert "its 4 files can't be shared by 5 processes" in results[0][2]
+    results = finish(start([ROOT / 'main.py', *wds(shards, '--train-split', 'train-{0..0}.tar|32')], 2))
+    assert [code for code, _, _ in results] == [2, 2]
+    assert "its 1 files can't be shared by 2 processes" in results[0][2]
 
 
 def test_unreadable_image_in_a_stream(shards, weights, tmp_path):
@@ -129,8 +132,51 @@ def test_stream_without_readable_images(shards, tmp_path):
     (tmp_path / '_info.json').write_bytes((shards / '_info.json').read_bytes())
     for file in shards.glob('*.tar'):
         (tmp_path / file.name).write_bytes(file.read_bytes().replace(b'.png', b'.txt'))
-    with pytest.raises(InputError, match=r'no batch of readable samples|images of 16'):
+    with pytest.raises(InputError, match=r'no batch of readable samples|images of 16|can.t read its split'):
         main(wds(tmp_path))
+
+
+@pytest.mark.parametrize(('old', 'new', 'found'), [('.png', '.jpeg', '.jpeg, .cls'), ('.cls', '.txt', '.png, .txt')])
+def test_shards_without_what_timm_reads(shards, tmp_path, old, new, found):
+    """Shards in which timm would look for images for ever are refused."""
+    other = tmp_path / 'shards'
+    other.mkdir()
+    for file in shards.iterdir():
+        if file.suffix == '.tar':
+            with tarfile.open(file) as tar, tarfile.open(other / file.name, 'w') as out:
+                for entry in tar.getmembers():
+                    data = tar.extractfile(entry)
+                    entry.name = entry.name.replace(old, new)
+                    out.addfile(entry, data)
+        else:
+            (other / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(InputError, match=f'the first has {found}'):
+        main(wds(other))
+
+
+def test_missing_shard(shards, tmp_path):
+    """A file of the description that is not there is named."""
+    for file in shards.iterdir():
+        if file.name != 'train-2.tar':
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(InputError, match=r'1 of 4 files are not there: .*train-2\.tar'):
+        main(wds(tmp_path))
+
+
+def test_number_of_evaluation_images_is_needed(shards):
+    """Before the training, not after its first epoch."""
+    with pytest.raises(InputError, match='its number of images is not known'):
+        main(wds(shards, '--val-split', 'validation-{0..0}.tar', '--train-split', 'train-{0..3}.tar|32'))
+
+
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_stream_goes_on_after_an_epoch_as_if_nothing_had_been(shards, tmp_path, monkeypatch, workers):
+    """A run stopped at the end of an epoch ends bitwise as one that was not."""
+    flags = wds(shards, '--num-workers', workers)
+    main([*flags, '--output-dir', str(tmp_path / 'whole')])
+    interrupt_main([*flags, '--output-dir', str(tmp_path / 'stopped')], signal.SIGTERM, 8, monkeypatch)
+    main([*flags, '--resume', 'auto', '--output-dir', str(tmp_path / 'stopped')])
+    assert_same_run(tmp_path / 'stopped', tmp_path / 'whole')
 
 
 # ----- Hugging Face
@@ -202,18 +248,37 @@ def test_torch_reader(tmp_path):
     (['--data-set', 'SAMPLE', '--num-classes', '10'], '--num-classes 10: is for timm.s readers'),
     (['--data-set', 'torch/nothing', '--data-path', '.'], r'torch/nothing: timm can\'t read its split train'),
     (['--data-set', 'torch/cifar10', '--data-path', 'no/such'], 'no such directory'),
+    (['--data-set', 'torch/image_folder', '--data-path', 'FOLDERS', '--val-split', 'tset'],
+     'no folder of the split tset'),
     (['--data-set', 'wds/', '--data-path', 'SHARDS'], 'does not say how many classes it has: add --num-classes'),
     (['--data-set', 'wds/', '--data-path', 'SHARDS', '--num-classes', '2', '--val-split', 'test'], 'its split test'),
     (['--data-set', 'wds/', '--data-path', 'SHARDS', '--num-classes', '2', '--batch-size', '64'], 'has 32 images'),
+    (['--data-set', 'wds/', '--data-path', 'SHARDS', '--num-classes', '2', '--accum-iter', '9'],
+     'an epoch has 8 batches'),
+    (['--data-set', 'wds/', '--data-path', 'SHARDS', '--num-classes', '1'], 'label 1: must be a number from 0 to 0'),
 ])
-def test_mistakes(shards, flags, message):
+def test_mistakes(shards, folders, flags, message):
     """One line that names what is allowed."""
+    places = {'SHARDS': str(shards), 'FOLDERS': str(folders)}
     with pytest.raises(InputError, match=message):
-        main([*TINY, *(str(shards) if word == 'SHARDS' else word for word in flags)])
+        main([*TINY, *(places.get(word, word) for word in flags)])
 
 
-@pytest.mark.parametrize(('data_set', 'package'), [('wds/', 'webdataset'), ('hfds/x', 'datasets')])
-def test_missing_package(tmp_path, data_set, package):
+def test_torch_split_that_does_not_exist(tmp_path):
+    """timm would train on the evaluation's images."""
+    raw = tmp_path / 'FashionMNIST' / 'raw'
+    raw.mkdir(parents=True)
+    for name, count in (('train', 8), ('t10k', 4)):
+        (raw / f'{name}-images-idx3-ubyte').write_bytes(struct.pack('>4I', 2051, count, 28, 28) + bytes(count * 784))
+        (raw / f'{name}-labels-idx1-ubyte').write_bytes(struct.pack('>2I', 2049, count) + bytes(range(count)))
+    with pytest.raises(InputError, match='no split trian: must be one of train, '):
+        main([*TINY, '--data-set', 'torch/fashion_mnist', '--data-path', str(tmp_path), '--train-split', 'trian'])
+
+
+@pytest.mark.parametrize(('data_set', 'package', 'installed'), [
+    ('wds/', 'webdataset', '-r requirements-readers.txt'), ('hfds/x', 'datasets', '-r requirements-readers.txt'),
+    ('tfds/x', 'tensorflow_datasets', 'tensorflow tensorflow-datasets')])
+def test_missing_package(tmp_path, data_set, package, installed):
     """The package is named, with the line that installs it."""
     code = (f'import sys, importlib.abc\n'
             f'class Block(importlib.abc.MetaPathFinder):\n'
@@ -225,7 +290,7 @@ def test_missing_package(tmp_path, data_set, package):
     done = subprocess.run([sys.executable, '-c', code, *TINY, '--data-set', data_set, '--data-path', tmp_path,
                            '--num-classes', '2'], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
-    assert f'needs the package {package}; pip install -r requirements-readers.txt' in done.stderr
+    assert f'needs the package {package}; pip install {installed}' in done.stderr
 
 
 def test_built_in_sets_are_accepted():

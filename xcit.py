@@ -18,10 +18,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import DropPath, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from mlp import Mlp
+from xca import FORMS, XCA
 
 __all__ = ['Xcit']  # timm adds the name of each registered model
 
@@ -91,7 +93,8 @@ class ConvPatchEmbed(nn.Module):
         self.proj = nn.Sequential(*layers[:-1])  # the last convolution has no activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(x)  # (B, in_chans, img_h, img_w) -> (B, C, H, W)
+        """(B, in_chans, img_h, img_w) -> (B, C, H, W) in channels_last."""
+        return self.proj(x.contiguous(memory_format=torch.channels_last))
 
 
 PATCH_HALVINGS = {16: 4, 8: 3}
@@ -109,40 +112,14 @@ class LPI(nn.Module):
         self.act = nn.GELU()
         self.bn = nn.BatchNorm2d(dim)
         self.conv2 = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
+        # As tokens (B, N, C) lie in memory they are a grid (B, C, H, W) in channels_last; with weights that are marked
+        # so, too, nothing is copied.
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, x: torch.Tensor, H: int, W: int) -> torch.Tensor:
-        B, N, C = x.shape
-        x = x.transpose(1, 2).reshape(B, C, H, W)
+        x = x.transpose(1, 2).unflatten(2, (H, W))  # (B, C, H, W) in channels_last: the same memory
         x = self.conv2(self.bn(self.act(self.conv1(x))))
         return x.flatten(2).transpose(1, 2)  # (B, N, C)
-
-
-class XCA(nn.Module):
-    """Cross-covariance attention: channels attend to channels, at a cost linear in the number of tokens.
-
-    Source: paper section 3.1, equation 4; original xcit.py, XCA.
-    """
-
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, attn_drop: float = 0., proj_drop: float = 0.):
-        super().__init__()
-        self.num_heads = num_heads
-        # faithful: shaped (h, 1, 1), so that rules which spare 1-d tensors do decay it (original xcit.py, XCA)
-        self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
-        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        B, N, C = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 4, 1)
-        q, k, v = qkv.unbind(0)  # each (B, h, d, N)
-        q = F.normalize(q, dim=-1)  # over tokens: the entries of q kᵀ are cosines, whatever N is
-        k = F.normalize(k, dim=-1)
-        attn = (q @ k.transpose(-2, -1)) * self.temperature  # (B, h, d, d)
-        attn = self.attn_drop(attn.softmax(dim=-1))
-        x = (attn @ v).permute(0, 3, 1, 2).reshape(B, N, C)
-        return self.proj_drop(self.proj(x))
 
 
 class XCABlock(nn.Module):
@@ -163,11 +140,15 @@ class XCABlock(nn.Module):
         self.gamma3 = nn.Parameter(eta * torch.ones(dim))
 
     def forward(self, x: torch.Tensor, H: int, W: int) -> torch.Tensor:
-        x = x + self.drop_path(self.gamma1 * self.attn(self.norm1(x)))
+        x = self.add(x, self.gamma1, self.attn(self.norm1(x)))
         # faithful: 3 comes before 2; the published weights need this order (original xcit.py, XCABlock)
-        x = x + self.drop_path(self.gamma3 * self.local_mp(self.norm3(x), H, W))
-        x = x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x)))
+        x = self.add(x, self.gamma3, self.local_mp(self.norm3(x), H, W))
+        x = self.add(x, self.gamma2, self.mlp(self.norm2(x)))
         return x
+
+    def add(self, x: torch.Tensor, gamma: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        """x + drop_path(gamma * branch), in one pass over the tokens: it is gamma that is dropped."""
+        return torch.addcmul(x, self.drop_path(gamma.expand(x.shape[0], 1, -1)), branch)
 
 
 class ClassAttention(nn.Module):
@@ -184,35 +165,28 @@ class ClassAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def project(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(B, 1 + N, C), CLS first -> its query (B, h, 1, d); keys and values of all tokens, each (B, h, 1 + N, d)."""
-        B, N, C = x.shape
-        # The published weights hold q, k and v in one matrix; the patches' queries are never used, so not computed.
-        bias_q: Optional[torch.Tensor] = None
-        bias_kv: Optional[torch.Tensor] = None
-        if self.qkv.bias is not None:
-            bias_q, bias_kv = self.qkv.bias[:C], self.qkv.bias[C:]
-        q = F.linear(x[:, :1], self.qkv.weight[:C], bias_q)
-        kv = F.linear(x, self.qkv.weight[C:], bias_kv)
-        q = q.reshape(B, 1, self.num_heads, C // self.num_heads).transpose(1, 2)
-        kv = kv.reshape(B, N, 2, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
-        k, v = kv.unbind(0)
-        return q, k, v
+    def attention_weights(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, 1 + N, C), CLS first -> how much CLS attends to each token, (B, h, 1 + N); a head's sum is 1."""
+        B, _, C = x.shape
+        h, d = self.num_heads, C // self.num_heads
+        # The published weights hold q, k and v in one matrix.
+        bias_q = None if self.qkv.bias is None else self.qkv.bias[:C]
+        q = F.linear(x[:, 0], self.qkv.weight[:C], bias_q).view(B, h, 1, d) / math.sqrt(d)
+        # There is one query: (x W_kᵀ) q is computed as x (W_kᵀ q), without any keys. Their bias would add the same to
+        # the scores of all tokens, which softmax does not see.
+        q = (q @ self.qkv.weight[C:2 * C].view(h, d, C)).flatten(1, 2)  # (B, h, C)
+        return (q @ x.transpose(1, 2)).softmax(dim=-1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 1 + N, C), CLS first -> the new CLS token, (B, 1, C)."""
-        q, k, v = self.project(x)
-        cls = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.)
-        cls = cls.transpose(1, 2).flatten(2)
-        return self.proj_drop(self.proj(cls))
-
-    def attention_weights(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 1 + N, C), as `forward` gets it -> how much CLS attends to each token, (B, h, 1 + N); a head's sum is 1.
-
-        Only for looking at them: `forward` does without.
-        """
-        q, k, _ = self.project(x)
-        return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)[:, :, 0]
+        B, _, C = x.shape
+        h, d = self.num_heads, C // self.num_heads
+        attn = self.attn_drop(self.attention_weights(x))
+        # Likewise without values of all tokens: the weighted mean of tokens first, then its values.
+        cls = (attn @ x).unsqueeze(2) @ self.qkv.weight[2 * C:].view(h, d, C).transpose(1, 2)  # (B, h, 1, d)
+        if self.qkv.bias is not None:
+            cls = cls + attn.sum(dim=-1)[:, :, None, None] * self.qkv.bias[2 * C:].view(h, 1, d)
+        return self.proj_drop(self.proj(cls.view(B, 1, C)))
 
 
 class ClassAttentionBlock(nn.Module):
@@ -229,16 +203,21 @@ class ClassAttentionBlock(nn.Module):
         self.gamma2 = nn.Parameter(eta * torch.ones(dim))
         self.tokens_norm = tokens_norm
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cls_only: bool = False) -> torch.Tensor:
+        """(B, 1 + N, C), CLS first -> the same; with `cls_only` what becomes of CLS, (B, 1, C)."""
         normed = self.norm1(x)
+        # differs: nano models - the original writes the CLS row in place, which breaks the backward pass
+        cls = self.norm2(x[:, :1] + self.gamma1 * self.attn(normed))
+        cls = cls + self.gamma2 * self.mlp(cls)
+        if cls_only:
+            return cls
         # faithful: the patches add their own scaled LayerNorm here, where attention was meant for the CLS token
         # alone (original xcit.py, ClassAttentionBlock)
-        x = x + self.gamma1 * torch.cat((self.attn(normed), normed[:, 1:]), dim=1)
-        # differs: nano models - the original writes the CLS row in place, which breaks the backward pass
-        x = self.norm2(x) if self.tokens_norm else torch.cat((self.norm2(x[:, :1]), x[:, 1:]), dim=1)
-        cls = self.gamma2 * self.mlp(x[:, :1])
+        patches = torch.addcmul(x[:, 1:], self.gamma1, normed[:, 1:])
+        if self.tokens_norm:
+            patches = self.norm2(patches)
         # faithful: the residual doubles the patches (original xcit.py, ClassAttentionBlock)
-        return x + torch.cat((cls, x[:, 1:]), dim=1)
+        return torch.cat((cls, 2 * patches), dim=1)
 
 
 class Xcit(nn.Module):
@@ -313,7 +292,6 @@ class Xcit(nn.Module):
 
         trunc_normal_(self.cls_token, std=.02)
         self.apply(self._init_weights)
-
     def _init_weights(self, module: nn.Module):
         if isinstance(module, nn.Linear):  # convolutions and norms keep PyTorch's own initial values
             trunc_normal_(module.weight, std=.02)
@@ -356,25 +334,26 @@ class Xcit(nn.Module):
         x = x + self.pos_embeder(H, W)
         return self.pos_drop(x.flatten(2).transpose(1, 2)), H, W
 
-    def forward_cls(self, x: torch.Tensor) -> torch.Tensor:
-        """Patch tokens (B, N, C) -> normalised tokens with the CLS token in front, (B, 1 + N, C)."""
+    def forward_cls(self, x: torch.Tensor, cls_only: bool = False) -> torch.Tensor:
+        """Patch tokens (B, N, C) -> normalised tokens with the CLS token in front, (B, 1 + N, C), or CLS (B, 1, C)."""
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
-        for block in self.cls_attn_blocks:
+        for i, block in enumerate(self.cls_attn_blocks):
+            last = cls_only and i + 1 == len(self.cls_attn_blocks)
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint_block(block, x)
+                x = checkpoint_block(block, x, last)
             else:
-                x = block(x)
+                x = block(x, last)
         return self.norm(x)
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Image (B, in_chans, img_h, img_w) -> normalised tokens (B, 1 + N, C), CLS first."""
+    def forward_features(self, x: torch.Tensor, cls_only: bool = False) -> torch.Tensor:
+        """Image (B, in_chans, img_h, img_w) -> normalised tokens (B, 1 + N, C), CLS first, or CLS alone (B, 1, C)."""
         x, H, W = self.forward_patches(x)
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint_block(block, x, H, W)
             else:
                 x = block(x, H, W)
-        return self.forward_cls(x)
+        return self.forward_cls(x, cls_only)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Tokens (B, 1 + N, C) -> logits (B, K), or what the head would see (`pre_logits`)."""
@@ -385,7 +364,7 @@ class Xcit(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(x))
+        return self.forward_head(self.forward_features(x, cls_only=self.global_pool == 'token'))
 
     @torch.jit.ignore
     def forward_intermediates(
@@ -441,19 +420,17 @@ class Xcit(nn.Module):
         return wanted
 
 
-def fuse_stem(model: Xcit):
-    """Fold the patch stem's BatchNorms into its convolutions, in place: the same outputs in eval mode, with less work.
-
-    The weights then have other names. LPI's BatchNorms stay: the convolution after one pads with zeros, which at the
-    border is not what the BatchNorm's offset would make of them.
+def set_xca(model: Xcit, form: str):
+    """Choose how all blocks of a model compute XCA: 'auto', 'plain' or 'gram', see `xca.XCA`.
 
     Raises:
-        AssertionError: the model is in training mode.
+        ValueError: there is no such form.
     """
-    stem = model.patch_embed.proj
-    for i, layer in enumerate(stem):
-        if isinstance(layer, nn.Sequential):  # conv3x3; the others are GELUs
-            stem[i] = fuse_conv_bn_eval(*layer)
+    if form not in FORMS:
+        raise ValueError(f'form {form!r} is not one of {FORMS}')
+    for module in model.modules():
+        if isinstance(module, XCA):
+            module.form = form
 
 
 def check_global_pool(global_pool: str):

@@ -1,0 +1,194 @@
+"""Cross-covariance attention: the Gram form computes what the definition does, in every type and at every size."""
+from typing import Optional
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import seeded_images, seeded_model
+
+import xca
+import xcit
+from xca import XCA
+
+SHAPES = [(2, 7, 24), (1, 1, 24), (3, 24, 24), (2, 500, 24), (1, 301, 48)]  # B, N, C: N < C, N = 1, N = C, N > C
+
+
+def attention(dim: int, form: str, *, seed: int = 0, **kwargs) -> XCA:
+    """XCA with 4 heads and random weights, bias and temperatures."""
+    torch.manual_seed(seed)
+    module = XCA(dim, 4, **kwargs)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=.3)
+    module.form = form
+    return module
+
+
+def pair(dim: int, **kwargs):
+    """The same module in both forms."""
+    return attention(dim, 'plain', **kwargs), attention(dim, 'gram', **kwargs)
+
+
+def tokens(kind: str, shape) -> torch.Tensor:
+    """Tokens as they come out of a LayerNorm, and worse."""
+    torch.manual_seed(1)
+    x = torch.randn(shape)
+    if kind == 'outliers':
+        x[..., :2] *= 50
+        x[..., 3] += 50
+    elif kind == 'constant channels':
+        x[..., :4] = torch.tensor([0., 50., -3., 1e-3])
+    elif kind == 'equal tokens':
+        x = x[:, :1].expand(shape).contiguous()
+    elif kind == 'zeros':
+        x = torch.zeros(shape)
+    return x
+
+
+def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """As a fraction of b's largest element."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def results(module: XCA, x: torch.Tensor, *, dtype: Optional[torch.dtype] = None) -> dict:
+    """Output, under autocast to `dtype` if given, and all gradients of a loss that weighs the outputs unequally."""
+    x = x.clone().requires_grad_()
+    module.zero_grad()
+    with torch.autocast('cpu', dtype, enabled=dtype is not None):
+        y = module(x)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).sin().view(y.shape)
+    (y.double() * weights).sum().backward()
+    return {'output': y.detach(), 'x': x.grad, **{name: p.grad.clone() for name, p in module.named_parameters()}}
+
+
+@pytest.mark.parametrize('kind', ['normal', 'outliers', 'constant channels', 'equal tokens', 'zeros'])
+@pytest.mark.parametrize('shape', SHAPES)
+@torch.no_grad()
+def test_gram_equals_plain(shape, kind):
+    """Within 1e-5 of the largest output in float32, outlier channels, equal tokens and all."""
+    plain, gram = pair(shape[2])
+    x = tokens(kind, shape)
+    assert largest_difference(gram(x), plain(x)) < 1e-5
+
+
+@pytest.mark.parametrize('kind', ['normal', 'outliers', 'constant channels'])
+@pytest.mark.parametrize('shape', SHAPES)
+def test_gradients_of_gram_equal_plains(shape, kind):
+    """Of tokens and all parameters, in float64, where nothing but a mistake can make a difference."""
+    plain, gram = (module.double() for module in pair(shape[2]))
+    x = tokens(kind, shape).double()
+    expected = results(plain, x)
+    for name, value in results(gram, x).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-8 * float(expected[name].abs().max() + 1))
+
+
+def test_gradients_of_dead_channels():
+    """Channels of q or k that are 0 for all tokens have gradients, and in both forms the same."""
+    gradients = []
+    for module in pair(24):
+        with torch.no_grad():
+            module.qkv.weight[[3, 30]] = 0.
+            module.qkv.bias[[3, 30]] = 0.
+        gradients.append(results(module.double(), tokens('normal', (2, 60, 24)).double()))
+    for name, expected in gradients[0].items():
+        assert gradients[1][name].isfinite().all()
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-6, atol=1e-8)
+
+
+def test_gradients_of_gram_in_float32():
+    """No farther from float64 than ten times the definition's own distance."""
+    plain, gram = pair(48)
+    x = tokens('outliers', (2, 300, 48))
+    exact = results(attention(48, 'plain').double(), x.double())
+    by_plain, by_gram = results(plain, x), results(gram, x)
+    for name, value in exact.items():
+        distance = largest_difference(by_plain[name], value)
+        assert largest_difference(by_gram[name], value) < max(1e-5, 10 * distance), name
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('kind', ['normal', 'outliers'])
+def test_gram_is_no_less_exact_under_autocast(dtype, kind):
+    """Output and gradients are no farther from float64 than the definition's, and finite."""
+    x = tokens(kind, (2, 700, 48))
+    exact = results(attention(48, 'plain').double(), x.double())
+    by_plain, by_gram = (results(module, x, dtype=dtype) for module in pair(48))
+    assert by_gram['output'].dtype == by_plain['output'].dtype
+    for name in ('output', 'x', 'qkv.weight', 'proj.weight'):
+        distances = [largest_difference(value[name].double(), exact[name]) for value in (by_plain, by_gram)]
+        assert distances[1] <= 1.25 * distances[0] + 1e-4, (name, distances)
+
+
+@torch.no_grad()
+def test_plain_does_not_overflow_in_float16():
+    """Sums over many large tokens are above float16's range; their means are not."""
+    module = attention(48, 'plain')
+    x = 30 * tokens('normal', (1, 2000, 48))
+    with torch.autocast('cpu', torch.float16):
+        y = module(x)
+    assert largest_difference(y.double(), attention(48, 'plain').double()(x.double())) < .02
+
+
+@pytest.mark.parametrize('form', ['plain', 'gram'])
+def test_definition(form):
+    """softmax(temperature * cos(q, k)) v, projected: as the paper's equation 4 has it, by torch's own normalize."""
+    module, x = attention(24, form).double(), tokens('normal', (2, 60, 24)).double()
+    q, k, v = module.qkv(x).reshape(2, 60, 3, 4, 6).permute(2, 0, 3, 4, 1)
+    cosines = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+    expected = (cosines * module.temperature).softmax(dim=-1) @ v
+    expected = module.proj(expected.permute(0, 3, 1, 2).reshape(2, 60, 24))
+    torch.testing.assert_close(module(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize('form', ['plain', 'gram'])
+@torch.no_grad()
+def test_without_bias(form):
+    """qkv_bias=False is a bias of zeros."""
+    module, other = attention(24, form, qkv_bias=False), attention(24, form)
+    other.load_state_dict({**module.state_dict(), 'qkv.bias': torch.zeros(72)})
+    x = tokens('normal', (2, 60, 24))
+    torch.testing.assert_close(module(x), other(x), rtol=0, atol=1e-6)
+
+
+def test_second_derivatives_of_gram():
+    """Optimizers that need the gradient's gradient get it."""
+    x = torch.randn(1, 5, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(xca.second_moment, x)
+
+
+@pytest.mark.parametrize(('N', 'grad', 'expected'), [
+    (47, True, False), (48, True, True), (59, False, False), (60, False, True)])
+def test_auto_follows_the_measured_rule(N, grad, expected):
+    """On a CPU: from 2 C tokens on in training, from 2.5 C on in inference."""
+    with torch.set_grad_enabled(grad):
+        assert attention(24, 'auto').takes_gram(torch.zeros(1, N, 24)) == expected
+
+
+@torch.no_grad()
+def test_model_computes_the_same_in_every_form():
+    """`set_xca` reaches all blocks, and the logits stay the same."""
+    model, images = seeded_model('xcit_tiny_12_p8').eval(), seeded_images(2, 3, 96, 72)
+    logits = {}
+    for form in xca.FORMS:
+        xcit.set_xca(model, form)
+        assert {block.attn.form for block in model.blocks} == {form}
+        logits[form] = model(images)
+    for form in ('plain', 'gram'):
+        torch.testing.assert_close(logits[form], logits['auto'], rtol=1e-5, atol=1e-5)
+
+
+def test_unknown_form_is_refused():
+    """With what is allowed."""
+    with pytest.raises(ValueError, match=r"'fast' is not one of .*gram"):
+        xcit.set_xca(seeded_model('xcit_nano_12_p16'), 'fast')
+
+
+def test_attention_dropout_works_in_both_forms():
+    """The same random numbers drop the same weights."""
+    outputs = []
+    for module in pair(24, attn_drop=.5):
+        torch.manual_seed(0)
+        outputs.append(module.train()(tokens('normal', (2, 60, 24))))
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
+    assert not torch.allclose(outputs[0], attention(24, 'plain')(tokens('normal', (2, 60, 24))))

@@ -1,0 +1,208 @@
+"""Cross-covariance attention (XCA): its definition, and a second form that computes the same with less work.
+
+Shapes: `B` batch, `N` tokens, `C` channels, `h` heads, `d = C//h`.
+"""
+from typing import List, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+FORMS = ('auto', 'plain', 'gram')
+# The number of tokens, in units of C, from which on 'auto' takes the Gram form in float32. On a CPU measured by
+# `python -m tools.benchmark xca` (RESULTS.md); elsewhere from the number of multiplications, and not measured.
+GRAM_FROM = {'cpu': {'training': 2., 'inference': 2.5}, 'other': {'training': 4., 'inference': 4.}}
+HALF = (torch.float16, torch.bfloat16)
+
+
+class XCA(nn.Module):
+    """Cross-covariance attention: channels attend to channels, at a cost linear in the number of tokens.
+
+    `plain` is the definition. `gram` makes neither queries nor keys nor values: attention follows from the tokens'
+    covariance, and its effect on them is one C x C matrix. Multiplications for one image, leading terms:
+    4 N C^2 + 2 N C d for the definition, 2 N C^2 + 3 C^3 for the Gram form.
+
+    Args:
+        dim: C.
+        num_heads: h.
+
+    Attributes:
+        form: 'plain', 'gram', or 'auto': the one that is faster for this number of tokens.
+
+    Source: paper section 3.1, equation 4; original xcit.py, XCA.
+    """
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, attn_drop: float = 0., proj_drop: float = 0.):
+        super().__init__()
+        self.num_heads = num_heads
+        self.form = 'auto'
+        # faithful: shaped (h, 1, 1), so that rules which spare 1-d tensors do decay it (original xcit.py, XCA)
+        self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, C) -> (B, N, C)."""
+        if not torch.jit.is_scripting() and self.takes_gram(x):
+            x = self.gram(x)
+        else:
+            x = self.plain(x)
+        return self.proj_drop(x)
+
+    def plain(self, x: torch.Tensor) -> torch.Tensor:
+        B, N, C = x.shape
+        q, k, v = self.heads(x)  # each (B, h, d, N)
+        # Norms are over tokens: divided by them, the products are cosines, whatever N is. Dividing these (d x d)
+        # instead of q and k (N x d) saves two passes over the tokens.
+        attn = self.attention(mean_product(q, k), root_mean_square(q), root_mean_square(k))
+        x = (attn @ v).reshape(B, C, N).transpose(1, 2)
+        return self.proj(x)
+
+    def heads(self, x: torch.Tensor) -> List[torch.Tensor]:
+        """(B, N, C) -> queries, keys and values, each (B, h, d, N)."""
+        B, N, C = x.shape
+        shape = (B, self.num_heads, C // self.num_heads, N)
+        if torch.is_grad_enabled():  # one product for all images, so that its weights' gradient is one, too
+            return [part.transpose(1, 2).reshape(shape) for part in self.qkv(x).chunk(3, dim=2)]
+        # Weights times tokens, and not the reverse: the results then lie in memory as attention reads them.
+        parts: List[torch.Tensor] = []
+        for i in range(3):
+            weight = self.qkv.weight[i * C:(i + 1) * C].expand(B, C, C)
+            part = weight @ x.transpose(1, 2)
+            if self.qkv.bias is not None:
+                part += self.qkv.bias[i * C:(i + 1) * C, None]
+            parts.append(part.view(shape))
+        return parts
+
+    def attention(self, products: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor) -> torch.Tensor:
+        """q kᵀ (B, h, d, d) and the norms of q and k over tokens, (B, h, d) -> attention weights (B, h, d, d)."""
+        # Norms of 0: as in torch.nn.functional.normalize
+        cosines = products / q_norm.clamp_min(1e-12)[..., :, None] / k_norm.clamp_min(1e-12)[..., None, :]
+        return self.attn_drop((cosines * self.temperature).softmax(dim=-1))
+
+    # ----- the second form
+
+    @torch.jit.unused
+    def takes_gram(self, x: torch.Tensor) -> bool:
+        if self.form != 'auto':
+            return self.form == 'gram'
+        if product_type(x) in HALF:  # where the Gram form, which needs float32, has not been found faster
+            return False
+        threshold = GRAM_FROM['cpu' if x.device.type == 'cpu' else 'other']
+        return x.shape[1] >= threshold['training' if torch.is_grad_enabled() else 'inference'] * x.shape[2]
+
+    @torch.jit.unused
+    def gram(self, x: torch.Tensor) -> torch.Tensor:
+        dtype = product_type(x)
+        with torch.autocast(x.device.type, enabled=False):  # in half precision sums over tokens lose what softmax needs
+            x = x.to(at_least_float32(x))
+            matrix, bias = self.mixing(token_mean(x), second_moment(x))
+            return torch.baddbmm(bias, x, matrix).to(dtype)
+
+    @torch.jit.unused
+    def mixing(self, mean: torch.Tensor, moment: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """What attention does to all tokens alike.
+
+        Args:
+            mean: of the tokens x, (B, C).
+            moment: mean of x xᵀ, (B, C, C); both in float32, or in float64.
+
+        Returns:
+            Matrix (B, C, C) and bias (B, 1, C): attention's output is x @ matrix + bias.
+        """
+        B, C = mean.shape
+        h, d = self.num_heads, C // self.num_heads
+        w_q, w_k, w_v = self.qkv.weight.to(mean.dtype).chunk(3)
+        b_q, b_k, b_v = self.biases(mean.dtype)
+        w_proj = self.proj.weight.to(mean.dtype)
+
+        # With x = mean + rest: q = W_q x + b_q has the mean q_mean, and W_q cov(x) W_kᵀ as its covariance with k. So a
+        # bias that cancels the mean costs no digits.
+        covariance = moment - mean[:, :, None] * mean[:, None, :]
+        # Of tokens that are all alike, the difference leaves rounding errors alone; a small q_mean must not meet them.
+        scale = moment.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+        noise = 128 * torch.finfo(mean.dtype).eps * scale[:, :, None] * scale[:, None, :]
+        covariance = covariance - covariance.where(covariance.abs() < noise, 0.).detach()
+        q_mean, k_mean = F.linear(mean, w_q, b_q), F.linear(mean, w_k, b_k)
+        wq_cov, wk_cov = w_q @ covariance, w_k @ covariance  # (B, C, C)
+        q_norm, k_norm = (  # not below 1e-12: of 0, the square root has no derivative
+            ((w_cov * w).sum(dim=-1).clamp_min(0) + m.square()).clamp_min(1e-24).sqrt().view(B, h, d)
+            for w_cov, w, m in ((wq_cov, w_q, q_mean), (wk_cov, w_k, k_mean)))
+        products = wq_cov.view(B, h, d, C) @ w_k.view(h, d, C).transpose(1, 2)
+        products = products + q_mean.view(B, h, d, 1) * k_mean.view(B, h, 1, d)
+        attn = self.attention(products, q_norm, k_norm)
+
+        # Values, attention and projection are linear in x.
+        mix = (attn.transpose(-2, -1) @ w_proj.t().view(h, d, C)).view(B, C, C)  # from values to the output
+        return w_v.t() @ mix, (b_v @ mix + self.proj.bias.to(mean.dtype))[:, None]
+
+    def biases(self, dtype: torch.dtype) -> Tuple[torch.Tensor, ...]:
+        bias = self.qkv.bias
+        return (self.qkv.weight.new_zeros(3 * self.proj.in_features) if bias is None else bias).to(dtype).chunk(3)
+
+
+def product_type(x: torch.Tensor) -> torch.dtype:
+    """Of a product of x, which autocast may decide."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def at_least_float32(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def root_mean_square(q: torch.Tensor) -> torch.Tensor:
+    """Over tokens: (B, h, d, N) -> (B, h, d), float32 at least."""
+    return torch.linalg.vector_norm(q, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)) / q.shape[-1] ** .5
+
+
+def mean_product(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """q kᵀ / N of each head: twice (B, h, d, N) -> (B, h, d, d)."""
+    B, h, d, N = q.shape
+    # A mean, since a sum over many tokens overflows in float16. baddbmm scales before it rounds.
+    zero = q.new_zeros(())
+    return torch.baddbmm(zero, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), beta=0, alpha=1 / N).view(B, h, d, d)
+
+
+def token_mean(x: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens, (B, N, C) -> (B, C); exact where all are alike."""
+    first = x[:, :1]
+    return (first + (x - first).mean(dim=1, keepdim=True))[:, 0]
+
+
+def second_moment(x: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of x xᵀ: (B, N, C) -> (B, C, C)."""
+    return SecondMoment.apply(x) if torch.is_grad_enabled() else _second_moment(x)
+
+
+def _second_moment(x: torch.Tensor) -> torch.Tensor:
+    B, N, C = x.shape
+    if x.device.type != 'cpu' or C % PANELS:
+        return x.transpose(1, 2) @ x / N
+    # Symmetric: of each panel of rows only what is right of the diagonal.
+    width = C // PANELS
+    moment = x.new_zeros(B, C, C)
+    for first in range(0, C, width):
+        panel = x[:, :, first:first + width].transpose(1, 2) @ x[:, :, first:] / N
+        moment[:, first:first + width, first:] = panel
+        moment[:, first + width:, first:first + width] = panel[:, :, width:].transpose(1, 2)
+    return moment
+
+
+PANELS = 4
+
+
+class SecondMoment(torch.autograd.Function):
+    """`second_moment` with one product in the backward pass, where autograd makes two and adds them."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return _second_moment(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, = ctx.saved_tensors
+        return x @ ((grad + grad.transpose(1, 2)) / x.shape[1])

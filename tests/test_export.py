@@ -13,9 +13,9 @@ import torch
 from conftest import ROOT, seeded_images, seeded_model
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-import xcit
+import inference
 from tools.common import LoadedModel
-from tools.export import FORMATS, export, main
+from tools.export import FORMATS, export, main, prepare
 from utils import InputError, RunStopped
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*torch.jit.*:FutureWarning')  # a format that PyTorch has deprecated
@@ -53,9 +53,9 @@ def shallow_model(name: str) -> torch.nn.Module:
     return seeded_model(name, num_classes=3, depth=1).eval()
 
 
-def export_shallow(name: str, format_name: str, folder: Path, *, dynamic: bool) -> Path:
+def export_shallow(name: str, format_name: str, folder: Path, *, dynamic: bool, input_size: int = 64) -> Path:
     path = folder / f'model{FORMATS[format_name][0]}'
-    loaded = LoadedModel(shallow_model(name), name, CLASSES, input_size=64, full_crop=False,
+    loaded = LoadedModel(shallow_model(name), name, CLASSES, input_size=input_size, full_crop=False,
                          device=torch.device('cpu'), amp_dtype=None)
     export(loaded, argparse.Namespace(format=format_name, output=path, dynamic=dynamic, tolerance=1e-4), path)
     return path
@@ -86,7 +86,7 @@ def test_fused_stem_computes_the_same(name):
     """BatchNorm folded into the convolutions changes rounding alone, and no BatchNorm is left in the stem."""
     model, images = seeded_model(name).eval(), seeded_images(2, 3, 70, 45)
     expected, expected_patches = model(images), model.patch_embed(images)
-    xcit.fuse_stem(model)
+    inference.fuse_stem(model.patch_embed)
     torch.testing.assert_close(model.patch_embed(images), expected_patches, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.patch_embed.modules())
@@ -95,7 +95,7 @@ def test_fused_stem_computes_the_same(name):
 def test_stem_in_training_mode_is_not_fused():
     """There BatchNorm has no fixed statistics to fold in."""
     with pytest.raises(AssertionError, match='eval'):
-        xcit.fuse_stem(seeded_model(NANO))
+        inference.fuse_stem(seeded_model(NANO).patch_embed)
 
 
 @torch.no_grad()
@@ -112,6 +112,17 @@ def test_dynamic_file_takes_any_size(tmp_path, format_name, name):
     """Any batch, odd images, and images that are not square; with the test above, ONNX of each kind of model."""
     path = export_shallow(name, format_name, tmp_path, dynamic=True)
     assert_same(LOADERS[format_name](path), shallow_model(name), SHAPES)
+
+
+@pytest.mark.parametrize(('input_size', 'form'), [(64, 'plain'), (160, 'gram')])
+@torch.no_grad()
+def test_form_of_xca_in_a_file(tmp_path, input_size, form):
+    """A file has the one that is faster at the size it is exported for, and with that takes all others."""
+    model = shallow_model(NANO)
+    prepare(model, input_size, 'onnx')
+    assert {block.attn.form for block in model.blocks} == {form}
+    path = export_shallow(NANO, 'onnx', tmp_path, dynamic=True, input_size=input_size)
+    assert_same(load_onnx(path), shallow_model(NANO), [*SHAPES, (1, 3, 168, 176)])
 
 
 @pytest.mark.parametrize('format_name', ['onnx', 'torch-export'])

@@ -16,6 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 import datasets
+import inference
 import training
 import utils
 import weights
@@ -78,10 +79,11 @@ def add_device_arguments(parser: argparse.ArgumentParser):
     group.add_argument('--amp', choices=list(AMP_DTYPES), help='autocast type; fp16 on cuda and off elsewhere if unset')
 
 
-def load_model(args) -> LoadedModel:
+def load_model(args, *, fuse: bool = True) -> LoadedModel:
     """Build the model that the flags above describe, with as many classes as its weights have.
 
-    A program that does not offer one of them sets it by `parser.set_defaults`.
+    A program that does not offer one of them sets it by `parser.set_defaults`. An XCiT is prepared for inference, see
+    inference.py, but for `fuse=False`.
 
     Raises:
         InputError: there is no such model or device, or the weights are not the model's.
@@ -101,10 +103,13 @@ def load_model(args) -> LoadedModel:
     check_model('--model', name)
     model = timm.create_model(name, num_classes=weights.num_classes(name, given))
     weights.load(model, given)
+    model.eval().requires_grad_(False)
+    if fuse and isinstance(model, xcit.Xcit):
+        inference.fuse(model)
     own_size = published.resolution if published else trained.get('input_size') or model.default_cfg['input_size'][-1]
     own_crop = .875 if not published and trained.get('full_crop') is False else 1.
     return LoadedModel(
-        model.eval().requires_grad_(False).to(device), name, names_in_words(given, model),
+        model.to(device), name, names_in_words(given, model),
         input_size=args.input_size or own_size,
         full_crop=own_crop == 1. if args.full_crop is None else args.full_crop,
         device=device, amp_dtype=build_amp_dtype(args, device))

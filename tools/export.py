@@ -17,6 +17,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import datasets
+import inference
 import utils
 import xcit
 from main import check_input_size
@@ -194,7 +195,7 @@ def main(argv=None) -> Dict[tuple, float]:
     args = parse_args(argv)
     with utils.whole_file(args.output) as path:
         path.touch()  # what can't be written shows before the work
-        loaded = common.load_model(args)
+        loaded = common.load_model(args, fuse=False)
         check_sizes(loaded, args.dynamic)
         differences = export(loaded, args, path)
     if args.dynamic:
@@ -205,8 +206,20 @@ def main(argv=None) -> Dict[tuple, float]:
     return differences
 
 
+def prepare(model: xcit.Xcit, input_size: int, format_name: str):
+    """Fold BatchNorm and LayerScale away, and choose the form of XCA, which must not depend on the image in a file."""
+    with torch.no_grad():
+        tokens = model.patch_embed(torch.zeros(1, 3, input_size, input_size)).flatten(2).transpose(1, 2)
+        gram = model.blocks[0].attn.takes_gram(tokens)
+    xcit.set_xca(model, 'gram' if gram else 'plain')
+    if format_name == 'torchscript':  # its compiler reads the definition alone
+        inference.fuse_stem(model.patch_embed)
+    else:
+        inference.fuse(model)
+
+
 def export(loaded: common.LoadedModel, args, path: Path) -> Dict[tuple, float]:
-    """Write a file and compare it with the model, whose stem this changes.
+    """Write a file and compare it with the model, which this prepares for inference.
 
     Raises:
         RunStopped: the model can't be exported, or the file not read back, or it computes something else.
@@ -215,7 +228,7 @@ def export(loaded: common.LoadedModel, args, path: Path) -> Dict[tuple, float]:
     batches = [torch.randn(shape, generator=generator) for shape in shapes_to_compare(loaded, args.dynamic)]
     examples = [(images, loaded.model(images)) for images in batches]
     if isinstance(loaded.model, xcit.Xcit):
-        xcit.fuse_stem(loaded.model)
+        prepare(loaded.model, loaded.input_size, args.format)
     notice(f'Exporting {loaded.name} as {args.format}')
     _, content_of, read = FORMATS[args.format]
     try:

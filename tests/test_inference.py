@@ -1,0 +1,216 @@
+"""Prepared for inference, in pieces or compiled, a model computes what it did."""
+import copy
+
+import pytest
+import timm
+import torch
+from conftest import seeded_images, seeded_model
+
+import inference
+import mlp
+import xcit
+
+SIZES = [(224, 224), (33, 17), (70, 250), (1, 40)]  # also odd, not square, one row of tokens
+
+
+def both(name: str, **kwargs):
+    """A model in eval mode, and the same one fused."""
+    model = seeded_model(name, **kwargs).eval()
+    return model, inference.fuse(copy.deepcopy(model))
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Everything is done piece by piece: a few tokens, the fewest rows."""
+    monkeypatch.setitem(mlp.PIECE, 'cpu', 3000)
+
+
+# ----- fuse
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('name', ['xcit_nano_12_p8', 'xcit_tiny_12_p16', 'xcit_tiny_24_p16'])
+@torch.no_grad()
+def test_fused_equals_unfused(name, size):
+    """Logits, all tokens and dense features, to 1e-5 of the largest."""
+    model, fused = both(name)
+    images = seeded_images(2, 3, *size)
+    assert_same(fused(images), model(images))
+    assert_same(fused.forward_features(images), model.forward_features(images))
+    for actual, expected in zip(fused.forward_intermediates(images, [0, 5, 11], intermediates_only=True),
+                                model.forward_intermediates(images, [0, 5, 11], intermediates_only=True)):
+        assert_same(actual, expected)
+
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('form', ['plain', 'gram'])
+@torch.no_grad()
+def test_pieces_equal_the_whole(small_pieces, form, size):
+    """Strips of the stem and of LPI, pieces of tokens for attention and MLP: nothing is seen of the seams."""
+    model, fused = both('xcit_nano_12_p8')
+    xcit.set_xca(fused, form)
+    images = seeded_images(3, 3, *size)
+    with torch.enable_grad():
+        expected = model(images).detach()  # whole
+    assert_same(fused(images), expected)
+
+
+@pytest.mark.parametrize('global_pool', ['avg', ''])
+@torch.no_grad()
+def test_fused_with_other_pooling(global_pool):
+    """Where the head sees the patches, these are computed."""
+    model, fused = both('xcit_nano_12_p16', global_pool=global_pool)
+    images = seeded_images(1, 3, 64, 64)
+    assert_same(fused(images), model(images))
+
+
+def test_input_gradients_of_a_fused_model():
+    """Saliency maps need them: no piece is written in place under autograd."""
+    model, fused = both('xcit_nano_12_p16')
+    gradients = []
+    for m in (model, fused):
+        images = seeded_images(1, 3, 64, 64).requires_grad_()
+        m(images).square().sum().backward()
+        gradients.append(images.grad)
+    assert_same(gradients[1], gradients[0])
+
+
+@torch.no_grad()
+def test_fused_model_leaves_its_inputs_alone(small_pieces):
+    """A block's output that somebody holds is not changed by the next block."""
+    _, fused = both('xcit_nano_12_p8')
+    seen = []
+    for block in fused.blocks:
+        block.register_forward_hook(lambda module, args, output: seen.append((output, output.clone())))
+    images = seeded_images(1, 3, 64, 64)
+    before = images.clone()
+    fused(images)
+    assert len(seen) == 12
+    assert all(torch.equal(now, then) for now, then in seen)
+    assert torch.equal(images, before)
+
+
+@torch.no_grad()
+def test_position_is_kept_for_the_last_grid():
+    """It is computed once for a grid, anew for another one, and not under another autocast type's name."""
+    _, fused = both('xcit_nano_12_p16')
+    first = fused.pos_embeder(3, 5)
+    assert fused.pos_embeder(3, 5) is first
+    assert fused.pos_embeder(5, 3).shape == (1, 128, 5, 3)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert fused.pos_embeder(5, 3).dtype == torch.bfloat16
+    assert fused.pos_embeder(5, 3).dtype == torch.float32
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_refusals(training):
+    """A model in training mode has no fixed statistics to fold in; a fused one has nothing left to fold."""
+    model = seeded_model('xcit_nano_12_p16').eval()
+    inference.fuse(model)
+    with pytest.raises(ValueError, match='eval mode' if training else 'fused already'):
+        inference.fuse(seeded_model('xcit_nano_12_p16').train() if training else model)
+
+
+@torch.no_grad()
+def test_fused_under_autocast():
+    """In bfloat16 a fused model is as near to float32 as an unfused one."""
+    model, fused = both('xcit_nano_12_p8')
+    images = seeded_images(2, 3, 96, 96)
+    expected = model(images)
+    with torch.autocast('cpu', torch.bfloat16):
+        errors = [(m(images) - expected).abs().max() for m in (model, fused)]
+    assert errors[1] <= 1.5 * errors[0]
+
+
+# ----- MLP in pieces
+
+@pytest.mark.parametrize('shape', [(2, 50, 16), (1, 1, 16), (7, 16)])
+def test_mlp_in_pieces(monkeypatch, shape):
+    """Output and gradients are those of the layers one after the other, for tokens of any shape."""
+    torch.manual_seed(0)
+    module = mlp.Mlp(16, 64)
+    results = []
+    for size in (2 ** 22, 64 * 3):
+        monkeypatch.setitem(mlp.PIECE, 'cpu', size)
+        x = torch.linspace(-2, 2, torch.Size(shape).numel()).view(shape).requires_grad_()
+        module.zero_grad()
+        y = module(x)
+        y.square().sum().backward()
+        results.append([y, x.grad, *(p.grad.clone() for p in module.parameters())])
+    for whole, pieces in zip(*results):
+        torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_mlp_in_pieces_is_taken(monkeypatch):
+    """Where the hidden activations are above the limit, unless dropout, autocast or a compiler is at work."""
+    x = torch.zeros(1, 100, 16)
+    assert not mlp.Mlp(16, 64).takes_pieces(x)
+    monkeypatch.setitem(mlp.PIECE, 'cpu', 6399)
+    assert mlp.Mlp(16, 64).takes_pieces(x)
+    assert not mlp.Mlp(16, 64, drop=.1).takes_pieces(x)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert not mlp.Mlp(16, 64).takes_pieces(x)
+
+
+def test_second_derivatives_of_mlp_in_pieces():
+    """Optimizers that need the gradient's gradient get it."""
+    shapes = ((3, 4), (8, 4), (8,), (4, 8), (4,))
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(mlp.PiecewiseMlp.apply, inputs)
+    assert torch.autograd.gradgradcheck(mlp.PiecewiseMlp.apply, inputs)
+
+
+# ----- compiled
+
+def small_model(**kwargs) -> xcit.Xcit:
+    torch.manual_seed(0)
+    return xcit.Xcit(embed_dim=32, num_heads=4, depth=2, num_classes=10, **kwargs)
+
+
+def test_compiler_sees_one_graph():
+    """No graph break in training, with drop-path, in either form of XCA."""
+    for form in ('plain', 'gram'):
+        model = timm.create_model('xcit_nano_12_p16', num_classes=10, drop_path_rate=.1).train()
+        xcit.set_xca(model, form)
+        explanation = torch._dynamo.explain(model)(torch.randn(2, 3, 64, 64))
+        assert explanation.graph_break_count == 0, explanation.break_reasons
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize('form', ['plain', 'gram'])
+def test_compiled_training_step(form):
+    """Compiled, output and gradients are the eager ones; further steps compile nothing."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = small_model().train()
+    xcit.set_xca(model, form)
+    images = seeded_images(2, 3, 64, 64)
+    expected = model(images)
+    gradients = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+    compiled = torch.compile(model, fullgraph=True)
+    for _ in range(2):
+        model.zero_grad()
+        actual = compiled(images)
+        actual.square().sum().backward()
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    for parameter, gradient in zip(model.parameters(), gradients):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-4)
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_inference_takes_any_resolution():
+    """With free sizes one graph serves several resolutions, as far as they use the same form of XCA."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = inference.fuse(small_model().eval())
+    xcit.set_xca(model, 'gram')
+    compiled = torch.compile(model, dynamic=True, fullgraph=True)
+    for size in ((224, 224), (256, 192), (320, 448)):
+        images = seeded_images(2, 3, *size)
+        assert_same(compiled(images), model(images))
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1

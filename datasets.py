@@ -313,6 +313,10 @@ def build_train_transform(args) -> transforms.Compose:
     for op in augment_ops(transform):
         if op.aug_fn is auto_augment.posterize:
             op.aug_fn = posterize
+    names = [type(step).__name__ for step in transform.transforms]
+    first = names.index('MaybeToTensor')
+    assert names[first + 1] == 'Normalize', names
+    transform.transforms[first:first + 2] = [ToNormalizedTensor()]
     if args.input_size <= SMALL:
         # faithful: small images (CIFAR) are padded and cropped, not resized (original datasets.py, build_transform)
         # differs: small images - still smaller ones are padded up to the size, where the original raises an error
@@ -335,6 +339,28 @@ def posterize(image: Image.Image, bits_to_keep: int, **kwargs) -> Image.Image:
     return image.point(lambda value: 0) if bits_to_keep == 0 else auto_augment.posterize(image, bits_to_keep, **kwargs)
 
 
+class ToNormalizedTensor:
+    """RGB image -> tensor (3, img_h, img_w) with ImageNet's mean and deviation: ToTensor and Normalize in one pass.
+
+    The same bits: an 8-bit channel has 256 values, and those two say what becomes of each.
+    """
+
+    def __init__(self):
+        values = torch.arange(256, dtype=torch.uint8).numpy()[:, None, None].repeat(3, axis=2)  # (256, 1, 3)
+        normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        self.table = normalize(transforms.functional.to_tensor(values))[:, :, 0].numpy()  # (3, 256)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        pixels = np.asarray(image)
+        out = np.empty((3, *pixels.shape[:2]), dtype=np.float32)
+        for channel in range(3):
+            np.take(self.table[channel], pixels[:, :, channel], out=out[channel], mode='clip')  # 'raise' would copy
+        return torch.from_numpy(out)
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}(mean={IMAGENET_DEFAULT_MEAN}, std={IMAGENET_DEFAULT_STD})'
+
+
 def resizes_for_evaluation(args) -> bool:
     return args.full_crop or args.input_size > SMALL
 
@@ -347,8 +373,7 @@ def build_eval_transform(args) -> transforms.Compose:
         resized = args.input_size if args.full_crop else int(args.input_size * 256 / 224)
         steps = [transforms.Resize(resized, interpolation=InterpolationMode.BICUBIC),
                  transforms.CenterCrop(args.input_size)]
-    return transforms.Compose(
-        steps + [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+    return transforms.Compose([*steps, ToNormalizedTensor()])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,7 +398,7 @@ class SeededSamples(Dataset):
         index, seed = key
         while True:
             # differs: randomness - a function of the position; the original's generators run on from sample to sample
-            utils.seed_everything(seed)  # timm's transforms use Python's, NumPy's and torch's generators
+            utils.seed_cpu(seed)  # timm's transforms use Python's, NumPy's and torch's generators
             try:
                 return self.dataset[index]
             except UnreadableImage as error:

@@ -14,7 +14,9 @@ import torch
 import torchvision
 from conftest import REFERENCE, write_image
 from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader
+from torchvision import transforms
 
 import datasets
 import main
@@ -485,13 +487,23 @@ def plain(step: str) -> str:
 def test_train_transform(reference, size):
     """The steps, in order, and all the parameters that the original's prints: of crop, flip and normalisation."""
     transform = datasets.build_train_transform(arguments('SAMPLE', '', '--input-size', str(size)))
+    place = [type(step).__name__ for step in transform.transforms].index('ToNormalizedTensor')
+    transform.transforms[place:place + 1] = [transforms.ToTensor(), transforms.Normalize(
+        torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD))]  # which it is, by the next test
     original = reference[f'train_transform_{size}'].splitlines()[1:-1]
     assert [plain(str(step)) for step in transform.transforms] == [plain(line.strip()) for line in original]
 
 
+def test_normalized_tensor_is_torchvisions():
+    """Bit by bit what ToTensor and Normalize give, for each of the 256 values of a channel."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 50, 3), dtype=np.uint8))
+    expected = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)(transforms.ToTensor()(image))
+    assert torch.equal(datasets.ToNormalizedTensor()(image), expected)
+
+
 def test_train_transform_augmentation():
     """By default two operations of magnitude 9 +- 0.5 are drawn, and a quarter of the images gets one noisy patch."""
-    *_, augment, _, _, erase = datasets.build_train_transform(arguments('SAMPLE')).transforms
+    *_, augment, _, erase = datasets.build_train_transform(arguments('SAMPLE')).transforms
     assert augment.num_layers == 2
     assert {(op.magnitude, op.magnitude_std, op.prob) for op in augment.ops} == {(9, .5, .5)}
     assert (erase.probability, erase.mode, erase.min_count, erase.max_count) == (.25, 'pixel', 1, 1)
@@ -502,7 +514,7 @@ def test_train_transform_without_policy(aa):
     """Without a policy the colours are jittered instead, by --color-jitter."""
     transform = datasets.build_train_transform(arguments('SAMPLE', '', '--aa', aa, '--color-jitter', '.3'))
     names = [type(step).__name__ for step in transform.transforms]
-    assert names == ['RandomCrop', 'RandomHorizontalFlip', 'ColorJitter', 'MaybeToTensor', 'Normalize', 'RandomErasing']
+    assert names == ['RandomCrop', 'RandomHorizontalFlip', 'ColorJitter', 'ToNormalizedTensor', 'RandomErasing']
     assert transform.transforms[2].brightness == pytest.approx((.7, 1.3))
 
 

@@ -54,7 +54,7 @@ def train_one_epoch(
         frozen.eval()
     steps = first_step + len(loader)
     updates_per_epoch = -(-steps // accum_iter)
-    progress = utils.Progress(loader, f'Epoch {epoch}', device, first_step=first_step)
+    progress = utils.Progress(utils.DevicePrefetch(loader, device), f'Epoch {epoch}', device, first_step=first_step)
     parameters = [p for p in model.parameters() if p.requires_grad]
     lr = max(group['lr'] for group in optimizer.param_groups)  # lower layers may have less (--layer-decay)
     sums = dict(sums or {'loss': 0., 'grad_norm': 0.})
@@ -62,8 +62,6 @@ def train_one_epoch(
 
     for step, (images, targets) in enumerate(progress, start=first_step):
         utils.seed_everything(seed, epoch, step, utils.get_rank())
-        images = images.to(device, non_blocking=True)
-        targets = targets.to(device, non_blocking=True)
         if mixup_fn is not None:
             images, targets = mixup_fn(images, targets)
 
@@ -123,12 +121,10 @@ def evaluate(model: nn.Module, loader: Iterable, *, device: torch.device, amp_dt
     utils.broadcast_buffers(model)
     most_batches = utils.max_over_processes(len(loader))
     totals = torch.zeros(4, dtype=torch.float64)  # images, right, right among five, loss
-    progress = utils.Progress(loader, header, device)
+    progress = utils.Progress(utils.DevicePrefetch(loader, device), header, device)
     resolution = None
     for images, targets in progress:
         resolution = list(images.shape[-2:])
-        images = images.to(device, non_blocking=True)
-        targets = targets.to(device, non_blocking=True)
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             logits = model(images)
         # differs: evaluation loss - the mean over images; the original's over batches, of which the last is short

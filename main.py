@@ -33,6 +33,7 @@ import samplers
 import training
 import utils
 import weights
+import xca
 import xcit
 from engine import NonFiniteLoss, evaluate, train_one_epoch
 from losses import DISTILLATION_TYPES, DistillationLoss, classification_loss
@@ -40,6 +41,7 @@ from training import BEST, CHECKPOINT, Keeper, Training, WarmupPlateau, images_p
 from utils import COUNT, COUNT_OR_0, FRACTION, NON_NEGATIVE, POSITIVE, InputError, Parser, notice, number
 
 AMP_DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16, 'off': None}
+FUSED_OPTIMIZERS = ('adam', 'adamw', 'sgd')  # torch's own, which have one kernel for all parameters
 REFERENCE_BATCH = 512  # images for which --lr is meant
 # What --finetune changes in the recipe; any of it can be given on the command line
 FINETUNING = dict(epochs=30, lr=4e-4, min_lr=1e-6, warmup_epochs=0, drop_path=0., reprob=0., repeated_aug=False,
@@ -91,7 +93,11 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help='copy the patch stem from these weights and keep it frozen: steadier for large models')
     group.add_argument('--grad-checkpointing', action=boolean, default=False,
                        help='compute activations twice to save memory')
+    group.add_argument('--xca', choices=xca.FORMS, default='auto',
+                       help='how XCiT\'s attention is computed; auto: the faster way for the number of tokens')
     group.add_argument('--compile', action=boolean, default=False, help='torch.compile: a slow start, then faster')
+    group.add_argument('--compile-mode', choices=['default', 'reduce-overhead', 'max-autotune'], default='default',
+                       help='of --compile; the last two use CUDA graphs')
     group.add_argument('--model-ema', action=boolean, default=True, help='keep a moving average of the weights')
     group.add_argument('--model-ema-decay', default=.99996, type=FRACTION, metavar='FRACTION',
                        help='of the average; rises to this value over the first steps')
@@ -216,6 +222,10 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
         raise InputError(f'--amp fp16: needs cuda, and the device is {device.type}; allowed: bf16, off')
     if args.opt.lower().split('_')[-1] not in list_optimizers():
         raise InputError(f'--opt {args.opt}: timm has no such optimizer{similar(args.opt, list_optimizers())}')
+    if args.xca != 'auto' and args.model.partition('.')[0] not in xcit.MODELS:
+        raise InputError(f'--xca {args.xca}: is for the XCiT models, and {args.model} is none')
+    if args.compile_mode != 'default' and not args.compile:
+        raise InputError(f'--compile-mode {args.compile_mode}: has no effect without --compile')
     for flag, values in (('--opt-betas', args.opt_betas), ('--cutmix-minmax', args.cutmix_minmax)):
         if values is not None and len(values) != 2:
             raise InputError(f'{flag} {" ".join(map(str, values))}: needs 2 values')
@@ -339,7 +349,9 @@ def build_model(args, num_classes: int, *, new_head: bool) -> torch.nn.Module:
             args.model, num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path)
     except (TypeError, RuntimeError, ValueError) as error:
         raise InputError(f'--model {args.model}: timm can\'t build it ({utils.first_line(error)})') from None
-    if args.model not in xcit.MODELS:
+    if isinstance(model, xcit.Xcit):
+        xcit.set_xca(model, args.xca)
+    else:
         check_input_size(args, model)
     if args.pretrained:
         flag = '--finetune' if args.finetune else '--pretrained'
@@ -435,7 +447,10 @@ def scaled_lr(args) -> float:
 
 def build_optimizer(args, model: torch.nn.Module) -> torch.optim.Optimizer:
     try:
-        return create_optimizer_v2(model, **{**optimizer_kwargs(args), 'lr': scaled_lr(args)})
+        kwargs = {**optimizer_kwargs(args), 'lr': scaled_lr(args)}
+        if args.opt.lower() in FUSED_OPTIMIZERS:
+            kwargs['fused'] = True
+        return create_optimizer_v2(model, **kwargs)
     except (AssertionError, ImportError, TypeError) as error:  # of another package, or without such an option
         raise InputError(f'--opt {args.opt}: timm can\'t build it here ({utils.first_line(error)})') from None
 
@@ -479,7 +494,7 @@ def train(args, device: torch.device) -> dict:
         for description in (args, utils.environment(), derived):
             notice(description)
         if args.compile:
-            model.compile()
+            model.compile(mode=args.compile_mode)
         loop = dict(ddp_model=utils.wrap_for_distributed(model, device, sync_bn=args.sync_bn), criterion=criterion,
                     mixup_fn=build_mixup(args, num_classes), device=device, amp_dtype=amp_dtype)
         log = open_log(args, derived, train_loader, run)
@@ -665,6 +680,9 @@ def main(argv: Optional[list] = None) -> dict:
     set_deterministic(args.deterministic)
     device = utils.init_distributed(utils.choose_device(args.device), world_size=args.world_size,
                                     dist_url=args.dist_url, timeout_minutes=args.dist_timeout)
+    if device.type == 'cuda' and build_amp_dtype(args, device) is not None:
+        # What stays in float32 beside half precision (small matrices of XCA) needs no more digits than TensorFloat32.
+        torch.set_float32_matmul_precision('high')
     try:
         stats = evaluate_only(args, device) if args.eval else train(args, device)
     except utils.Interrupted:

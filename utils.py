@@ -382,10 +382,16 @@ def derive_seed(*keys: int) -> int:
 
 def seed_everything(*keys: int):
     """Seed Python's, NumPy's and torch's generators (CPU and accelerator) with a function of `keys`."""
+    seed_cpu(*keys)
+    torch.manual_seed(derive_seed(*keys) % 2 ** 63)
+
+
+def seed_cpu(*keys: int):
+    """The same without accelerators, which takes a tenth of the time: for each sample of a data set."""
     seed = derive_seed(*keys)
     random.seed(seed)
     np.random.seed(seed % 2 ** 32)
-    torch.manual_seed(seed % 2 ** 63)
+    torch.default_generator.manual_seed(seed % 2 ** 63)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -623,6 +629,46 @@ class Progress:
     def stats(self) -> dict:
         return {'images_per_s': self.images / max(self.seconds, 1e-9),
                 'data_s': self.data_time / max(len(self.loader), 1), 'memory_mb': peak_memory(self.device)}
+
+
+class DevicePrefetch:
+    """Iterate over a loader's batches on a device; to a GPU each is copied while the one before is worked on.
+
+    Args:
+        loader: yields lists of tensors, in pinned memory for the copy to be asynchronous.
+        device: where they go.
+    """
+
+    def __init__(self, loader, device: torch.device):
+        self.loader, self.device = loader, device
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self):
+        if self.device.type != 'cuda':
+            for batch in self.loader:
+                yield [tensor.to(self.device) for tensor in batch]
+            return
+        stream = torch.cuda.Stream(self.device)
+        ahead = None
+        for batch in self.loader:
+            with torch.cuda.stream(stream):
+                copied = [tensor.to(self.device, non_blocking=True) for tensor in batch]
+                done = stream.record_event()
+            if ahead is not None:
+                yield self.take(*ahead)
+            ahead = copied, done
+        if ahead is not None:
+            yield self.take(*ahead)
+
+    def take(self, batch: list, done: 'torch.cuda.Event') -> list:
+        """Let the work that comes now wait for the copy, and the memory be kept until that work is done."""
+        now = torch.cuda.current_stream(self.device)
+        now.wait_event(done)
+        for tensor in batch:
+            tensor.record_stream(now)
+        return batch
 
 
 def shows_bar() -> bool:

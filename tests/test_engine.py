@@ -7,6 +7,7 @@ import torch
 from conftest import seeded_images, seeded_model
 from torch.utils.data import DataLoader, TensorDataset
 
+import utils
 from engine import NonFiniteLoss, evaluate, train_one_epoch
 from losses import DistillationLoss
 from main import build_model_ema, parse_args
@@ -170,3 +171,14 @@ def test_teacher_sees_the_same_autocast():
           criterion=criterion, amp_dtype=torch.bfloat16)
     assert seen == [torch.bfloat16]
     assert not teacher.training
+
+
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
+@pytest.mark.parametrize('count', [0, 1, 3])
+def test_prefetch_changes_nothing(device, count):
+    """Every batch comes once, in order, on the device."""
+    loader = [[torch.full((2, 3), float(i)), torch.tensor([i, i])] for i in range(count)]
+    prefetched = list(utils.DevicePrefetch(loader, torch.device(device)))
+    assert len(prefetched) == len(utils.DevicePrefetch(loader, torch.device(device))) == count
+    for actual, expected in zip(prefetched, loader):
+        assert all(a.device.type == device and torch.equal(a.cpu(), e) for a, e in zip(actual, expected))

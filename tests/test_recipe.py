@@ -46,6 +46,19 @@ def test_learning_rates_equal_the_originals(reference, monkeypatch):
         assert used == pytest.approx(expected['lr_used_in_epoch'], abs=1e-12, rel=1e-6), expected['argv']
 
 
+@pytest.mark.parametrize(('name', 'fused'), [('adamw', True), ('sgd', True), ('lamb', None)])
+def test_optimizers_that_have_one_kernel_use_it(name, fused):
+    """torch's own update all parameters at once; timm's others have no such option."""
+    optimizer = build_optimizer(parse_args(['--device', 'cpu', '--opt', name]), torch.nn.Linear(2, 2))
+    assert optimizer.defaults.get('fused') is fused
+
+
+def test_form_of_xca_reaches_the_model():
+    """--xca is set on every block."""
+    args = parse_args(['--device', 'cpu', '--model', 'xcit_nano_12_p16', '--xca', 'gram'])
+    assert {block.attn.form for block in main.build_model(args, 10, new_head=True).blocks} == {'gram'}
+
+
 def test_parameter_groups_equal_the_originals(reference):
     """Class, who is decayed, betas and eps."""
     expected = reference['optimizer']

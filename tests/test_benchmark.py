@@ -1,0 +1,149 @@
+"""tools/benchmark.py: every command, in a tiny form, and what its figures mean."""
+import csv
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from tools import benchmark
+from tools.benchmark import main
+from utils import InputError
+
+CPU = torch.device('cpu')
+NANO = 'xcit_nano_12_p16'
+QUICK = ['--rounds', '1', '--device', 'cpu']
+
+
+def test_speed(capsys):
+    """Time, memory, operations and the share of the machine's peak, which is a share."""
+    result = main(['speed', '--model', NANO, '--resolution', '64', '--batch-size', '2', *QUICK])
+    assert result['images_per_s'] == pytest.approx(1e3 / result['ms_per_image'])
+    assert 0 < result['share_of_peak'] < 1.5
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith('| xcit')]
+    assert re.search(r'\| 64x64 \| 2 \| [\d.]+ \| [\d.]+ \| (\d+ MB|-) \| [\d.]+ \| \d+ % of \d+ GFLOP/s', table[0])
+
+
+def test_speed_of_compiled_training():
+    """A step with AdamW, compiled, is more work than a forward pass."""
+    arguments = ['speed', '--model', NANO, '--resolution', '32', '--batch-size', '2', *QUICK]
+    assert main([*arguments, '--training', '--compile'])['gflops_per_image'] > 2 * main(arguments)['gflops_per_image']
+
+
+def test_operations_are_the_published_ones():
+    """In its plain form nano has the 0.56 GMAC of the paper, two operations each, less what class attention saves."""
+    step = benchmark.build_step(NANO, (224, 224), 1, training=False, precision='fp32', device=CPU, form='plain')
+    assert benchmark.operations(step) / 2e9 == pytest.approx(.56, rel=.05)
+
+
+def test_scaling(tmp_path, capsys):
+    """A row for each model and resolution, two plots with something in them, and the exponents."""
+    main(['scaling', '--models', NANO, f'timm:{NANO}', '--resolutions', '64', '96x128', '--rounds', '1',
+          '--output-dir', str(tmp_path), '--device', 'cpu'])
+    rows = list(csv.DictReader(open(tmp_path / 'scaling.csv')))
+    assert [(row['model'], row['height'], row['width']) for row in rows] == [
+        (NANO, '64', '64'), (f'timm:{NANO}', '64', '64'), (NANO, '96', '128'), (f'timm:{NANO}', '96', '128')]
+    for name in ('time.png', 'memory.png'):
+        assert len(Image.open(tmp_path / name).convert('RGB').getcolors(2 ** 24)) > 20
+    assert re.search(rf'\| {NANO} \| -?[\d.]+ \| (-?[\d.]+|-) \|', capsys.readouterr().out)
+
+
+def test_exponent():
+    """Of a quadratic law it is 2, with a resolution that ran out of memory left out."""
+    resolutions = [(10, 10), (20, 20), (40, 40)]
+    assert benchmark.exponent(resolutions, [1., 16., None]) == pytest.approx(2)
+    assert benchmark.exponent(resolutions, [1., None, None]) is None
+
+
+def test_compare(capsys):
+    """Models side by side, one that has to be told the resolution among them; ratios are to the second."""
+    names = [NANO, f'timm:{NANO}', 'deit_tiny_patch16_224', 'resnet18']
+    results = main(['compare', '--models', *names, '--resolution', '64', '--batch-size', '2', '--rounds', '1',
+                    '--device', 'cpu'])
+    assert [result['model'] for result in results] == names
+    out = capsys.readouterr().out
+    assert re.search(rf'\| timm:{NANO} \| [\d.]+ \| [\d.]+ \| 1.00 \|', out)
+
+
+def test_suite(monkeypatch, capsys):
+    """Eager and compiled, here and by timm: the ratios are of the better ones."""
+    monkeypatch.setattr(benchmark, 'SUITE', (('inference', NANO, 32, 48, 1, 1),))
+    result, = main(['compare', '--suite', '--rounds', '1', '--device', 'cpu'])
+    assert result['speed'] > 0
+    assert '| inference xcit_nano_12_p16 at 32x48, batch 1 |' in capsys.readouterr().out
+
+
+def test_xca(capsys):
+    """Both forms against timm's, forward and backward."""
+    results = main(['xca', '--dim', '128', '--tokens', '50', '300', '--rounds', '1', '--device', 'cpu'])
+    assert [(r['tokens'], r['backward']) for r in results] == [(50, False), (50, True), (300, False), (300, True)]
+    assert len(re.findall(r'^\| 128 \|', capsys.readouterr().out, re.MULTILINE)) == 4
+
+
+def test_data(capsys):
+    """Both loaders on pictures made for the run, and where the time goes."""
+    result = main(['data', '--images', '40', '--rounds', '1'])
+    assert result['here'] > 0
+    assert result['timm'] > 0
+    assert list(result['stages']) == ['decode', 'RandomResizedCropAndInterpolation', 'RandomHorizontalFlip',
+                                      'RandAugment', 'ToNormalizedTensor', 'RandomErasing']
+
+
+def test_medians_of_alternating_rounds(monkeypatch):
+    """Candidates take turns, and a slow round of one does not count."""
+    calls = []
+    durations = iter([1., 1., 5., 5., 1., 5., 9., 5., 1., 7.])  # two for warm-up of each, then three rounds of both
+
+    def seconds(step, device):
+        step()
+        return next(durations)
+
+    monkeypatch.setattr(benchmark, 'seconds', seconds)
+    times = benchmark.take_turns({name: lambda name=name: calls.append(name) for name in 'ab'}, CPU, 3)
+    assert times == {'a': 1., 'b': 5.}
+    assert ''.join(calls) == 'aabbababab'
+
+
+def test_out_of_memory_is_shown(capsys):
+    """It ends one candidate, not the run."""
+    def too_much():
+        torch.empty(2 ** 60)
+
+    times = benchmark.take_turns({'small': lambda: None, 'large': too_much}, CPU, 1)
+    assert times['small'] is not None
+    assert times['large'] is None
+    assert benchmark.shown(times['large']) == 'out of memory'
+    assert benchmark.peak_memory(too_much, CPU) is None
+
+
+@pytest.mark.skipif(benchmark.peak_memory(lambda: None, CPU) is None, reason='this system does not tell')
+def test_peak_memory_is_of_the_step():
+    """64 MB that are held twice for a moment count twice, whatever was in use before."""
+    held = torch.ones(2 ** 24)
+
+    def step():
+        a = torch.ones(2 ** 24)
+        a + 1
+
+    assert benchmark.peak_memory(step, CPU) == pytest.approx(128, abs=20)
+    del held
+
+
+@pytest.mark.parametrize(('arguments', 'words'), [
+    (['speed', '--model', 'xcit_smal_12_p16'], ['--model', 'xcit_smal_12_p16', 'similar', 'xcit_small_12_p16']),
+    (['speed', '--model', 'timm:resnet50'], ['timm:resnet50']),
+    (['speed', '--resolution', '224by224'], ['--resolution', '224by224', '800x1333']),
+    (['speed', '--resolution', '0'], ['--resolution']),
+    (['speed', '--precision', 'fp16', '--device', 'cpu'], ['--precision fp16', 'bf16']),
+    (['data', '--data-path', '/nowhere'], ['--data-path /nowhere', 'no such folder']),
+    (['xca', '--dim', '100', '--device', 'cpu'], ['--dim 100', 'multiple of 8']),
+    (['scaling', '--output-dir', '/etc/hostname/x', '--device', 'cpu'],
+     ['--output-dir /etc/hostname/x', 'not a directory']),
+    (['race'], ['race', 'speed']),
+])
+def test_bad_input(arguments, words):
+    """One line that says what and what is allowed."""
+    with pytest.raises(InputError) as error:
+        main(arguments)
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert '\n' not in str(error.value)

@@ -1,0 +1,548 @@
+"""Measure time and memory of the models, always against each other in one run; weights are random.
+
+speed: one model. scaling: models at growing resolution, with two plots. compare: models side by side (`--suite`: this
+XCiT against timm's in the settings of RESULTS.md). xca: cross-covariance attention alone, in both its forms. data: how
+fast training images are loaded, against timm's loader.
+
+A figure is the median of rounds in which the candidates take turns, after a warm-up. Memory is the peak of one step
+beyond what was in use before it: weights and the optimizer's state don't count.
+"""
+import argparse
+import csv
+import ctypes
+import functools
+import math
+import os
+import platform
+import re
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Callable, Dict, List, Optional, Tuple
+
+import numpy as np
+import timm
+import timm.models.xcit
+import torch
+from PIL import Image
+from timm.data import ImageDataset, auto_augment, create_loader
+from torch.utils.flop_counter import FlopCounterMode
+
+import datasets
+import inference
+import main as training_program
+import utils
+import xca
+import xcit
+from utils import COUNT, COUNT_OR_0, InputError, notice
+
+PRECISIONS = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+TIMM = 'timm:'  # in front of a model's name: timm's implementation of XCiT
+OTHERS = ('deit_small_patch16_224', 'swin_tiny_patch4_window7_224', 'resnet50')
+RESOLUTIONS = (224, 384, 512, 768, 1024, 1344, 1792, 2240)
+# What `compare --suite` measures: inference or training, model, height, width, images on a CPU and on a GPU
+SUITE = (
+    ('inference', 'xcit_small_12_p16', 224, 224, 8, 256),
+    ('inference', 'xcit_small_12_p8', 224, 224, 4, 128),
+    ('inference', 'xcit_small_12_p8', 800, 1333, 1, 8),
+    ('inference', 'xcit_small_12_p16', 1600, 1600, 1, 8),
+    ('training', 'xcit_small_12_p16', 224, 224, 8, 128),
+    ('training', 'xcit_small_12_p8', 384, 384, 2, 32),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+def size(text: str) -> Tuple[int, int]:
+    """An argparse type: pixels of a square image, or HEIGHTxWIDTH."""
+    numbers = re.fullmatch(r'(\d+)(?:x(\d+))?', text)
+    if numbers is None or not all(int(n) for n in numbers.groups('1')):
+        raise argparse.ArgumentTypeError(f'{text!r} is not allowed: it must be pixels, as 224 or 800x1333')
+    return int(numbers[1]), int(numbers[2] or numbers[1])
+
+
+def model_name(text: str) -> str:
+    """An argparse type: a model of this repository or of timm, or timm's version of one of ours."""
+    name = text.removeprefix(TIMM)
+    if name not in xcit.MODELS if text.startswith(TIMM) else not timm.is_model(name):
+        names = xcit.MODELS + timm.list_models()
+        raise argparse.ArgumentTypeError(f'no model {text}{training_program.similar(name, names)}')
+    return text
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = utils.Parser('python -m tools.benchmark', description=__doc__, allow_abbrev=False,
+                          formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_subparsers(dest='what', required=True, metavar='{speed,scaling,compare,xca,data}')
+    command = functools.partial(what.add_parser, allow_abbrev=False,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    speed = command('speed', help='time, memory and operations of one model')
+    speed.add_argument('--model', type=model_name, default='xcit_small_12_p16')
+    speed.add_argument('--resolution', type=size, default=(224, 224), metavar='PIXELS|HxW')
+    speed.add_argument('--batch-size', type=COUNT, default=8, metavar='IMAGES')
+
+    scaling = command('scaling', help='time and memory of one model against resolution')
+    scaling.add_argument('--models', type=model_name, nargs='+',
+                         default=['xcit_small_12_p16', TIMM + 'xcit_small_12_p16'])
+    scaling.add_argument('--resolutions', type=size, nargs='+', default=[(n, n) for n in RESOLUTIONS],
+                         metavar='PIXELS|HxW')
+    scaling.add_argument('--batch-size', type=COUNT, default=1, metavar='IMAGES')
+    scaling.add_argument('--output-dir', type=Path, default=Path('runs/scaling'), metavar='DIR',
+                         help='for scaling.csv, time.png and memory.png')
+
+    compare = command('compare', help='several models side by side')
+    compare.add_argument('--models', type=model_name, nargs='+',
+                         default=['xcit_small_12_p16', TIMM + 'xcit_small_12_p16', *OTHERS],
+                         help='the ratios are to the second')
+    compare.add_argument('--resolution', type=size, default=(224, 224), metavar='PIXELS|HxW')
+    compare.add_argument('--batch-size', type=COUNT, default=8, metavar='IMAGES')
+    compare.add_argument('--suite', action='store_true',
+                         help='this XCiT against timm\'s in fixed settings, eager and compiled, the better of each')
+
+    alone = command('xca', help='cross-covariance attention alone')
+    alone.add_argument('--dim', type=COUNT, nargs='+', default=[384], metavar='C')
+    alone.add_argument('--tokens', type=COUNT, nargs='+', default=[196, 400, 784, 1200, 2304, 4096, 10000], metavar='N')
+    alone.add_argument('--batch-size', type=COUNT, default=1, metavar='IMAGES')
+
+    for parser_of in (speed, scaling, compare):
+        parser_of.add_argument('--training', action=argparse.BooleanOptionalAction, default=False,
+                               help='steps with AdamW instead of inference')
+        parser_of.add_argument('--compile', action=argparse.BooleanOptionalAction, default=False,
+                               help='torch.compile')
+        parser_of.add_argument('--xca', choices=xca.FORMS, default='auto', help='form of XCA, of the models here')
+    for parser_of in (speed, scaling, compare, alone):
+        parser_of.add_argument('--precision', choices=list(PRECISIONS), default='fp32', help='autocast, but for fp32')
+        parser_of.add_argument('--device', default='auto', help='auto (cuda, mps, cpu: the first there is) or a device')
+        parser_of.add_argument('--rounds', type=COUNT, default=7, metavar='N', help='of which the median counts')
+
+    data = command('data', help='images/s of one core that loads training images')
+    data.add_argument('--data-path', type=Path, metavar='DIR', help='pictures in class folders; unset: made ones')
+    data.add_argument('--images', type=COUNT, default=256, metavar='N', help='how many to make, of 500 x 375 pixels')
+    data.add_argument('--num-workers', type=COUNT_OR_0, default=0, metavar='N', help='loading processes; 0: this one')
+    data.add_argument('--rounds', type=COUNT, default=5, metavar='N', help='of which the median counts')
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or 'allocate memory' in str(error)
+
+
+def synchronize(device: torch.device):
+    if device.type != 'cpu':
+        torch.accelerator.synchronize(device)
+
+
+def seconds(step: Callable, device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    step()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def take_turns(steps: Dict[str, Callable], device: torch.device, rounds: int) -> Dict[str, Optional[float]]:
+    """Median seconds of each step over rounds in which all take their turn; None: out of memory.
+
+    A step that is shorter than 20 ms is repeated within its turn.
+    """
+    times: Dict[str, List[float]] = {}
+    repeats = {}
+    for name, step in steps.items():
+        try:
+            for _ in range(2):  # the first may compile
+                once = seconds(step, device)
+            repeats[name] = max(1, math.ceil(.02 / once))
+            times[name] = []
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+    for _ in range(rounds):
+        for name in times:
+            def turn(step=steps[name], repeat=repeats[name]):
+                for _ in range(repeat):
+                    step()
+
+            times[name].append(seconds(turn, device) / repeats[name])
+    return {name: statistics.median(times[name]) if name in times else None for name in steps}
+
+
+def peak_memory(step: Callable, device: torch.device) -> Optional[float]:
+    """MB that a step needs at its peak beyond what is in use before it; None: out of memory, or can't be known here."""
+    try:
+        if device.type == 'cuda':
+            step()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            step()
+            return (torch.cuda.max_memory_allocated(device) - before) / 2 ** 20
+        if device.type == 'cpu' and platform.system() == 'Linux':
+            step()
+            ctypes.CDLL(None).malloc_trim(0)  # memory that was freed goes back to the system
+            Path('/proc/self/clear_refs').write_text('5')  # the peak starts again from here
+            before = process_memory('VmRSS')
+            step()
+            return (process_memory('VmHWM') - before) / 2 ** 10
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    except (OSError, AttributeError):  # containers may forbid it; other C libraries have no malloc_trim
+        pass
+    return None
+
+
+def process_memory(name: str) -> int:
+    """A figure of this process in kB, see proc(5)."""
+    return int(re.search(rf'{name}:\s+(\d+)', Path('/proc/self/status').read_text())[1])
+
+
+def matrix_peak(device: torch.device, precision: str) -> float:
+    """Floating-point operations a second of a large product of matrices."""
+    n = 2048 if device.type == 'cpu' else 8192
+    a = torch.randn(n, n, device=device, dtype=PRECISIONS[precision])
+    return 2 * n ** 3 / take_turns({'product': lambda: a @ a}, device, 7)['product']
+
+
+def operations(step: Callable) -> int:
+    """Floating-point operations of a step's products and convolutions, as it runs."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured
+
+def build(name: str, resolution: Tuple[int, int], *, training: bool, form: str) -> torch.nn.Module:
+    """A model with random weights, prepared for its use."""
+    torch.manual_seed(0)
+    if name.startswith(TIMM):
+        return timm.create_model(f'{name.removeprefix(TIMM)}_224').train(training)
+    if name not in xcit.MODELS:
+        try:
+            return timm.create_model(name, img_size=resolution).train(training)
+        except TypeError:  # convolutional: any size
+            return timm.create_model(name).train(training)
+    model = timm.create_model(name).train(training)
+    xcit.set_xca(model, form)
+    return model if training else inference.fuse(model)
+
+
+def build_step(name: str, resolution: Tuple[int, int], batch_size: int, *, training: bool, precision: str,
+               device: torch.device, compiled: bool = False, form: str = 'auto') -> Callable:
+    """A function that does one training step, or one forward pass, and waits for nothing."""
+    model = build(name, resolution, training=training, form=form).to(device)
+    images = torch.randn(batch_size, 3, *resolution, device=device)
+    if compiled:
+        model.compile()
+    autocast = functools.partial(torch.autocast, device.type, PRECISIONS[precision], enabled=precision != 'fp32')
+
+    @torch.inference_mode()
+    def infer():
+        with autocast():
+            model(images)
+
+    if not training:
+        return infer
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    targets = torch.randint(1000, (batch_size,), device=device)
+
+    def train():
+        with autocast():
+            loss = torch.nn.functional.cross_entropy(model(images), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return train
+
+
+def shown(value: Optional[float], digits: int = 1, unit: str = '') -> str:
+    return 'out of memory' if value is None else f'{value:.{digits}f}{unit}'
+
+
+def ratio(ours: Optional[float], theirs: Optional[float]) -> str:
+    return '-' if ours is None or theirs is None else f'{theirs / ours:.2f}'
+
+
+def table(header: List[str], rows: List[list]):
+    """Print a Markdown table."""
+    for row in (header, ['---'] * len(header), *rows):
+        notice(f'| {" | ".join(map(str, row))} |')
+
+
+def pixels(resolution: Tuple[int, int]) -> str:
+    return f'{resolution[0]}x{resolution[1]}'
+
+
+def speed(args, device: torch.device) -> dict:
+    build_one = functools.partial(build_step, args.model, args.resolution, args.batch_size, training=args.training,
+                                  precision=args.precision, device=device, form=args.xca)
+    step = build_one(compiled=args.compile)
+    elapsed = take_turns({args.model: step}, device, args.rounds)[args.model]
+    if elapsed is None:
+        notice(f'{args.model} at {pixels(args.resolution)}, batch {args.batch_size}: out of memory')
+        return dict(model=args.model)
+    memory = peak_memory(step, device)
+    flops = operations(build_one() if args.compile else step)  # a compiled step does not show its operations
+    peak = matrix_peak(device, args.precision)
+    result = dict(model=args.model, ms_per_image=1e3 * elapsed / args.batch_size,
+                  images_per_s=args.batch_size / elapsed, memory_mb=memory,
+                  gflops_per_image=flops / 1e9 / args.batch_size, share_of_peak=flops / elapsed / peak)
+    table(['model', 'pixels', 'images', 'ms/image', 'images/s', 'peak memory', 'GFLOP/image', 'of the matrix peak'],
+          [[args.model, pixels(args.resolution), args.batch_size, f'{result["ms_per_image"]:.1f}',
+            f'{result["images_per_s"]:.1f}', '-' if memory is None else f'{memory:.0f} MB',
+            f'{result["gflops_per_image"]:.2f}', f'{100 * result["share_of_peak"]:.0f} % of {peak / 1e9:.0f} GFLOP/s']])
+    return result
+
+
+def exponent(resolutions: List[Tuple[int, int]], values: List[Optional[float]]) -> Optional[float]:
+    """Slope of log(value) against log(pixels), by least squares over the values there are; None: less than two."""
+    points = [(math.log(h * w), math.log(value)) for (h, w), value in zip(resolutions, values) if value]
+    return float(np.polyfit(*zip(*points), 1)[0]) if len(points) > 1 else None
+
+
+def scaling(args, device: torch.device) -> List[dict]:
+    rows = []
+    for resolution in args.resolutions:
+        steps = {name: build_step(name, resolution, args.batch_size, training=args.training, precision=args.precision,
+                                  device=device, compiled=args.compile, form=args.xca) for name in args.models}
+        times = take_turns(steps, device, args.rounds)
+        for name, step in steps.items():
+            elapsed = times[name]
+            rows.append(dict(model=name, height=resolution[0], width=resolution[1],
+                             ms_per_image=elapsed and 1e3 * elapsed / args.batch_size,
+                             memory_mb=elapsed and peak_memory(step, device)))
+            notice(f'{name} {pixels(resolution)}: {shown(rows[-1]["ms_per_image"], unit=" ms/image")}, '
+                   f'{shown(rows[-1]["memory_mb"], 0, " MB")}')
+    with utils.whole_file(args.output_dir / 'scaling.csv') as path, open(path, 'w', newline='') as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    exponents = []
+    for name in args.models:
+        own = [row for row in rows if row['model'] == name]
+        exponents.append(dict(model=name, **{what: exponent(args.resolutions, [row[what] for row in own])
+                                             for what in ('ms_per_image', 'memory_mb')}))
+    table(['model', 'exponent of time in the number of pixels', 'of peak memory'],
+          [[e['model'], *('-' if e[what] is None else f'{e[what]:.2f}' for what in ('ms_per_image', 'memory_mb'))]
+           for e in exponents])
+    for what, label, file_name in (
+            ('ms_per_image', 'ms/image', 'time.png'), ('memory_mb', 'peak memory, MB', 'memory.png')):
+        plot(rows, args, what, label, args.output_dir / file_name)
+    notice(f'scaling.csv, time.png and memory.png are in {args.output_dir}')
+    return exponents
+
+
+def plot(rows: List[dict], args, what: str, label: str, path: Path):
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout='constrained')
+    for name in args.models:
+        points = [((row['height'] * row['width']) ** .5, row[what])
+                  for row in rows if row['model'] == name and row[what]]
+        if points:
+            axes.plot(*zip(*points), marker='o', label=name)
+    axes.set(xlabel='resolution, pixels (square root of their number)', ylabel=label, ylim=(0, None),
+             title=f'{"Training" if args.training else "Inference"}, {args.precision}, batch {args.batch_size}')
+    axes.grid(alpha=.3)
+    if axes.lines:
+        axes.legend()
+    with utils.whole_file(path) as unfinished:
+        figure.savefig(unfinished, dpi=150)
+    pyplot.close(figure)
+
+
+def compare(args, device: torch.device) -> List[dict]:
+    steps = {name: build_step(name, args.resolution, args.batch_size, training=args.training, precision=args.precision,
+                              device=device, compiled=args.compile, form=args.xca) for name in args.models}
+    times = take_turns(steps, device, args.rounds)
+    memory = {name: times[name] and peak_memory(step, device) for name, step in steps.items()}
+    base = args.models[min(1, len(args.models) - 1)]
+    table(['model', 'ms/image', 'images/s', f'speed, {base} = 1', 'peak memory, MB'],
+          [[name, shown(t and 1e3 * t / args.batch_size), shown(t and args.batch_size / t), ratio(t, times[base]),
+            '-' if memory[name] is None else f'{memory[name]:.0f}'] for name, t in times.items()])
+    return [dict(model=name, seconds=times[name], memory_mb=memory[name]) for name in args.models]
+
+
+def suite(args, device: torch.device) -> List[dict]:
+    """This XCiT against timm's: of eager and compiled the faster, and the one with less memory, of each."""
+    rows, results = [], []
+    for what, name, height, width, cpu_images, gpu_images in SUITE:
+        images = cpu_images if device.type == 'cpu' else gpu_images
+        steps = {(source, compiled): build_step(
+            prefix + name, (height, width), images, training=what == 'training', precision=args.precision,
+            device=device, compiled=compiled, form=args.xca)
+            for source, prefix in (('here', ''), ('timm', TIMM)) for compiled in (False, True)}
+        times = take_turns(steps, device, args.rounds)
+        memory = {key: times[key] and peak_memory(step, device) for key, step in steps.items()}
+        best = {source: min((t for (s, _), t in times.items() if s == source and t), default=None)
+                for source in ('here', 'timm')}
+        least = {source: min((m for (s, _), m in memory.items() if s == source and m), default=None)
+                 for source in ('here', 'timm')}
+        result = dict(what=what, model=name, height=height, width=width, images=images,
+                      speed=best['here'] and best['timm'] and best['timm'] / best['here'],
+                      memory=least['here'] and least['timm'] and least['here'] / least['timm'])
+        results.append(result)
+        rows.append([f'{what} {name} at {pixels((height, width))}, batch {images}',
+                     *(shown(times[key] and 1e3 * times[key]) for key in
+                       (('here', False), ('here', True), ('timm', False), ('timm', True))),
+                     ratio(best['here'], best['timm']),
+                     '-' if least['here'] is None else f'{least["here"]:.0f}',
+                     '-' if least['timm'] is None else f'{least["timm"]:.0f}',
+                     '-' if result['memory'] is None else f'{result["memory"]:.2f}'])
+        notice(' | '.join(rows[-1]))
+    table(['', 'here, ms', 'compiled', 'timm, ms', 'compiled', 'speed, timm = 1', 'memory, MB', 'timm', 'timm = 1'],
+          rows)
+    return results
+
+
+def attention_alone(args, device: torch.device) -> List[dict]:
+    """XCA in both forms against timm's, for each number of tokens."""
+    rows, results = [], []
+    for dim in args.dim:
+        heads = next((row['num_heads'] for row in xcit.SIZES.values() if row['embed_dim'] == dim), 8)
+        if dim % heads:
+            raise InputError(f'--dim {dim}: must be a multiple of {heads}, the number of heads')
+        modules = {'timm': timm.models.xcit.XCA(dim, heads, qkv_bias=True), 'plain': xca.XCA(dim, heads),
+                   'gram': xca.XCA(dim, heads)}
+        for form in ('plain', 'gram'):
+            modules[form].form = form
+        for tokens in args.tokens:
+            x = torch.randn(args.batch_size, tokens, dim, device=device)
+            for backward in (False, True):
+                steps = {name: attention_step(module.to(device), x, backward=backward, precision=args.precision)
+                         for name, module in modules.items()}
+                times = take_turns(steps, device, args.rounds)
+                results.append(dict(dim=dim, tokens=tokens, backward=backward, **times))
+                rows.append([dim, tokens, 'forward+backward' if backward else 'forward', shown(1e3 * times['timm'], 2),
+                             ratio(times['plain'], times['timm']), ratio(times['gram'], times['timm'])])
+    table(['C', 'N', '', 'timm, ms', 'plain, timm = 1', 'gram, timm = 1'], rows)
+    return results
+
+
+def attention_step(module: torch.nn.Module, x: torch.Tensor, *, backward: bool, precision: str) -> Callable:
+    x = x.clone().requires_grad_(backward)
+    autocast = functools.partial(torch.autocast, x.device.type, PRECISIONS[precision], enabled=precision != 'fp32')
+
+    def step():
+        with torch.inference_mode(not backward), autocast():
+            y = module(x)
+        if backward:
+            y.sum().backward()
+            module.zero_grad()
+            x.grad = None
+
+    return step
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+def make_pictures(folder: Path, number: int):
+    """JPEGs of 500 x 375 pixels with about the detail of photographs, in two class folders."""
+    random = np.random.default_rng(0)
+    for i in range(number):
+        picture = np.zeros((375, 500, 3))
+        for cells, weight in ((4, 90), (16, 50), (64, 25), (256, 10)):  # large shapes are stronger than small ones
+            noise = Image.fromarray(random.integers(0, 255, (cells, cells, 3), dtype=np.uint8))
+            picture += weight / 128 * (np.asarray(noise.resize((500, 375), Image.BICUBIC), dtype=float) - 128)
+        path = folder / f'class{i % 2}' / f'{i}.jpg'
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray((picture + 128).clip(0, 255).astype(np.uint8)).save(path, quality=90)
+
+
+def data(args, device: torch.device) -> dict:
+    with tempfile.TemporaryDirectory() as made:
+        if args.data_path is None:
+            make_pictures(Path(made), args.images)
+        folder = args.data_path or Path(made)
+        if not folder.is_dir():
+            raise InputError(f'--data-path {folder}: no such folder')
+        return loading(args, folder)
+
+
+def loading(args, folder: Path) -> dict:
+    flags = training_program.get_args_parser().parse_args(
+        ['--num-workers', str(args.num_workers), '--batch-size', '32', '--no-repeated-aug'])
+    cpu = torch.device('cpu')
+    transform = datasets.build_train_transform(flags)
+    dataset = datasets.ClassFolders(folder, transform)
+    if len(dataset) < flags.batch_size:
+        raise InputError(f'--data-path {folder}: has {len(dataset)} images, fewer than a batch of {flags.batch_size}')
+    ours = training_program.build_train_loader(dataset, flags, cpu)
+    theirs = create_loader(
+        ImageDataset(str(folder)), input_size=(3, 224, 224), batch_size=flags.batch_size, is_training=True,
+        use_prefetcher=False, num_workers=args.num_workers, persistent_workers=args.num_workers > 0,
+        re_prob=flags.reprob, re_mode=flags.remode, color_jitter=flags.color_jitter, auto_augment=flags.aa,
+        interpolation=flags.train_interpolation, device=cpu)
+    for op in datasets.augment_ops(theirs.dataset.transform):
+        if op.aug_fn is auto_augment.posterize:
+            op.aug_fn = datasets.posterize  # timm's own asks current Pillow for what it refuses
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a loading process
+    try:
+        times = take_turns({'here': lambda: [None for _ in ours], 'timm': lambda: [None for _ in theirs]}, cpu,
+                           args.rounds)
+        stages = stage_times(dataset, transform)
+    finally:
+        torch.set_num_threads(threads)
+    images = len(dataset) // flags.batch_size * flags.batch_size
+    cores = max(1, args.num_workers)
+    result = {name: images / elapsed / cores for name, elapsed in times.items()}
+    table(['loader', 'images/s of one core', 'timm = 1'],
+          [[name, f'{rate:.1f}', f'{rate / result["timm"]:.2f}'] for name, rate in result.items()])
+    total = sum(stages.values())
+    table(['stage', 'ms/image', 'share'],
+          [[name, f'{1e3 * t:.2f}', f'{100 * t / total:.0f} %'] for name, t in stages.items()])
+    return {**result, 'stages': stages}
+
+
+def stage_times(dataset: datasets.ClassFolders, transform) -> Dict[str, float]:
+    """Seconds for an image that decoding and each transform take, as averages."""
+    names = ['decode', *(type(t).__name__ for t in transform.transforms)]
+    sums = dict.fromkeys(names, 0.)
+    for i, (path, _) in enumerate(dataset.samples):
+        utils.seed_everything(i)
+        start = time.perf_counter()
+        value = dataset.loader(path)
+        for name, step in zip(names, [None, *transform.transforms]):
+            value = value if step is None else step(value)
+            now = time.perf_counter()
+            sums[name] += now - start
+            start = now
+    return {name: total / len(dataset) for name, total in sums.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def main(argv: Optional[list] = None):
+    """Run the command; returns what it measured."""
+    args = get_args_parser().parse_args(argv)
+    device = torch.device('cpu') if args.what == 'data' else utils.choose_device(args.device)
+    if args.what != 'data' and args.precision == 'fp16' and device.type == 'cpu':
+        raise InputError('--precision fp16: is not for CPUs; allowed: fp32, bf16')
+    if args.what == 'scaling':
+        if not utils.is_installed('matplotlib'):
+            raise InputError('scaling: needs matplotlib: pip install -r requirements-benchmark.txt')
+        utils.check_output_dir(str(args.output_dir))
+        with utils.writing(args.output_dir):
+            args.output_dir.mkdir(parents=True, exist_ok=True)
+    where = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{device.type}, {os.cpu_count()} cores'
+    notice(f'{where}, {torch.get_num_threads()} threads; '
+           + ', '.join(f'{name} {version}' for name, version in utils.environment().items()))
+    command = suite if args.what == 'compare' and args.suite else COMMANDS[args.what]
+    return command(args, device)
+
+
+COMMANDS = {'speed': speed, 'scaling': scaling, 'compare': compare, 'xca': attention_alone, 'data': data}
+
+if __name__ == '__main__':
+    utils.run_program(main)

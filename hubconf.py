@@ -5,14 +5,15 @@ import sys
 
 dependencies = ['huggingface_hub', 'numpy', 'safetensors', 'timm', 'torch', 'torchvision', 'tqdm']
 
-_FILES = ('checkpoints', 'utils', 'weights', 'xcit')  # of this repository, that the models need
+_MODELS = ('mlp', 'xca', 'xcit')  # where the models' classes are
+_FILES = ('checkpoints', 'utils', 'weights', *_MODELS)  # of this repository, that the models need
 
 
 @contextlib.contextmanager
 def _own_modules():
     """A context in which imports find this repository's files, whatever the caller has imported under their names.
 
-    After it the caller has its own modules back; `xcit` stays where there was none, since pickling models needs it.
+    After it the caller has its own modules back; those of the models stay where there were none: pickling needs them.
     """
     others = {name: sys.modules.pop(name) for name in _FILES if name in sys.modules and not _is_own(sys.modules[name])}
     before = {name for name in _FILES if name in sys.modules}
@@ -21,7 +22,7 @@ def _own_modules():
         yield
     finally:
         sys.path.remove(str(pathlib.Path(__file__).parent))
-        for name in set(_FILES) - before - {'xcit'}:
+        for name in set(_FILES) - before - set(_MODELS):
             sys.modules.pop(name, None)
         sys.modules.update(others)
 

@@ -9,7 +9,7 @@ import json
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
@@ -345,16 +345,19 @@ class ToNormalizedTensor:
     The same bits: an 8-bit channel has 256 values, and those two say what becomes of each.
     """
 
-    def __init__(self):
+    @staticmethod
+    @cache  # some programs make a transform for each image
+    def table() -> np.ndarray:
+        """(3, 256)."""
         values = torch.arange(256, dtype=torch.uint8).numpy()[:, None, None].repeat(3, axis=2)  # (256, 1, 3)
         normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-        self.table = normalize(transforms.functional.to_tensor(values))[:, :, 0].numpy()  # (3, 256)
+        return normalize(transforms.functional.to_tensor(values))[:, :, 0].numpy()
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         pixels = np.asarray(image)
         out = np.empty((3, *pixels.shape[:2]), dtype=np.float32)
-        for channel in range(3):
-            np.take(self.table[channel], pixels[:, :, channel], out=out[channel], mode='clip')  # 'raise' would copy
+        for channel, values in enumerate(self.table()):
+            np.take(values, pixels[:, :, channel], out=out[channel], mode='clip')  # 'raise' would copy
         return torch.from_numpy(out)
 
     def __repr__(self) -> str:

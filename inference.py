@@ -126,17 +126,14 @@ class FusedBlock(nn.Module):
         scale_rows(self.local_mp.conv2, block.gamma3)
 
     def forward(self, x: torch.Tensor, H: int, W: int) -> torch.Tensor:
-        if not in_pieces():
+        tokens = max(1, piece(x) // self.mlp.fc1.out_features)  # in a piece
+        if not in_pieces() or x.shape[0] * x.shape[1] <= tokens:
             x = x + self.attn(self.norm1(x))
             x = x + self.local_mp(self.norm3(x), H, W)
             return x + self.mlp(self.norm2(x))
-        tokens = max(1, piece(x) // self.mlp.fc1.out_features)  # in a piece
-        if x.shape[0] * x.shape[1] <= tokens:
-            x = x + self.attn(self.norm1(x))  # not in place: the input may be somebody's intermediate output
-            x += self.local_mp(self.norm3(x), H, W)
-        else:
-            x = self.add_attention(x, max(1, tokens // x.shape[0]))
-            x = self.add_lpi(x, H, W, max(8, tokens // (x.shape[0] * W)))
+        # These two make new tensors: the input may be somebody's intermediate output.
+        x = self.add_attention(x, max(1, tokens // x.shape[0]))
+        x = self.add_lpi(x, H, W, max(8, tokens // (x.shape[0] * W)))
         for part in x.view(-1, x.shape[-1]).split(tokens):
             part += self.mlp(self.norm2(part))
         return x

@@ -680,9 +680,6 @@ def main(argv: Optional[list] = None) -> dict:
     set_deterministic(args.deterministic)
     device = utils.init_distributed(utils.choose_device(args.device), world_size=args.world_size,
                                     dist_url=args.dist_url, timeout_minutes=args.dist_timeout)
-    if device.type == 'cuda' and build_amp_dtype(args, device) is not None:
-        # What stays in float32 beside half precision (small matrices of XCA) needs no more digits than TensorFloat32.
-        torch.set_float32_matmul_precision('high')
     try:
         stats = evaluate_only(args, device) if args.eval else train(args, device)
     except utils.Interrupted:

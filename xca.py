@@ -13,6 +13,7 @@ FORMS = ('auto', 'plain', 'gram')
 # `python -m tools.benchmark xca` (RESULTS.md); elsewhere from the number of multiplications, and not measured.
 GRAM_FROM = {'cpu': {'training': 2., 'inference': 2.5}, 'other': {'training': 4., 'inference': 4.}}
 HALF = (torch.float16, torch.bfloat16)
+PANELS = 4  # of rows, in which a CPU computes a symmetric matrix
 
 
 class XCA(nn.Module):
@@ -189,9 +190,6 @@ def _second_moment(x: torch.Tensor) -> torch.Tensor:
         moment[:, first:first + width, first:] = panel
         moment[:, first + width:, first:first + width] = panel[:, :, width:].transpose(1, 2)
     return moment
-
-
-PANELS = 4
 
 
 class SecondMoment(torch.autograd.Function):

@@ -3,7 +3,7 @@
 `fuse(model)` changes a model in eval mode, in place; it can't be trained or stored under the published names any more.
 Shapes as in xcit.py.
 """
-from typing import Dict
+from typing import Dict, Tuple
 
 import torch
 import torch.nn as nn
@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mlp import in_pieces, piece
-from xca import product_type, second_moment, token_mean
+from xca import HALF, product_type, root_mean_square, second_moment, token_mean
 from xcit import ClassAttentionBlock, ConvPatchEmbed, PositionalEncodingFourier, XCABlock, Xcit
+
+Pieces = Tuple[torch.Tensor, ...]
 
 
 def fuse(model: Xcit) -> Xcit:
@@ -30,8 +32,8 @@ def fuse(model: Xcit) -> Xcit:
         model.pos_embeder = CachedPositionalEncoding(model.pos_embeder)
         for i, block in enumerate(model.blocks):
             model.blocks[i] = FusedBlock(block)
-        for block in model.cls_attn_blocks:
-            fuse_class_attention(block)
+        for i, block in enumerate(model.cls_attn_blocks):
+            model.cls_attn_blocks[i] = FusedClassAttentionBlock(block)
     return model.requires_grad_(False)
 
 
@@ -47,12 +49,6 @@ def scale_rows(layer: nn.Module, gamma: torch.Tensor):
     layer.weight.mul_(gamma.view(-1, *[1] * (layer.weight.ndim - 1)))
     if layer.bias is not None:
         layer.bias.mul_(gamma)
-
-
-def fuse_class_attention(block: ClassAttentionBlock):
-    """`gamma2` goes into the MLP; `gamma1` stays, since the patches need it too."""
-    scale_rows(block.mlp.fc2, block.gamma2)
-    block.gamma2.fill_(1)
 
 
 class FusedPatchEmbed(nn.Module):
@@ -87,11 +83,12 @@ class FusedPatchEmbed(nn.Module):
         above, below = max(0, -first), max(0, last - height)
         x = self.rows(x, level - 1, first + above, last - below)
         if level > 1:
-            x = F.gelu(x)
+            x = torch.ops.aten.gelu_(x)
         conv = self.convs[level - 1]
         if above and last >= height:  # all rows; a row of zeros below that none sees does no harm
             return conv(x)
-        return F.conv2d(F.pad(x, (0, 0, above, below)), conv.weight, conv.bias, stride=2, padding=(0, 1))
+        x = F.pad(x, (0, 0, above, below)) if above or below else x
+        return F.conv2d(x, conv.weight, conv.bias, stride=2, padding=(0, 1))
 
 
 class CachedPositionalEncoding(nn.Module):
@@ -114,7 +111,7 @@ class CachedPositionalEncoding(nn.Module):
 
 
 class FusedBlock(nn.Module):
-    """An XCABlock with LayerScale in the last layer of each branch."""
+    """An XCABlock with LayerScale in the last layer of each branch; large inputs are worked off in pieces."""
 
     def __init__(self, block: XCABlock):
         super().__init__()
@@ -124,48 +121,127 @@ class FusedBlock(nn.Module):
         scale_rows(self.mlp.fc2, block.gamma2)
         self.local_mp = block.local_mp
         scale_rows(self.local_mp.conv2, block.gamma3)
+        bn = self.local_mp.bn
+        scale = bn.weight / (bn.running_var + bn.eps).sqrt()
+        self.register_buffer('bn_scale', scale[:, None, None], persistent=False)
+        self.register_buffer('bn_shift', (bn.bias - bn.running_mean * scale)[:, None, None], persistent=False)
 
     def forward(self, x: torch.Tensor, H: int, W: int) -> torch.Tensor:
-        tokens = max(1, piece(x) // self.mlp.fc1.out_features)  # in a piece
-        if not in_pieces() or x.shape[0] * x.shape[1] <= tokens:
+        if not in_pieces():
             x = x + self.attn(self.norm1(x))
             x = x + self.local_mp(self.norm3(x), H, W)
             return x + self.mlp(self.norm2(x))
-        # These two make new tensors: the input may be somebody's intermediate output.
-        x = self.add_attention(x, max(1, tokens // x.shape[0]))
-        x = self.add_lpi(x, H, W, max(8, tokens // (x.shape[0] * W)))
-        for part in x.view(-1, x.shape[-1]).split(tokens):
-            part += self.mlp(self.norm2(part))
-        return x
-
-    def add_attention(self, x: torch.Tensor, tokens: int) -> torch.Tensor:
-        """x + attention, `tokens` of each image at a time where the Gram form allows it."""
-        if product_type(x) != torch.float32 or not self.attn.takes_gram(x):
-            return x + self.attn(self.norm1(x))
-        mean, moment = 0., 0.
-        for part in x.split(tokens, dim=1):
-            weight = part.shape[1] / x.shape[1]
-            part = self.norm1(part)
-            mean = mean + weight * token_mean(part)
-            moment = moment + weight * second_moment(part)
-        matrix, bias = self.attn.mixing(mean, moment)
-        out = torch.empty_like(x)
-        for part, part_of_out in zip(x.split(tokens, dim=1), out.split(tokens, dim=1)):
-            torch.add(part, torch.baddbmm(bias, self.norm1(part), matrix), out=part_of_out)
+        _, N, C = x.shape
+        tokens = max(1, piece(x) // self.mlp.fc1.out_features)  # in a piece
+        out = x.new_empty(x.shape)  # the input may be somebody's intermediate output
+        for part, part_of_out in zip(*(pieces(t, tokens // N) for t in (x, out))):
+            self.attention(part, part_of_out, tokens)
+            self.add_lpi(part_of_out.unflatten(1, (H, W)), max(8, 2 * tokens // W))
+        self.add_mlp(pieces(out.view(-1, C), tokens))
         return out
 
-    def add_lpi(self, x: torch.Tensor, H: int, W: int, rows: int) -> torch.Tensor:
-        """x + LPI, `rows` rows of the grid at a time."""
+    def attention(self, x: torch.Tensor, out: torch.Tensor, tokens: int):
+        """out = x + attention; the Gram form works off `tokens` of an image at a time."""
+        if is_half(x):
+            torch.add(x, self.attn(self.norm1(x)), out=out)
+        elif self.attn.takes_gram(x):
+            self.gram(*(pieces(t, tokens, dim=1) for t in (x, out)))
+        elif x.device.type == 'cpu':
+            self.plain(x, out)
+        else:
+            torch.add(x, self.attn(self.norm1(x)), out=out)
+
+    def gram(self, parts: Pieces, parts_of_out: Pieces):
+        N = sum(part.shape[1] for part in parts)
+        mean, moment = 0., 0.
+        for part, normed in zip(parts, parts_of_out):
+            normed.copy_(self.norm1(part))
+            weight = part.shape[1] / N
+            mean = mean + weight * token_mean(normed)
+            moment = moment + weight * second_moment(normed)
+        matrix, bias = self.attn.mixing(mean, moment)
+        buffer = torch.empty_like(parts[0])
+        for part, normed in zip(parts, parts_of_out):
+            mixed = torch.baddbmm(part, normed, matrix, out=buffer[:, :part.shape[1]])
+            torch.add(mixed, bias, out=normed)
+
+    def plain(self, x: torch.Tensor, out: torch.Tensor):
+        """XCA's definition, in the order of products that is fastest on a CPU."""
+        B, N, C = x.shape
+        attn = self.attn
+        h, d = attn.num_heads, C // attn.num_heads
+        # Channels first, of all images in one product: a row holds a channel's tokens, image after image.
+        qkv = attn.qkv.weight @ self.norm1(x).view(-1, C).t()
+        if attn.qkv.bias is not None:
+            qkv += attn.qkv.bias[:, None]
+        q, k, v = qkv.view(3, h, d, B, N).unbind()
+        products = x.new_empty(B, h, d, d)
+        for i in range(B):
+            torch.baddbmm(products[i], q[:, :, i], k[:, :, i].transpose(1, 2), beta=0, alpha=1 / N, out=products[i])
+        q_norm, k_norm = (root_mean_square(part).permute(2, 0, 1) for part in (q, k))
+        weights = attn.attention(products, q_norm, k_norm)
+        torch.add(x, attn.proj.bias, out=out)
+        for i in range(B):
+            mixed = (weights[i] @ v[:, :, i]).view(C, N)
+            out[i].addmm_(mixed.t(), attn.proj.weight.t())
+
+    def add_lpi(self, grid: torch.Tensor, rows: int):
+        """LPI is added to grid (B, H, W, C), `rows` of its rows at a time."""
         lpi = self.local_mp
-        grid = x.unflatten(1, (H, W))
-        out = torch.empty_like(grid)
+        H = grid.shape[1]
+        added = None
         for top in range(0, H, rows):
             bottom = min(top + rows, H)
             # Each convolution sees one row more above and below; beyond the grid's border, zeros.
             outer = slice(max(0, top - 2), min(H, bottom + 2))
             inner = slice(max(0, top - 1), min(H, bottom + 1))
-            y = lpi.conv1(self.norm3(grid[:, outer]).permute(0, 3, 1, 2))  # (B, C, rows, W) in channels_last
-            y = lpi.bn(lpi.act(y[:, :, inner.start - outer.start:inner.stop - outer.start]))
-            y = lpi.conv2(y)[:, :, top - inner.start:bottom - inner.start]
-            torch.add(grid[:, top:bottom], y.permute(0, 2, 3, 1), out=out[:, top:bottom])
-        return out.flatten(1, 2)
+            x = self.norm3(grid[:, outer])
+            if added is not None:  # only now: x needed two of its rows as they were
+                grid[:, top - rows:top] += added
+            y = torch.ops.aten.gelu_(lpi.conv1(x.permute(0, 3, 1, 2)))  # (B, C, rows, W) in channels_last
+            y = y[:, :, inner.start - outer.start:inner.stop - outer.start]
+            torch.addcmul(self.bn_shift, y, self.bn_scale, out=y)
+            added = lpi.conv2(y)[:, :, top - inner.start:bottom - inner.start].permute(0, 2, 3, 1)
+        grid[:, top:] += added
+
+    def add_mlp(self, parts: Pieces):
+        """The MLP is added to tokens, each part (M, C)."""
+        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
+        hidden = parts[0].new_empty(len(parts[0]), fc1.out_features)
+        for part in parts:
+            if is_half(part):
+                part += self.mlp(self.norm2(part))
+            else:
+                h = torch.mm(self.norm2(part), fc1.weight.t(), out=hidden[:len(part)])
+                torch.ops.aten.gelu_(h.add_(fc1.bias))
+                part.addmm_(h, fc2.weight.t()).add_(fc2.bias)
+
+
+class FusedClassAttentionBlock(ClassAttentionBlock):
+    """A class-attention block that makes its patches piece by piece."""
+
+    def __init__(self, block: ClassAttentionBlock):
+        nn.Module.__init__(self)
+        self.norm1, self.norm2, self.attn, self.mlp = block.norm1, block.norm2, block.attn, block.mlp
+        self.gamma1, self.gamma2, self.tokens_norm = block.gamma1, block.gamma2, block.tokens_norm
+        scale_rows(self.mlp.fc2, self.gamma2)  # `gamma1` stays, since the patches need it too
+        self.gamma2.fill_(1)
+
+    def forward(self, x: torch.Tensor, cls_only: bool = False) -> torch.Tensor:
+        if cls_only or not in_pieces():
+            return super().forward(x, cls_only)
+        normed, out = self.norm1(x), x.new_empty(x.shape)
+        out[:, :1] = self.new_cls(x, normed)
+        length = piece(x) // (x.shape[0] * x.shape[2])
+        for part, normed_part, part_of_out in zip(*(pieces(t[:, 1:], length, dim=1) for t in (x, normed, out))):
+            part_of_out.copy_(self.new_patches(part, normed_part))
+        return out
+
+
+def pieces(x: torch.Tensor, length: int, dim: int = 0) -> Pieces:
+    """Parts of about equal length, and of no more than `length` (or 1)."""
+    return x.tensor_split(-(-x.shape[dim] // max(1, length)), dim)
+
+
+def is_half(x: torch.Tensor) -> bool:
+    return product_type(x) in HALF

@@ -186,8 +186,8 @@ def _second_moment(x: torch.Tensor) -> torch.Tensor:
     width = C // PANELS
     moment = x.new_zeros(B, C, C)
     for first in range(0, C, width):
-        panel = x[:, :, first:first + width].transpose(1, 2) @ x[:, :, first:] / N
-        moment[:, first:first + width, first:] = panel
+        panel = moment[:, first:first + width, first:]
+        panel.baddbmm_(x[:, :, first:first + width].transpose(1, 2), x[:, :, first:], alpha=1 / N)
         moment[:, first + width:, first:first + width] = panel[:, :, width:].transpose(1, 2)
     return moment
 

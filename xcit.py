@@ -206,18 +206,22 @@ class ClassAttentionBlock(nn.Module):
     def forward(self, x: torch.Tensor, cls_only: bool = False) -> torch.Tensor:
         """(B, 1 + N, C), CLS first -> the same; with `cls_only` what becomes of CLS, (B, 1, C)."""
         normed = self.norm1(x)
+        cls = self.new_cls(x, normed)
+        return cls if cls_only else torch.cat((cls, self.new_patches(x[:, 1:], normed[:, 1:])), dim=1)
+
+    def new_cls(self, x: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+        """All tokens (B, 1 + N, C), as they are and normalised -> (B, 1, C)."""
         # differs: nano models - the original writes the CLS row in place, which breaks the backward pass
         cls = self.norm2(x[:, :1] + self.gamma1 * self.attn(normed))
-        cls = cls + self.gamma2 * self.mlp(cls)
-        if cls_only:
-            return cls
+        return cls + self.gamma2 * self.mlp(cls)
+
+    def new_patches(self, x: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+        """Patches (B, N, C), as they are and normalised -> (B, N, C)."""
         # faithful: the patches add their own scaled LayerNorm here, where attention was meant for the CLS token
         # alone (original xcit.py, ClassAttentionBlock)
-        patches = torch.addcmul(x[:, 1:], self.gamma1, normed[:, 1:])
-        if self.tokens_norm:
-            patches = self.norm2(patches)
+        x = torch.addcmul(x, self.gamma1, normed)
         # faithful: the residual doubles the patches (original xcit.py, ClassAttentionBlock)
-        return torch.cat((cls, 2 * patches), dim=1)
+        return 2 * (self.norm2(x) if self.tokens_norm else x)
 
 
 class Xcit(nn.Module):

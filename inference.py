@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mlp import in_pieces, piece
-from xca import HALF, product_type, root_mean_square, second_moment, token_mean
+from xca import HALF, covariance, product_type, root_mean_square
 from xcit import ClassAttentionBlock, ConvPatchEmbed, PositionalEncodingFourier, XCABlock, Xcit
 
 Pieces = Tuple[torch.Tensor, ...]
@@ -152,14 +152,19 @@ class FusedBlock(nn.Module):
             torch.add(x, self.attn(self.norm1(x)), out=out)
 
     def gram(self, parts: Pieces, parts_of_out: Pieces):
-        N = sum(part.shape[1] for part in parts)
-        mean, moment = 0., 0.
-        for part, normed in zip(parts, parts_of_out):
+        shares = parts[0].new_tensor([part.shape[1] for part in parts])
+        shares /= shares.sum()
+        means, within = [], 0.
+        for part, normed, share in zip(parts, parts_of_out, shares):
             normed.copy_(self.norm1(part))
-            weight = part.shape[1] / N
-            mean = mean + weight * token_mean(normed)
-            moment = moment + weight * second_moment(normed)
-        matrix, bias = self.attn.mixing(mean, moment)
+            means.append(normed.mean(dim=1))
+            within = within + share * covariance(normed, means[-1], normed.dtype)
+        # The covariance of all tokens is that within the parts, and that of the parts' means.
+        means = torch.stack(means, dim=1)  # (B, parts, C)
+        mean = shares @ means
+        deviations = means - mean[:, None]
+        between = (shares[:, None] * deviations).transpose(1, 2) @ deviations
+        matrix, bias = self.attn.mixing(mean, within + between)
         buffer = torch.empty_like(parts[0])
         for part, normed in zip(parts, parts_of_out):
             mixed = torch.baddbmm(part, normed, matrix, out=buffer[:, :part.shape[1]])

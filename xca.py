@@ -9,9 +9,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 FORMS = ('auto', 'plain', 'gram')
-# The number of tokens, in units of C, from which on 'auto' takes the Gram form in float32. On a CPU measured by
-# `python -m tools.benchmark xca` (RESULTS.md); elsewhere from the number of multiplications, and not measured.
-GRAM_FROM = {'cpu': {'training': 2., 'inference': 2.5}, 'other': {'training': 4., 'inference': 4.}}
+# The number of tokens, in units of C, from which on 'auto' takes the Gram form. On a CPU in float32 measured by
+# `python -m tools.benchmark xca` (RESULTS.md); on GPUs from the number of multiplications, and not measured.
+GRAM_FROM = {
+    'cpu': {'training': 2., 'inference': 2.5},
+    'other': {'training': 4., 'inference': 4.},
+    'other, half': {'training': 10., 'inference': 6.},
+}
 HALF = (torch.float16, torch.bfloat16)
 PANELS = 4  # of rows, in which a CPU computes a symmetric matrix
 
@@ -89,26 +93,27 @@ class XCA(nn.Module):
     def takes_gram(self, x: torch.Tensor) -> bool:
         if self.form != 'auto':
             return self.form == 'gram'
-        if product_type(x) in HALF:  # where the Gram form, which needs float32, has not been found faster
+        half = product_type(x) in HALF
+        if half and x.device.type != 'cuda':  # elsewhere products of half precision are not summed in float32
             return False
-        threshold = GRAM_FROM['cpu' if x.device.type == 'cpu' else 'other']
+        threshold = GRAM_FROM['cpu' if x.device.type == 'cpu' else 'other, half' if half else 'other']
         return x.shape[1] >= threshold['training' if torch.is_grad_enabled() else 'inference'] * x.shape[2]
 
     @torch.jit.unused
     def gram(self, x: torch.Tensor) -> torch.Tensor:
         dtype = product_type(x)
-        with torch.autocast(x.device.type, enabled=False):  # in half precision sums over tokens lose what softmax needs
-            x = x.to(at_least_float32(x))
-            matrix, bias = self.mixing(token_mean(x), second_moment(x))
-            return torch.baddbmm(bias, x, matrix).to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            mean = x.mean(dim=1, dtype=at_least_float32(x.dtype))
+            matrix, bias = self.mixing(mean, covariance(x, mean, dtype))
+            return torch.baddbmm(bias.to(dtype), x.to(dtype), matrix.to(dtype))
 
     @torch.jit.unused
-    def mixing(self, mean: torch.Tensor, moment: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def mixing(self, mean: torch.Tensor, covariance: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """What attention does to all tokens alike.
 
         Args:
             mean: of the tokens x, (B, C).
-            moment: mean of x xᵀ, (B, C, C); both in float32, or in float64.
+            covariance: of their channels, (B, C, C); both in float32, or in float64.
 
         Returns:
             Matrix (B, C, C) and bias (B, 1, C): attention's output is x @ matrix + bias.
@@ -119,13 +124,8 @@ class XCA(nn.Module):
         b_q, b_k, b_v = self.biases(mean.dtype)
         w_proj = self.proj.weight.to(mean.dtype)
 
-        # With x = mean + rest: q = W_q x + b_q has the mean q_mean, and W_q cov(x) W_kᵀ as its covariance with k. So a
-        # bias that cancels the mean costs no digits.
-        covariance = moment - mean[:, :, None] * mean[:, None, :]
-        # Of tokens that are all alike, the difference leaves rounding errors alone; a small q_mean must not meet them.
-        scale = moment.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
-        noise = 128 * torch.finfo(mean.dtype).eps * scale[:, :, None] * scale[:, None, :]
-        covariance = covariance - covariance.where(covariance.abs() < noise, 0.).detach()
+        # With x = mean + rest: q = W_q x + b_q has the mean q_mean, and W_q cov(x) W_kᵀ as its covariance with k. So
+        # tokens that are nearly alike cost no digits, nor does a bias that cancels their mean.
         q_mean, k_mean = F.linear(mean, w_q, b_q), F.linear(mean, w_k, b_k)
         wq_cov, wk_cov = w_q @ covariance, w_k @ covariance  # (B, C, C)
         q_norm, k_norm = (  # not below 1e-12: of 0, the square root has no derivative
@@ -150,13 +150,13 @@ def product_type(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def at_least_float32(x: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def root_mean_square(q: torch.Tensor) -> torch.Tensor:
     """Over tokens: (B, h, d, N) -> (B, h, d), float32 at least."""
-    return torch.linalg.vector_norm(q, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)) / q.shape[-1] ** .5
+    return torch.linalg.vector_norm(q, dim=-1, dtype=at_least_float32(q.dtype)) / q.shape[-1] ** .5
 
 
 def mean_product(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -167,40 +167,58 @@ def mean_product(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return torch.baddbmm(zero, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), beta=0, alpha=1 / N).view(B, h, d, d)
 
 
-def token_mean(x: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens, (B, N, C) -> (B, C); exact where all are alike."""
-    first = x[:, :1]
-    return (first + (x - first).mean(dim=1, keepdim=True))[:, 0]
+def covariance(x: torch.Tensor, mean: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Of channels over tokens: x (B, N, C), its mean (B, C) -> (B, C, C) in the mean's type.
+
+    Products are taken in `dtype`; sums in float32 at least.
+    """
+    if torch.is_grad_enabled():
+        return Covariance.apply(x, mean, dtype)
+    return _covariance(x, mean, dtype)
 
 
-def second_moment(x: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of x xᵀ: (B, N, C) -> (B, C, C)."""
-    return SecondMoment.apply(x) if torch.is_grad_enabled() else _second_moment(x)
-
-
-def _second_moment(x: torch.Tensor) -> torch.Tensor:
-    B, N, C = x.shape
-    if x.device.type != 'cpu' or C % PANELS:
-        return x.transpose(1, 2) @ x / N
+def _covariance(x: torch.Tensor, mean: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    N, C = x.shape[1:]
+    x = (x - mean[:, None]).to(dtype)
+    if x.device.type != 'cpu' or C % PANELS or dtype in HALF:
+        return product(x.transpose(1, 2), x) / N
     # Symmetric: of each panel of rows only what is right of the diagonal.
     width = C // PANELS
-    moment = x.new_zeros(B, C, C)
+    result = x.new_zeros(x.shape[0], C, C)
     for first in range(0, C, width):
-        panel = moment[:, first:first + width, first:]
+        panel = result[:, first:first + width, first:]
         panel.baddbmm_(x[:, :, first:first + width].transpose(1, 2), x[:, :, first:], alpha=1 / N)
-        moment[:, first + width:, first:first + width] = panel[:, :, width:].transpose(1, 2)
-    return moment
+        result[:, first + width:, first:first + width] = panel[:, :, width:].transpose(1, 2)
+    return result
 
 
-class SecondMoment(torch.autograd.Function):
-    """`second_moment` with one product in the backward pass, where autograd makes two and adds them."""
+class Covariance(torch.autograd.Function):
+    """`covariance` with one product in the backward pass, where autograd makes two and adds them."""
 
     @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return _second_moment(x)
+    def forward(ctx, x, mean, dtype):
+        ctx.save_for_backward(x, mean)
+        ctx.dtype = dtype
+        return _covariance(x, mean, dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        x, = ctx.saved_tensors
-        return x @ ((grad + grad.transpose(1, 2)) / x.shape[1])
+        x, mean = ctx.saved_tensors
+        # The mean has no part in it: deviations from it add up to 0.
+        matrix = (grad + grad.transpose(1, 2)) / x.shape[1]
+        if ctx.dtype in HALF:  # its range: the matrix is small, with many tokens
+            scale = matrix.abs().amax(dim=(1, 2), keepdim=True).clamp_min(1e-30)
+            deviations = (x - mean[:, None]).to(ctx.dtype)
+            grad_x = product(deviations, (matrix / scale).to(ctx.dtype)) * scale
+        else:
+            grad_x = torch.baddbmm(-mean[:, None] @ matrix, x.to(ctx.dtype), matrix)
+        return grad_x.to(x.dtype), None, None
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b of batches of matrices, in float32 where they are in half precision."""
+    if a.dtype not in HALF:
+        return a @ b
+    if a.device.type == 'cuda':
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()

@@ -5,6 +5,7 @@ The only file that calls `torch.distributed`. Every helper for several processes
 import argparse
 import atexit
 import contextlib
+import ctypes
 import datetime
 import importlib.util
 import json
@@ -289,24 +290,39 @@ def end_distributed():
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` (cuda, then mps, then cpu) or a device's name -> the device.
+    """`auto` (cuda, then mps, then cpu) or a device's name -> the device; on a CPU, frees less (`keep_freed_memory`).
 
     Raises:
         InputError: there is no such device here.
     """
     available = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
     here = [kind for kind, there in available.items() if there]
-    if name == 'auto':
-        return torch.device(here[0])
     try:
-        device = torch.device(name)
+        device = torch.device(here[0] if name == 'auto' else name)
     except RuntimeError:
         raise InputError(f'--device {name}: no such device; allowed: auto, cuda, cuda:N, mps, cpu') from None
     if not available.get(device.type):
         raise InputError(f'--device {name}: not available on this machine, which has: {", ".join(here)}')
     if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f'--device {name}: this machine has {torch.cuda.device_count()} GPU(s), counted from 0')
+    if device.type == 'cpu':
+        keep_freed_memory()
     return device
+
+
+def keep_freed_memory():
+    """Let this process keep memory that it frees, where the C library is glibc.
+
+    Otherwise each training step may hand its activations back to the system and get them again page by page, zeroed,
+    which takes up to a fifth of its time.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library, or system
+        return
+    mallopt(M_MMAP_THRESHOLD, 2 ** 30) or mallopt(M_MMAP_THRESHOLD, 2 ** 25)  # the most that old versions take
+    mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -147,7 +147,8 @@ class XCA(nn.Module):
 def product_type(x: torch.Tensor) -> torch.dtype:
     """Of a product of x, which autocast may decide."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -187,7 +188,7 @@ def _covariance(x: torch.Tensor, mean: torch.Tensor, dtype: torch.dtype) -> torc
     result = x.new_zeros(x.shape[0], C, C)
     for first in range(0, C, width):
         panel = result[:, first:first + width, first:]
-        panel.baddbmm_(x[:, :, first:first + width].transpose(1, 2), x[:, :, first:], alpha=1 / N)
+        torch.baddbmm(panel, x[:, :, first:first + width].transpose(1, 2), x[:, :, first:], alpha=1 / N, out=panel)
         result[:, first + width:, first:first + width] = panel[:, :, width:].transpose(1, 2)
     return result
 

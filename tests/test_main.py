@@ -2,6 +2,7 @@
 import argparse
 import json
 import math
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -372,3 +373,19 @@ def test_average_in_cpu_memory_on_cuda(folders):
     """--model-ema-force-cpu keeps the average off the GPU and still evaluates it."""
     flags = [flag if flag != 'cpu' else 'cuda' for flag in tiny(folders)]
     assert math.isfinite(main([*flags, '--model-ema-force-cpu'])['test_ema_loss'])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='other C libraries have other ways')
+def test_freed_memory_is_not_fetched_again():
+    """On a CPU a tensor takes the place of one that was freed: its pages need not come from the system again."""
+    code = """if True:
+        import resource
+        import torch
+        import utils
+        utils.choose_device('cpu')
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            torch.empty(2 ** 24).fill_(1.)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    pages = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert int(pages) < 5 * 16384  # of 20 * 16384

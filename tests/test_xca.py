@@ -55,14 +55,15 @@ def results(module: XCA, x: torch.Tensor, *, dtype: Optional[torch.dtype] = None
     """Output, under autocast to `dtype` if given, and all gradients of a loss that weighs the outputs unequally."""
     x = x.clone().requires_grad_()
     module.zero_grad()
-    with torch.autocast('cpu', dtype, enabled=dtype is not None):
+    with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
         y = module(x)
-    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).sin().view(y.shape)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=x.device).sin().view(y.shape)
     (y.double() * weights).sum().backward()
     return {'output': y.detach(), 'x': x.grad, **{name: p.grad.clone() for name, p in module.named_parameters()}}
 
 
-@pytest.mark.parametrize('kind', ['normal', 'outliers', 'constant channels', 'equal tokens', 'nearly equal tokens', 'zeros'])
+@pytest.mark.parametrize(
+    'kind', ['normal', 'outliers', 'constant channels', 'equal tokens', 'nearly equal tokens', 'zeros'])
 @pytest.mark.parametrize('shape', SHAPES)
 @torch.no_grad()
 def test_gram_equals_plain(shape, kind):
@@ -108,12 +109,13 @@ def test_gradients_of_gram_in_float32():
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize('kind', ['normal', 'outliers'])
-def test_gram_is_no_less_exact_under_autocast(dtype, kind):
+@pytest.mark.parametrize('kind', ['normal', 'outliers', 'nearly equal tokens'])
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
+def test_gram_is_no_less_exact_under_autocast(device, dtype, kind):
     """Output and gradients are no farther from float64 than the definition's, and finite."""
-    x = tokens(kind, (2, 700, 48))
-    exact = results(attention(48, 'plain').double(), x.double())
-    by_plain, by_gram = (results(module, x, dtype=dtype) for module in pair(48))
+    x = tokens(kind, (2, 700, 48)).to(device)
+    exact = results(attention(48, 'plain').double().to(device), x.double())
+    by_plain, by_gram = (results(module.to(device), x, dtype=dtype) for module in pair(48))
     assert by_gram['output'].dtype == by_plain['output'].dtype
     for name in ('output', 'x', 'qkv.weight', 'proj.weight'):
         distances = [largest_difference(value[name].double(), exact[name]) for value in (by_plain, by_gram)]
@@ -165,6 +167,18 @@ def test_auto_follows_the_measured_rule(N, grad, expected):
     """On a CPU: from 2 C tokens on in training, from 2.5 C on in inference."""
     with torch.set_grad_enabled(grad):
         assert attention(24, 'auto').takes_gram(torch.zeros(1, N, 24)) == expected
+
+
+def test_auto_under_autocast():
+    """A CPU in half precision has the definition, however many tokens there are."""
+    with torch.autocast('cpu', torch.bfloat16):
+        assert not attention(24, 'auto').takes_gram(torch.zeros(1, 1000, 24))
+
+
+def test_shapes_without_data():
+    """Models on the meta device compute shapes, as tools that count operations want it."""
+    model = xcit.xcit_nano_12_p16().to('meta')
+    assert model(torch.zeros(2, 3, 64, 64, device='meta')).shape == (2, 1000)
 
 
 @torch.no_grad()

@@ -188,7 +188,7 @@ class FusedBlock(nn.Module):
         torch.add(x, attn.proj.bias, out=out)
         for i in range(B):
             mixed = (weights[i] @ v[:, :, i]).view(C, N)
-            torch.addmm(out[i], mixed.t(), attn.proj.weight.t(), out=out[i])
+            out[i].addmm_(mixed.t(), attn.proj.weight.t())
 
     def add_lpi(self, grid: torch.Tensor, rows: int):
         """LPI is added to grid (B, H, W, C), `rows` of its rows at a time."""
@@ -219,7 +219,7 @@ class FusedBlock(nn.Module):
             else:
                 h = torch.mm(self.norm2(part), fc1.weight.t(), out=hidden[:len(part)])
                 torch.ops.aten.gelu_(h.add_(fc1.bias))
-                torch.addmm(part, h, fc2.weight.t(), out=part).add_(fc2.bias)
+                part.addmm_(h, fc2.weight.t()).add_(fc2.bias)
 
 
 class FusedClassAttentionBlock(ClassAttentionBlock):

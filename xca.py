@@ -188,7 +188,7 @@ def _covariance(x: torch.Tensor, mean: torch.Tensor, dtype: torch.dtype) -> torc
     result = x.new_zeros(x.shape[0], C, C)
     for first in range(0, C, width):
         panel = result[:, first:first + width, first:]
-        torch.baddbmm(panel, x[:, :, first:first + width].transpose(1, 2), x[:, :, first:], alpha=1 / N, out=panel)
+        panel.baddbmm_(x[:, :, first:first + width].transpose(1, 2), x[:, :, first:], alpha=1 / N)
         result[:, first + width:, first:first + width] = panel[:, :, width:].transpose(1, 2)
     return result
 

@@ -142,16 +142,15 @@ class FusedBlock(nn.Module):
 
     def attention(self, x: torch.Tensor, out: torch.Tensor, tokens: int):
         """out = x + attention; the Gram form works off `tokens` of an image at a time."""
-        if is_half(x):
-            torch.add(x, self.attn(self.norm1(x)), out=out)
-        elif self.attn.takes_gram(x):
+        if not is_half(x) and self.attn.takes_gram(x):
             self.gram(*(pieces(t, tokens, dim=1) for t in (x, out)))
-        elif x.device.type == 'cpu':
+        elif not is_half(x) and x.device.type == 'cpu':
             self.plain(x, out)
         else:
             torch.add(x, self.attn(self.norm1(x)), out=out)
 
     def gram(self, parts: Pieces, parts_of_out: Pieces):
+        """XCA's Gram form; each part (B, tokens, C)."""
         shares = parts[0].new_tensor([part.shape[1] for part in parts])
         shares /= shares.sum()
         means, within = [], 0.
@@ -211,15 +210,16 @@ class FusedBlock(nn.Module):
 
     def add_mlp(self, parts: Pieces):
         """The MLP is added to tokens, each part (M, C)."""
+        if is_half(parts[0]):  # maybe by autocast, which does not see what follows
+            for part in parts:
+                part += self.mlp(self.norm2(part))
+            return
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         hidden = parts[0].new_empty(len(parts[0]), fc1.out_features)
         for part in parts:
-            if is_half(part):
-                part += self.mlp(self.norm2(part))
-            else:
-                h = torch.mm(self.norm2(part), fc1.weight.t(), out=hidden[:len(part)])
-                torch.ops.aten.gelu_(h.add_(fc1.bias))
-                part.addmm_(h, fc2.weight.t()).add_(fc2.bias)
+            h = torch.mm(self.norm2(part), fc1.weight.t(), out=hidden[:len(part)])
+            torch.ops.aten.gelu_(h.add_(fc1.bias))
+            part.addmm_(h, fc2.weight.t()).add_(fc2.bias)
 
 
 class FusedClassAttentionBlock(ClassAttentionBlock):

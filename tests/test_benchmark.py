@@ -73,6 +73,14 @@ def test_suite(monkeypatch, capsys):
     assert '| inference xcit_nano_12_p16 at 32x48, batch 1 |' in capsys.readouterr().out
 
 
+def test_all_models(monkeypatch):
+    """Each of this repository's models against timm's, where it is told to."""
+    monkeypatch.setattr(benchmark.xcit, 'MODELS', [NANO, 'xcit_nano_12_p8'])
+    results = main(['compare', '--all-models', '--resolution', '32x48', '--batch-size', '1', '--rounds', '1',
+                    '--device', 'cpu'])
+    assert [(r['model'], r['height'], r['width']) for r in results] == [(NANO, 32, 48), ('xcit_nano_12_p8', 32, 48)]
+
+
 def test_xca(capsys):
     """Both forms against timm's, forward and backward."""
     results = main(['xca', '--dim', '128', '--tokens', '50', '300', '--rounds', '1', '--device', 'cpu'])

@@ -99,8 +99,11 @@ def get_args_parser() -> argparse.ArgumentParser:
                          help='the ratios are to the second')
     compare.add_argument('--resolution', type=size, default=(224, 224), metavar='PIXELS|HxW')
     compare.add_argument('--batch-size', type=COUNT, default=8, metavar='IMAGES')
-    compare.add_argument('--suite', action='store_true',
+    instead = compare.add_mutually_exclusive_group()
+    instead.add_argument('--suite', action='store_true',
                          help='this XCiT against timm\'s in fixed settings, eager and compiled, the better of each')
+    instead.add_argument('--all-models', action='store_true',
+                         help='the same for all 14 models at --resolution and --batch-size')
 
     alone = command('xca', help='cross-covariance attention alone')
     alone.add_argument('--dim', type=COUNT, nargs='+', default=[384], metavar='C')
@@ -376,10 +379,13 @@ def compare(args, device: torch.device) -> List[dict]:
     return [dict(model=name, seconds=times[name], memory_mb=memory[name]) for name in args.models]
 
 
-def suite(args, device: torch.device) -> List[dict]:
+def against_timm(args, device: torch.device) -> List[dict]:
     """This XCiT against timm's: of eager and compiled the faster, and the one with less memory, of each."""
     rows, results = [], []
-    for what, name, height, width, cpu_images, gpu_images in SUITE:
+    what = 'training' if args.training else 'inference'
+    settings = SUITE if args.suite else [
+        (what, name, *args.resolution, args.batch_size, args.batch_size) for name in xcit.MODELS]
+    for what, name, height, width, cpu_images, gpu_images in settings:
         images = cpu_images if device.type == 'cpu' else gpu_images
         steps = {(source, compiled): build_step(
             prefix + name, (height, width), images, training=what == 'training', precision=args.precision,
@@ -542,7 +548,8 @@ def main(argv: Optional[list] = None):
     where = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{device.type}, {os.cpu_count()} cores'
     notice(f'{where}, {torch.get_num_threads()} threads; '
            + ', '.join(f'{name} {version}' for name, version in utils.environment().items()))
-    command = suite if args.what == 'compare' and args.suite else COMMANDS[args.what]
+    two_sided = args.what == 'compare' and (args.suite or args.all_models)
+    command = against_timm if two_sided else COMMANDS[args.what]
     return command(args, device)
 
 

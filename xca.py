@@ -94,7 +94,7 @@ class XCA(nn.Module):
         if self.form != 'auto':
             return self.form == 'gram'
         half = product_type(x) in HALF
-        if half and x.device.type != 'cuda':  # elsewhere products of half precision are not summed in float32
+        if half and not sums_half_in_float32(x.device):
             return False
         threshold = GRAM_FROM['cpu' if x.device.type == 'cpu' else 'other, half' if half else 'other']
         return x.shape[1] >= threshold['training' if torch.is_grad_enabled() else 'inference'] * x.shape[2]
@@ -220,6 +220,11 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b of batches of matrices, in float32 where they are in half precision."""
     if a.dtype not in HALF:
         return a @ b
-    if a.device.type == 'cuda':
+    if sums_half_in_float32(a.device):
         return torch.bmm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
+
+
+def sums_half_in_float32(device: torch.device) -> bool:
+    """Whether a device has a product of matrices in half precision with its result in float32."""
+    return device.type == 'cuda' and torch.version.hip is None

@@ -680,6 +680,8 @@ def main(argv: Optional[list] = None) -> dict:
     set_deterministic(args.deterministic)
     device = utils.init_distributed(utils.choose_device(args.device), world_size=args.world_size,
                                     dist_url=args.dist_url, timeout_minutes=args.dist_timeout)
+    if device.type == 'cpu' and not args.eval:
+        utils.keep_freed_memory()
     try:
         stats = evaluate_only(args, device) if args.eval else train(args, device)
     except utils.Interrupted:

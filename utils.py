@@ -290,7 +290,7 @@ def end_distributed():
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` (cuda, then mps, then cpu) or a device's name -> the device; on a CPU, frees less (`keep_freed_memory`).
+    """`auto` (cuda, then mps, then cpu) or a device's name -> the device.
 
     Raises:
         InputError: there is no such device here.
@@ -305,16 +305,14 @@ def choose_device(name: str) -> torch.device:
         raise InputError(f'--device {name}: not available on this machine, which has: {", ".join(here)}')
     if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f'--device {name}: this machine has {torch.cuda.device_count()} GPU(s), counted from 0')
-    if device.type == 'cpu':
-        keep_freed_memory()
     return device
 
 
 def keep_freed_memory():
-    """Let this process keep memory that it frees, where the C library is glibc.
+    """Let a process that trains on a CPU keep memory that it frees, where the C library is glibc.
 
-    Otherwise each training step may hand its activations back to the system and get them again page by page, zeroed,
-    which takes up to a fifth of its time.
+    Otherwise each step may hand its activations back to the system and get them again page by page, zeroed, which takes
+    up to a fifth of its time. Inference, whose steps need little, is better off with the default: it holds less.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
     try:

@@ -377,12 +377,12 @@ def test_average_in_cpu_memory_on_cuda(folders):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='other C libraries have other ways')
 def test_freed_memory_is_not_fetched_again():
-    """On a CPU a tensor takes the place of one that was freed: its pages need not come from the system again."""
+    """A tensor takes the place of one that was freed: its pages need not come from the system again."""
     code = """if True:
         import resource
         import torch
         import utils
-        utils.choose_device('cpu')
+        utils.keep_freed_memory()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(20):
             torch.empty(2 ** 24).fill_(1.)

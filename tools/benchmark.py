@@ -257,6 +257,8 @@ def build_step(name: str, resolution: Tuple[int, int], batch_size: int, *, train
 
     if not training:
         return infer
+    if device.type == 'cpu':
+        utils.keep_freed_memory()  # as main.py does
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     targets = torch.randint(1000, (batch_size,), device=device)
 

@@ -314,13 +314,18 @@ def keep_freed_memory():
     Otherwise each step may hand its activations back to the system and get them again page by page, zeroed, which takes
     up to a fifth of its time. Inference, whose steps need little, is better off with the default: it holds less.
     """
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+    set_malloc(mmap_threshold=2 ** 30, trim_threshold=2 ** 31 - 1)
+
+
+def set_malloc(*, mmap_threshold: int, trim_threshold: int):
+    """Bytes from which on an allocation is a mapping of its own, and of freed memory that is kept; see mallopt(3)."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library, or system
+    except (AttributeError, OSError, TypeError):  # not glibc
         return
-    mallopt(M_MMAP_THRESHOLD, 2 ** 30) or mallopt(M_MMAP_THRESHOLD, 2 ** 25)  # the most that old versions take
-    mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+    mallopt(M_MMAP_THRESHOLD, mmap_threshold) or mallopt(M_MMAP_THRESHOLD, 2 ** 25)  # the most that old versions take
+    mallopt(M_TRIM_THRESHOLD, trim_threshold)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -186,8 +186,9 @@ def peak_memory(step: Callable, device: torch.device) -> Optional[float]:
             step()
             return (torch.cuda.max_memory_allocated(device) - before) / 2 ** 20
         if device.type == 'cpu' and platform.system() == 'Linux':
+            utils.set_malloc(mmap_threshold=2 ** 17, trim_threshold=2 ** 17)  # memory that is freed does not count
             step()
-            ctypes.CDLL(None).malloc_trim(0)  # memory that was freed goes back to the system
+            ctypes.CDLL(None).malloc_trim(0)
             Path('/proc/self/clear_refs').write_text('5')  # the peak starts again from here
             before = process_memory('VmRSS')
             step()
@@ -197,6 +198,8 @@ def peak_memory(step: Callable, device: torch.device) -> Optional[float]:
             raise
     except (OSError, AttributeError):  # containers may forbid it; other C libraries have no malloc_trim
         pass
+    finally:
+        utils.set_malloc(mmap_threshold=2 ** 25, trim_threshold=2 ** 26)  # where glibc's own rule ends up
     return None
 
 

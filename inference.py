@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mlp import in_pieces, piece
-from xca import HALF, covariance, product_type, root_mean_square
+from xca import HALF, covariance, product_type, root_mean_square, without_autocast
 from xcit import ClassAttentionBlock, ConvPatchEmbed, PositionalEncodingFourier, XCABlock, Xcit
 
 Pieces = Tuple[torch.Tensor, ...]
+LARGEST_POSITION = 2 ** 23  # elements that are kept
 
 
 def fuse(model: Xcit) -> Xcit:
@@ -70,9 +71,15 @@ class FusedPatchEmbed(nn.Module):
         images = max(1, piece(x) // largest)
         # At least 4 rows at a time: a strip has 2 ** convolutions - 1 rows of pixels more than its own.
         rows = max(4, H * piece(x) // largest)
-        return torch.cat([
-            torch.cat([self.rows(part, len(self.convs), top, min(top + rows, H)) for top in range(0, H, rows)], dim=2)
-            for part in x.split(images)])
+        out = None
+        for first in range(0, len(x), images):
+            for top in range(0, H, rows):
+                strip = self.rows(x[first:first + images], len(self.convs), top, min(top + rows, H))
+                if out is None:
+                    shape = (len(x), strip.shape[1], H, strip.shape[3])
+                    out = torch.empty(shape, dtype=strip.dtype, device=x.device, memory_format=torch.channels_last)
+                out[first:first + images, :, top:top + rows] = strip
+        return out
 
     def rows(self, x: torch.Tensor, level: int, top: int, bottom: int) -> torch.Tensor:
         """Rows from `top` to before `bottom` of what convolution number `level` (from 1) makes of images x."""
@@ -92,7 +99,7 @@ class FusedPatchEmbed(nn.Module):
 
 
 class CachedPositionalEncoding(nn.Module):
-    """The positional encoding; that of the last grid is kept."""
+    """The positional encoding; that of the last grid is kept, unless it is large."""
 
     def __init__(self, encoding: PositionalEncodingFourier):
         super().__init__()
@@ -101,13 +108,18 @@ class CachedPositionalEncoding(nn.Module):
 
     def forward(self, H: int, W: int) -> torch.Tensor:
         """(1, C, H, W)."""
-        if not in_pieces():
-            return self.encoding(H, W)
         weight = self.encoding.token_projection.weight
-        key = (H, W, weight.dtype, weight.device, torch.is_autocast_enabled(weight.device.type))
-        if key not in self.cache:
-            self.cache = {key: self.encoding(H, W)}
-        return self.cache[key]
+        # In the weights' type: added to it, the tokens are float32 under autocast, as they are in a model not fused.
+        with without_autocast(weight.device):
+            if not in_pieces():
+                return self.encoding(H, W)
+            key = (H, W, weight.dtype, weight.device)
+            position = self.cache.get(key)
+            if position is None:
+                position = self.encoding(H, W)
+                if position.numel() <= LARGEST_POSITION:
+                    self.cache = {key: position}
+            return position
 
 
 class FusedBlock(nn.Module):
@@ -245,7 +257,7 @@ class FusedClassAttentionBlock(ClassAttentionBlock):
 
 def pieces(x: torch.Tensor, length: int, dim: int = 0) -> Pieces:
     """Parts of about equal length, and of no more than `length` (or 1)."""
-    return x.tensor_split(-(-x.shape[dim] // max(1, length)), dim)
+    return x.tensor_split(max(1, -(-x.shape[dim] // max(1, length))), dim)
 
 
 def is_half(x: torch.Tensor) -> bool:

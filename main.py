@@ -644,6 +644,8 @@ def evaluate_only(args, device: torch.device) -> dict:
     if checkpoint is not None and checkpoint.get('classes') not in (None, datasets.class_names(dataset)):
         notice(f'{source}: was trained on classes of other names, or in another order, than these')
     loader = build_eval_loader(dataset, args, device)
+    if args.compile:
+        model.compile(mode=args.compile_mode)
     stats = evaluate_all(model.to(device), loader, device=device, amp_dtype=build_amp_dtype(args, device))
     if not args.dist_eval and not isinstance(loader, readers.StreamLoader):  # each process has evaluated all of them
         stats['images'] //= utils.get_world_size()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 # Elements that an intermediate result may have before the work is done in pieces. On a CPU 16 MB in float32, measured;
 # elsewhere pieces only save memory, and large ones keep the device busy.
-PIECE = {'cpu': 2 ** 22, 'other': 2 ** 24}
+PIECE = {'cpu': 2 ** 22, 'other': 2 ** 26}
 
 
 def piece(x: torch.Tensor) -> int:
@@ -28,7 +28,8 @@ class Mlp(timm.layers.Mlp):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting() and self.takes_pieces(x):
-            return PiecewiseMlp.apply(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+            return PiecewiseMlp.apply(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias,
+                                      torch.is_grad_enabled())
         x = self.drop1(self.act(self.fc1(x)))
         return self.drop2(self.fc2(x))
 
@@ -37,18 +38,19 @@ class Mlp(timm.layers.Mlp):
         if torch.compiler.is_compiling():  # first: sizes are not to be looked at there
             return False
         return (x.device.type == 'cpu' and x.numel() // x.shape[-1] * self.fc1.out_features > piece(x)
-                and not torch.is_autocast_enabled('cpu') and not (self.training and self.drop1.p))
+                and not torch.is_autocast_enabled('cpu') and not (self.training and self.drop1.p)
+                and type(self.fc1) is type(self.fc2) is torch.nn.Linear)  # not adapters, say
 
 
 class PiecewiseMlp(torch.autograd.Function):
     """What Mlp computes, and its gradients, in pieces."""
 
     @staticmethod
-    def forward(ctx, x, w1, b1, w2, b2):
+    def forward(ctx, x, w1, b1, w2, b2, grad_enabled=True):
         tokens = x.reshape(-1, x.shape[-1])  # (M, C)
         M, D = len(tokens), len(w1)
         size = max(1, piece(x) // D)
-        keeps = any(ctx.needs_input_grad)
+        keeps = grad_enabled and any(ctx.needs_input_grad)
         hidden = x.new_empty(M if keeps else size, D)
         out = torch.empty_like(tokens)
         for i in range(0, M, size):
@@ -63,17 +65,28 @@ class PiecewiseMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, hidden, w1, b1, w2, b2 = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():  # somebody wants the gradient's gradient
             out = F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
-            return torch.autograd.grad(out, (x, w1, b1, w2, b2), grad, create_graph=True)
+            inputs = [t for t, want in zip((x, w1, b1, w2, b2), wanted) if want]
+            found = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
+            return *(next(found) if want else None for want in wanted), None
         tokens, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
         size = max(1, piece(x) // len(w1))
-        d_x, d_w1, d_b1, d_w2 = torch.empty_like(tokens), *(torch.zeros_like(p) for p in (w1, b1, w2))
+        d_x = torch.empty_like(tokens) if wanted[0] else None
+        d_w1, d_b1, d_w2 = (torch.zeros_like(p) if want else None for p, want in zip((w1, b1, w2), wanted[1:]))
         for i in range(0, len(tokens), size):
             part, h, g = tokens[i:i + size], hidden[i:i + size], grads[i:i + size]
-            torch.addmm(d_w2, g.t(), F.gelu(h), out=d_w2)
+            if d_w2 is not None:
+                torch.addmm(d_w2, g.t(), F.gelu(h), out=d_w2)
+            if not any(wanted[:3]):
+                continue
             d_h = torch.ops.aten.gelu_backward(g @ w2, h)
-            torch.addmm(d_w1, d_h.t(), part, out=d_w1)
-            d_b1 += d_h.sum(dim=0)
-            torch.mm(d_h, w1, out=d_x[i:i + size])
-        return d_x.view_as(x), d_w1, d_b1, d_w2, grads.sum(dim=0)
+            if d_w1 is not None:
+                torch.addmm(d_w1, d_h.t(), part, out=d_w1)
+            if d_b1 is not None:
+                d_b1 += d_h.sum(dim=0)
+            if d_x is not None:
+                torch.mm(d_h, w1, out=d_x[i:i + size])
+        d_b2 = grads.sum(dim=0) if wanted[4] else None
+        return None if d_x is None else d_x.view_as(x), d_w1, d_b1, d_w2, d_b2, None

@@ -2,6 +2,7 @@
 
 Shapes: `B` batch, `N` tokens, `C` channels, `h` heads, `d = C//h`.
 """
+import contextlib
 from typing import List, Tuple
 
 import torch
@@ -69,12 +70,15 @@ class XCA(nn.Module):
         """(B, N, C) -> queries, keys and values, each (B, h, d, N)."""
         B, N, C = x.shape
         shape = (B, self.num_heads, C // self.num_heads, N)
-        if torch.is_grad_enabled():  # one product for all images, so that its weights' gradient is one, too
+        # With gradients one product for all images, so that its weights' gradient is one, too.
+        if torch.is_grad_enabled() or not (torch.jit.is_scripting() or is_linear(self.qkv)):
             return [part.transpose(1, 2).reshape(shape) for part in self.qkv(x).chunk(3, dim=2)]
         # Weights times tokens, and not the reverse: the results then lie in memory as attention reads them.
+        dtype = x.dtype if torch.jit.is_scripting() else product_type(x)
+        x = x.to(dtype)
         parts: List[torch.Tensor] = []
         for i in range(3):
-            weight = self.qkv.weight[i * C:(i + 1) * C].expand(B, C, C)
+            weight = self.qkv.weight[i * C:(i + 1) * C].to(dtype).expand(B, C, C)
             part = weight @ x.transpose(1, 2)
             if self.qkv.bias is not None:
                 part += self.qkv.bias[i * C:(i + 1) * C, None]
@@ -85,12 +89,14 @@ class XCA(nn.Module):
         """q kᵀ (B, h, d, d) and the norms of q and k over tokens, (B, h, d) -> attention weights (B, h, d, d)."""
         # Norms of 0: as in torch.nn.functional.normalize
         cosines = products / q_norm.clamp_min(1e-12)[..., :, None] / k_norm.clamp_min(1e-12)[..., None, :]
-        return self.attn_drop((cosines * self.temperature).softmax(dim=-1))
+        return self.attn_drop((cosines * self.temperature).softmax(dim=-1)).to(products.dtype)
 
     # ----- the second form
 
     @torch.jit.unused
     def takes_gram(self, x: torch.Tensor) -> bool:
+        if not (is_linear(self.qkv) and is_linear(self.proj)):  # but adapters, say: their weights are not all there is
+            return False
         if self.form != 'auto':
             return self.form == 'gram'
         half = product_type(x) in HALF
@@ -102,7 +108,7 @@ class XCA(nn.Module):
     @torch.jit.unused
     def gram(self, x: torch.Tensor) -> torch.Tensor:
         dtype = product_type(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             mean = x.mean(dim=1, dtype=at_least_float32(x.dtype))
             matrix, bias = self.mixing(mean, covariance(x, mean, dtype))
             return torch.baddbmm(bias.to(dtype), x.to(dtype), matrix.to(dtype))
@@ -147,8 +153,21 @@ class XCA(nn.Module):
 def product_type(x: torch.Tensor) -> torch.dtype:
     """Of a product of x, which autocast may decide."""
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if autocast else x.dtype
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):  # autocast leaves float64 alone
+        return x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def without_autocast(device: torch.device):
+    """A context in which products have their factors' type."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer is no more than its weight and bias."""
+    return type(layer) is nn.Linear
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

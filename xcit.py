@@ -148,7 +148,10 @@ class XCABlock(nn.Module):
 
     def add(self, x: torch.Tensor, gamma: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
         """x + drop_path(gamma * branch), in one pass over the tokens: it is gamma that is dropped."""
-        return torch.addcmul(x, self.drop_path(gamma.expand(x.shape[0], 1, -1)), branch)
+        gamma = self.drop_path(gamma.expand(x.shape[0], 1, -1))
+        if branch.dtype != gamma.dtype:  # autocast would have addcmul keep a second branch, in float32
+            return x + gamma * branch
+        return torch.addcmul(x, gamma, branch)
 
 
 class ClassAttention(nn.Module):
@@ -296,6 +299,7 @@ class Xcit(nn.Module):
 
         trunc_normal_(self.cls_token, std=.02)
         self.apply(self._init_weights)
+
     def _init_weights(self, module: nn.Module):
         if isinstance(module, nn.Linear):  # convolutions and norms keep PyTorch's own initial values
             trunc_normal_(module.weight, std=.02)

@@ -81,6 +81,23 @@ def test_all_models(monkeypatch):
     assert [(r['model'], r['height'], r['width']) for r in results] == [(NANO, 32, 48), ('xcit_nano_12_p8', 32, 48)]
 
 
+@pytest.mark.parametrize(('flags', 'said'), [
+    (['--suite', '--resolution', '64'], '--resolution: has no effect with --suite'),
+    (['--all-models', '--compile'], '--compile: has no effect with --all-models')])
+def test_options_without_effect_are_refused(flags, said):
+    """Rather than measured with other settings than asked for."""
+    with pytest.raises(InputError, match=said):
+        main(['compare', *flags])
+
+
+@torch.no_grad()
+def test_both_sides_have_the_same_weights():
+    """And so the same outputs."""
+    ours, theirs = (benchmark.build(name, (64, 64), training=False, form='auto') for name in (NANO, f'timm:{NANO}'))
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
+
+
 def test_xca(capsys):
     """Both forms against timm's, forward and backward."""
     results = main(['xca', '--dim', '128', '--tokens', '50', '300', '--rounds', '1', '--device', 'cpu'])

@@ -95,14 +95,13 @@ def test_fused_model_leaves_its_inputs_alone(small_pieces):
 
 @torch.no_grad()
 def test_position_is_kept_for_the_last_grid():
-    """It is computed once for a grid, anew for another one, and not under another autocast type's name."""
+    """It is computed once for a grid, anew for another one, and in float32 whatever autocast does."""
     _, fused = both('xcit_nano_12_p16')
     first = fused.pos_embeder(3, 5)
     assert fused.pos_embeder(3, 5) is first
     assert fused.pos_embeder(5, 3).shape == (1, 128, 5, 3)
     with torch.autocast('cpu', torch.bfloat16):
-        assert fused.pos_embeder(5, 3).dtype == torch.bfloat16
-    assert fused.pos_embeder(5, 3).dtype == torch.float32
+        assert fused.pos_embeder(5, 3).dtype == torch.float32
 
 
 @pytest.mark.parametrize('training', [True, False])
@@ -123,6 +122,27 @@ def test_fused_under_autocast():
     with torch.autocast('cpu', torch.bfloat16):
         errors = [(m(images) - expected).abs().max() for m in (model, fused)]
     assert errors[1] <= 1.5 * errors[0]
+
+
+@pytest.mark.parametrize('fused', [False, True])
+@torch.no_grad()
+def test_tokens_are_float32_under_autocast(fused):
+    """What the blocks add up keeps its digits, in a fused model as well."""
+    models = both('xcit_nano_12_p8')
+    with torch.autocast('cpu', torch.bfloat16):
+        tokens, = models[fused].forward_intermediates(seeded_images(1, 3, 64, 64), [3], intermediates_only=True)
+    assert tokens.dtype == torch.float32
+
+
+@pytest.mark.parametrize('fused', [False, True])
+@torch.no_grad()
+def test_model_in_half_precision(fused):
+    """A model whose weights are bfloat16 runs as it is, and is near the one in float32."""
+    model, images = both('xcit_nano_12_p16')[fused], seeded_images(2, 3, 96, 64)
+    expected = model(images)
+    actual = model.bfloat16()(images.bfloat16())
+    assert actual.dtype == torch.bfloat16
+    assert (actual - expected).abs().max() < .1 * expected.abs().max()
 
 
 # ----- MLP in pieces
@@ -153,6 +173,32 @@ def test_mlp_in_pieces_is_taken(monkeypatch):
     assert not mlp.Mlp(16, 64, drop=.1).takes_pieces(x)
     with torch.autocast('cpu', torch.bfloat16):
         assert not mlp.Mlp(16, 64).takes_pieces(x)
+
+
+@pytest.mark.parametrize('wanted', range(5))
+def test_mlp_in_pieces_with_frozen_tensors(wanted):
+    """One gradient alone is asked for, of the tokens or of one parameter; its derivative as well."""
+    shapes = ((3, 4), (8, 4), (8,), (4, 8), (4,))
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    inputs[wanted].requires_grad_()
+
+    def function(tensor):
+        return mlp.PiecewiseMlp.apply(*inputs[:wanted], tensor, *inputs[wanted + 1:])
+
+    assert torch.autograd.gradcheck(function, inputs[wanted])
+    assert torch.autograd.gradgradcheck(function, inputs[wanted])
+
+
+def test_mlp_in_pieces_keeps_nothing_without_gradients(monkeypatch):
+    """The hidden activations of all tokens are for the backward pass."""
+    monkeypatch.setitem(mlp.PIECE, 'cpu', 64 * 3)
+    module, x, lengths = mlp.Mlp(16, 64), torch.zeros(50, 16), []
+    monkeypatch.setattr(torch, 'mm', lambda a, b, out: lengths.append(out.untyped_storage().nbytes()) or out.zero_())
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            module(x)
+    assert max(lengths[:17]) == 50 * 64 * 4
+    assert max(lengths[17:]) == 3 * 64 * 4
 
 
 def test_second_derivatives_of_mlp_in_pieces():

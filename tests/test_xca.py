@@ -175,10 +175,52 @@ def test_auto_under_autocast():
         assert not attention(24, 'auto').takes_gram(torch.zeros(1, 1000, 24))
 
 
-def test_shapes_without_data():
-    """Models on the meta device compute shapes, as tools that count operations want it."""
+@pytest.mark.parametrize('size', [64, 512])
+def test_shapes_without_data(size):
+    """Models on the meta device compute shapes, as tools that count operations want it, in either form."""
     model = xcit.xcit_nano_12_p16().to('meta')
-    assert model(torch.zeros(2, 3, 64, 64, device='meta')).shape == (2, 1000)
+    assert model(torch.zeros(2, 3, size, size, device='meta')).shape == (2, 1000)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('form', ['plain', 'gram'])
+@torch.no_grad()
+def test_module_in_half_precision(form, dtype):
+    """Weights and tokens in half precision, without autocast: the same type comes out, and nearly the same values."""
+    module, x = attention(48, form), tokens('normal', (2, 300, 48))
+    expected = module(x)
+    actual = module.to(dtype)(x.to(dtype))
+    assert actual.dtype == dtype
+    assert largest_difference(actual.float(), expected) < .05
+
+
+@pytest.mark.parametrize('form', ['plain', 'gram'])
+@torch.no_grad()
+def test_float64_under_autocast(form):
+    """Autocast leaves it alone, and so do both forms."""
+    module, x = attention(24, form).double(), tokens('normal', (2, 60, 24)).double()
+    expected = module(x)
+    with torch.autocast('cpu', torch.bfloat16):
+        torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize('grad', [True, False])
+def test_other_layers_in_place_of_qkv_are_called(grad):
+    """Adapters, which are more than a weight and a bias, take part: with them the definition calls the layers."""
+    class Doubled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    module, x = attention(24, 'gram'), tokens('normal', (2, 60, 24))
+    linear = module.qkv
+    module.qkv = Doubled(24, 72)
+    module.qkv.load_state_dict(linear.state_dict())
+    other = attention(24, 'plain')
+    with torch.no_grad():
+        other.qkv.weight.mul_(2)
+        other.qkv.bias.mul_(2)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(module(x), other(x), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

@@ -10,12 +10,14 @@ beyond what was in use before it: weights and the optimizer's state don't count.
 import argparse
 import csv
 import ctypes
+import datetime
 import functools
 import math
 import os
 import platform
 import re
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -115,6 +117,8 @@ def get_args_parser() -> argparse.ArgumentParser:
                                help='steps with AdamW instead of inference')
         parser_of.add_argument('--compile', action=argparse.BooleanOptionalAction, default=False,
                                help='torch.compile')
+        parser_of.add_argument('--compile-mode', choices=['default', 'reduce-overhead', 'max-autotune'],
+                               default='default', help='of torch.compile; the last two use CUDA graphs')
         parser_of.add_argument('--xca', choices=xca.FORMS, default='auto', help='form of XCA, of the models here')
     for parser_of in (speed, scaling, compare, alone):
         parser_of.add_argument('--precision', choices=list(PRECISIONS), default='fp32', help='autocast, but for fp32')
@@ -127,6 +131,21 @@ def get_args_parser() -> argparse.ArgumentParser:
     data.add_argument('--num-workers', type=COUNT_OR_0, default=0, metavar='N', help='loading processes; 0: this one')
     data.add_argument('--rounds', type=COUNT, default=5, metavar='N', help='of which the median counts')
     return parser
+
+
+def check_fixed(args):
+    """Refuse options of `compare` that --suite or --all-models settle.
+
+    Raises:
+        InputError: there is one.
+    """
+    flag, fixed = '--all-models', ['models', 'compile']
+    if args.suite:
+        flag, fixed = '--suite', [*fixed, 'resolution', 'batch_size', 'training']
+    default = get_args_parser().parse_args(['compare'])
+    for name in fixed:
+        if getattr(args, name) != getattr(default, name):
+            raise InputError(f'--{name.replace("_", "-")}: has no effect with {flag}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,12 +185,17 @@ def take_turns(steps: Dict[str, Callable], device: torch.device, rounds: int) ->
             if not is_out_of_memory(error):
                 raise
     for _ in range(rounds):
-        for name in times:
+        for name in list(times):
             def turn(step=steps[name], repeat=repeats[name]):
                 for _ in range(repeat):
                     step()
 
-            times[name].append(seconds(turn, device) / repeats[name])
+            try:
+                times[name].append(seconds(turn, device) / repeats[name])
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                del times[name]
     return {name: statistics.median(times[name]) if name in times else None for name in steps}
 
 
@@ -230,10 +254,13 @@ def operations(step: Callable) -> int:
 # What is measured
 
 def build(name: str, resolution: Tuple[int, int], *, training: bool, form: str) -> torch.nn.Module:
-    """A model with random weights, prepared for its use."""
+    """A model with random weights, the same for both implementations, prepared for its use."""
     torch.manual_seed(0)
     if name.startswith(TIMM):
-        return timm.create_model(f'{name.removeprefix(TIMM)}_224').train(training)
+        weights = timm.create_model(name.removeprefix(TIMM)).state_dict()
+        model = timm.create_model(f'{name.removeprefix(TIMM)}_224')
+        model.load_state_dict(xcit.to_timm_names(weights))
+        return model.train(training)
     if name not in xcit.MODELS:
         try:
             return timm.create_model(name, img_size=resolution).train(training)
@@ -245,12 +272,13 @@ def build(name: str, resolution: Tuple[int, int], *, training: bool, form: str) 
 
 
 def build_step(name: str, resolution: Tuple[int, int], batch_size: int, *, training: bool, precision: str,
-               device: torch.device, compiled: bool = False, form: str = 'auto') -> Callable:
+               device: torch.device, compiled: bool = False, compile_mode: str = 'default',
+               form: str = 'auto') -> Callable:
     """A function that does one training step, or one forward pass, and waits for nothing."""
     model = build(name, resolution, training=training, form=form).to(device)
     images = torch.randn(batch_size, 3, *resolution, device=device)
     if compiled:
-        model.compile()
+        model.compile(mode=compile_mode, dynamic=False)
     autocast = functools.partial(torch.autocast, device.type, PRECISIONS[precision], enabled=precision != 'fp32')
 
     @torch.inference_mode()
@@ -275,6 +303,12 @@ def build_step(name: str, resolution: Tuple[int, int], batch_size: int, *, train
     return train
 
 
+def step_builder(args, device: torch.device) -> Callable:
+    """`build_step` with the settings of the command line."""
+    return functools.partial(build_step, training=args.training, precision=args.precision, device=device,
+                             compiled=args.compile, compile_mode=args.compile_mode, form=args.xca)
+
+
 def shown(value: Optional[float], digits: int = 1, unit: str = '') -> str:
     return 'out of memory' if value is None else f'{value:.{digits}f}{unit}'
 
@@ -294,15 +328,15 @@ def pixels(resolution: Tuple[int, int]) -> str:
 
 
 def speed(args, device: torch.device) -> dict:
-    build_one = functools.partial(build_step, args.model, args.resolution, args.batch_size, training=args.training,
-                                  precision=args.precision, device=device, form=args.xca)
-    step = build_one(compiled=args.compile)
+    build_one = functools.partial(step_builder(args, device), args.model, args.resolution, args.batch_size)
+    step = build_one()
     elapsed = take_turns({args.model: step}, device, args.rounds)[args.model]
     if elapsed is None:
         notice(f'{args.model} at {pixels(args.resolution)}, batch {args.batch_size}: out of memory')
         return dict(model=args.model)
     memory = peak_memory(step, device)
-    flops = operations(build_one() if args.compile else step)  # a compiled step does not show its operations
+    # A compiled step does not show its operations.
+    flops = operations(build_one(compiled=False) if args.compile else step)
     peak = matrix_peak(device, args.precision)
     result = dict(model=args.model, ms_per_image=1e3 * elapsed / args.batch_size,
                   images_per_s=args.batch_size / elapsed, memory_mb=memory,
@@ -323,8 +357,9 @@ def exponent(resolutions: List[Tuple[int, int]], values: List[Optional[float]]) 
 def scaling(args, device: torch.device) -> List[dict]:
     rows = []
     for resolution in args.resolutions:
-        steps = {name: build_step(name, resolution, args.batch_size, training=args.training, precision=args.precision,
-                                  device=device, compiled=args.compile, form=args.xca) for name in args.models}
+        torch.compiler.reset()
+        build_one = step_builder(args, device)
+        steps = {name: build_one(name, resolution, args.batch_size) for name in args.models}
         times = take_turns(steps, device, args.rounds)
         for name, step in steps.items():
             elapsed = times[name]
@@ -373,8 +408,8 @@ def plot(rows: List[dict], args, what: str, label: str, path: Path):
 
 
 def compare(args, device: torch.device) -> List[dict]:
-    steps = {name: build_step(name, args.resolution, args.batch_size, training=args.training, precision=args.precision,
-                              device=device, compiled=args.compile, form=args.xca) for name in args.models}
+    build_one = step_builder(args, device)
+    steps = {name: build_one(name, args.resolution, args.batch_size) for name in args.models}
     times = take_turns(steps, device, args.rounds)
     memory = {name: times[name] and peak_memory(step, device) for name, step in steps.items()}
     base = args.models[min(1, len(args.models) - 1)]
@@ -387,14 +422,15 @@ def compare(args, device: torch.device) -> List[dict]:
 def against_timm(args, device: torch.device) -> List[dict]:
     """This XCiT against timm's: of eager and compiled the faster, and the one with less memory, of each."""
     rows, results = [], []
+    build_one = step_builder(args, device)
     what = 'training' if args.training else 'inference'
     settings = SUITE if args.suite else [
         (what, name, *args.resolution, args.batch_size, args.batch_size) for name in xcit.MODELS]
     for what, name, height, width, cpu_images, gpu_images in settings:
+        torch.compiler.reset()  # or it would take sizes that change between settings for free ones
         images = cpu_images if device.type == 'cpu' else gpu_images
-        steps = {(source, compiled): build_step(
-            prefix + name, (height, width), images, training=what == 'training', precision=args.precision,
-            device=device, compiled=compiled, form=args.xca)
+        steps = {(source, compiled): build_one(
+            prefix + name, (height, width), images, training=what == 'training', compiled=compiled)
             for source, prefix in (('here', ''), ('timm', TIMM)) for compiled in (False, True)}
         times = take_turns(steps, device, args.rounds)
         memory = {key: times[key] and peak_memory(step, device) for key, step in steps.items()}
@@ -437,7 +473,8 @@ def attention_alone(args, device: torch.device) -> List[dict]:
                          for name, module in modules.items()}
                 times = take_turns(steps, device, args.rounds)
                 results.append(dict(dim=dim, tokens=tokens, backward=backward, **times))
-                rows.append([dim, tokens, 'forward+backward' if backward else 'forward', shown(1e3 * times['timm'], 2),
+                rows.append([dim, tokens, 'forward+backward' if backward else 'forward',
+                             shown(times['timm'] and 1e3 * times['timm'], 2),
                              ratio(times['plain'], times['timm']), ratio(times['gram'], times['timm'])])
     table(['C', 'N', '', 'timm, ms', 'plain, timm = 1', 'gram, timm = 1'], rows)
     return results
@@ -551,9 +588,12 @@ def main(argv: Optional[list] = None):
         with utils.writing(args.output_dir):
             args.output_dir.mkdir(parents=True, exist_ok=True)
     where = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{device.type}, {os.cpu_count()} cores'
+    notice(f'{datetime.date.today()}: python -m tools.benchmark {" ".join(sys.argv[1:] if argv is None else argv)}')
     notice(f'{where}, {torch.get_num_threads()} threads; '
            + ', '.join(f'{name} {version}' for name, version in utils.environment().items()))
     two_sided = args.what == 'compare' and (args.suite or args.all_models)
+    if two_sided:
+        check_fixed(args)
     command = against_timm if two_sided else COMMANDS[args.what]
     return command(args, device)
 

@@ -62,7 +62,10 @@ class XCA(nn.Module):
         q, k, v = self.heads(x)  # each (B, h, d, N)
         # Norms are over tokens: divided by them, the products are cosines, whatever N is. Dividing these (d x d)
         # instead of q and k (N x d) saves two passes over the tokens.
-        attn = self.attention(mean_product(q, k), root_mean_square(q), root_mean_square(k))
+        q_norm, k_norm = root_mean_square(q), root_mean_square(k)
+        if q.dtype == torch.float16:  # whose range the products of small q and k would leave
+            q, q_norm = (q / q_norm.clamp_min(1e-12)[..., None]).to(q.dtype), torch.ones_like(q_norm)
+        attn = self.attention(mean_product(q, k), q_norm, k_norm)
         x = (attn @ v).reshape(B, C, N).transpose(1, 2)
         return self.proj(x)
 
@@ -70,16 +73,26 @@ class XCA(nn.Module):
         """(B, N, C) -> queries, keys and values, each (B, h, d, N)."""
         B, N, C = x.shape
         shape = (B, self.num_heads, C // self.num_heads, N)
-        # With gradients one product for all images, so that its weights' gradient is one, too.
-        if torch.is_grad_enabled() or not (torch.jit.is_scripting() or is_linear(self.qkv)):
-            return [part.transpose(1, 2).reshape(shape) for part in self.qkv(x).chunk(3, dim=2)]
-        # Weights times tokens, and not the reverse: the results then lie in memory as attention reads them.
-        dtype = x.dtype if torch.jit.is_scripting() else product_type(x)
-        x = x.to(dtype)
-        parts: List[torch.Tensor] = []
+        if not torch.jit.is_scripting() and self.takes_channels_first():
+            return self.channels_first(x, shape)
+        return [part.transpose(1, 2).reshape(shape) for part in self.qkv(x).chunk(3, dim=2)]
+
+    @torch.jit.unused
+    def takes_channels_first(self) -> bool:
+        # With gradients one product for all images is better: that of its weights is one then, too.
+        return not torch.is_grad_enabled() and is_linear(self.qkv)
+
+    @torch.jit.unused
+    def channels_first(self, x: torch.Tensor, shape: Tuple[int, int, int, int]) -> List[torch.Tensor]:
+        """`heads`, as weights times tokens and not the reverse: results lie in memory as attention reads them."""
+        B, N, C = x.shape
+        dtype = product_type(x)
+        x = x.to(dtype).transpose(1, 2)
+        parts = []
         for i in range(3):
-            weight = self.qkv.weight[i * C:(i + 1) * C].to(dtype).expand(B, C, C)
-            part = weight @ x.transpose(1, 2)
+            # Cast before it is expanded: autocast would make B copies.
+            weight = self.qkv.weight[i * C:(i + 1) * C].to(dtype)
+            part = weight.expand(B, C, C) @ x
             if self.qkv.bias is not None:
                 part += self.qkv.bias[i * C:(i + 1) * C, None]
             parts.append(part.view(shape))
@@ -152,17 +165,18 @@ class XCA(nn.Module):
 
 def product_type(x: torch.Tensor) -> torch.dtype:
     """Of a product of x, which autocast may decide."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):  # autocast leaves float64 alone
+    if x.dtype == torch.float64 or not in_autocast(x.device):  # autocast leaves float64 alone
         return x.dtype
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def in_autocast(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def without_autocast(device: torch.device):
     """A context in which products have their factors' type."""
-    if not torch.amp.is_autocast_available(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if in_autocast(device) else contextlib.nullcontext()
 
 
 def is_linear(layer: nn.Module) -> bool:

@@ -257,6 +257,17 @@ def test_eval_of_pretrained_weights(trained):
     assert stats['acc1'] == log_lines(run)[-1]['test_acc1']
 
 
+def test_evaluation_can_be_compiled(trained, monkeypatch):
+    """With the same accuracy, and with the mode that is asked for."""
+    data, run, _ = trained
+    modes = []
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda model, mode: modes.append(mode) or compile_module(model))
+    flags = tiny(data, '--eval', '--resume', str(run / 'checkpoint.pth'))
+    assert main([*flags, '--compile', '--compile-mode', 'max-autotune'])['acc1'] == main(flags)['acc1']
+    assert modes == ['max-autotune']
+
+
 def test_test_freq_skips_evaluations(tmp_path, folders):
     """Every third epoch, and the last."""
     main(tiny(folders, '--epochs', '5', '--test-freq', '3', '--output-dir', str(tmp_path / 'run')))

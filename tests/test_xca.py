@@ -132,6 +132,19 @@ def test_plain_does_not_overflow_in_float16():
     assert largest_difference(y.double(), attention(48, 'plain').double()(x.double())) < .02
 
 
+@torch.no_grad()
+def test_plain_does_not_underflow_in_float16():
+    """Means of products of small queries and keys are below float16's range; their cosines are what they are."""
+    module, exact = attention(48, 'plain'), attention(48, 'plain').double()
+    for m in (module, exact):
+        m.qkv.weight[:96] *= 1e-4
+        m.qkv.bias[:96] *= 1e-4
+    x = tokens('normal', (1, 500, 48))
+    with torch.autocast('cpu', torch.float16):
+        y = module(x)
+    assert largest_difference(y.double(), exact(x.double())) < .005
+
+
 @pytest.mark.parametrize('form', ['plain', 'gram'])
 def test_definition(form):
     """softmax(temperature * cos(q, k)) v, projected: as the paper's equation 4 has it, by torch's own normalize."""

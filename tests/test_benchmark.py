@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+import utils
 from tools import benchmark
 from tools.benchmark import main
 from utils import InputError
@@ -141,14 +142,28 @@ def test_out_of_memory_is_shown(capsys):
     assert benchmark.peak_memory(too_much, CPU) is None
 
 
+def test_a_model_that_does_not_fit_is_shown(monkeypatch):
+    """As one whose step does not."""
+    def build(*args, **kwargs):
+        torch.empty(2 ** 60)
+
+    monkeypatch.setattr(benchmark, 'build', build)
+    result, = main(['compare', '--models', NANO, '--resolution', '32', *QUICK])
+    assert (result['seconds'], result['memory_mb']) == (None, None)
+
+
 @pytest.mark.skipif(benchmark.peak_memory(lambda: None, CPU) is None, reason='this system does not tell')
 def test_peak_memory_is_of_the_step():
-    """64 MB that are held twice for a moment count twice, whatever was in use before."""
-    held = torch.ones(2 ** 24)
+    """64 MB that are held twice for a moment count twice, whatever was in use before, and however it was."""
+    utils.keep_freed_memory()
+    held = [torch.ones(2 ** 22) for _ in range(9)]
+    del held[::2]  # leaves holes in the heap
 
     def step():
-        a = torch.ones(2 ** 24)
-        a + 1
+        for n in (2 ** 22, 2 ** 24):
+            a = torch.ones(n)
+            a + 1
+            del a
 
     assert benchmark.peak_memory(step, CPU) == pytest.approx(128, abs=20)
     del held

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mlp import in_pieces, piece
-from xca import HALF, covariance, product_type, root_mean_square, without_autocast
+from xca import HALF, covariance, is_linear, product_type, root_mean_square, without_autocast
 from xcit import ClassAttentionBlock, ConvPatchEmbed, PositionalEncodingFourier, XCABlock, Xcit
 
 Pieces = Tuple[torch.Tensor, ...]
@@ -22,12 +22,13 @@ def fuse(model: Xcit) -> Xcit:
     """Fold BatchNorm and LayerScale into the layers beside them, in place; returns the model.
 
     Raises:
-        ValueError: the model is in training mode, or is fused already.
+        ValueError: the model is in training mode, is fused already, or has adapters in place of layers.
     """
     if model.training:
         raise ValueError('a model must be in eval mode to be fused: call model.eval() first')
     if isinstance(model.patch_embed, FusedPatchEmbed):
         raise ValueError('the model is fused already')
+    check_plain(model)
     with torch.no_grad():
         model.patch_embed = FusedPatchEmbed(model.patch_embed)
         model.pos_embeder = CachedPositionalEncoding(model.pos_embeder)
@@ -36,6 +37,21 @@ def fuse(model: Xcit) -> Xcit:
         for i, block in enumerate(model.cls_attn_blocks):
             model.cls_attn_blocks[i] = FusedClassAttentionBlock(block)
     return model.requires_grad_(False)
+
+
+def check_plain(model: Xcit):
+    """Refuse a model in which a factor can't be put into a layer's weights, since they are not all there is.
+
+    Raises:
+        ValueError: a layer is not plain.
+    """
+    names = [f'blocks.{i}.{name}'
+             for i in range(len(model.blocks)) for name in ('attn.proj', 'mlp.fc2', 'local_mp.conv2')]
+    names += [f'cls_attn_blocks.{i}.mlp.fc2' for i in range(len(model.cls_attn_blocks))]
+    for name in names:
+        layer = model.get_submodule(name)
+        if type(layer) not in (nn.Linear, nn.Conv2d):
+            raise ValueError(f'{name} is a {type(layer).__name__}, which cannot be fused: merge adapters first')
 
 
 def fuse_stem(stem: ConvPatchEmbed):
@@ -156,7 +172,7 @@ class FusedBlock(nn.Module):
         """out = x + attention; the Gram form works off `tokens` of an image at a time."""
         if not is_half(x) and self.attn.takes_gram(x):
             self.gram(*(pieces(t, tokens, dim=1) for t in (x, out)))
-        elif not is_half(x) and x.device.type == 'cpu':
+        elif not is_half(x) and x.device.type == 'cpu' and is_linear(self.attn.qkv) and is_linear(self.attn.proj):
             self.plain(x, out)
         else:
             torch.add(x, self.attn(self.norm1(x)), out=out)
@@ -222,11 +238,12 @@ class FusedBlock(nn.Module):
 
     def add_mlp(self, parts: Pieces):
         """The MLP is added to tokens, each part (M, C)."""
-        if is_half(parts[0]):  # maybe by autocast, which does not see what follows
+        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
+        # Autocast, which may be why, does not see what follows.
+        if is_half(parts[0]) or not (is_linear(fc1) and is_linear(fc2)):
             for part in parts:
                 part += self.mlp(self.norm2(part))
             return
-        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         hidden = parts[0].new_empty(len(parts[0]), fc1.out_features)
         for part in parts:
             h = torch.mm(self.norm2(part), fc1.weight.t(), out=hidden[:len(part)])

@@ -8,6 +8,8 @@ import timm.layers
 import torch
 import torch.nn.functional as F
 
+from xca import is_linear
+
 # Elements that an intermediate result may have before the work is done in pieces. On a CPU 16 MB in float32, measured;
 # elsewhere pieces only save memory, and large ones keep the device busy.
 PIECE = {'cpu': 2 ** 22, 'other': 2 ** 26}
@@ -39,7 +41,7 @@ class Mlp(timm.layers.Mlp):
             return False
         return (x.device.type == 'cpu' and x.numel() // x.shape[-1] * self.fc1.out_features > piece(x)
                 and not torch.is_autocast_enabled('cpu') and not (self.training and self.drop1.p)
-                and type(self.fc1) is type(self.fc2) is torch.nn.Linear)  # not adapters, say
+                and is_linear(self.fc1) and is_linear(self.fc2))
 
 
 class PiecewiseMlp(torch.autograd.Function):

@@ -108,7 +108,7 @@ class XCA(nn.Module):
 
     @torch.jit.unused
     def takes_gram(self, x: torch.Tensor) -> bool:
-        if not (is_linear(self.qkv) and is_linear(self.proj)):  # but adapters, say: their weights are not all there is
+        if not (is_linear(self.qkv) and is_linear(self.proj)):  # but adapters, say, whose weights are not all
             return False
         if self.form != 'auto':
             return self.form == 'gram'
@@ -180,8 +180,9 @@ def without_autocast(device: torch.device):
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Whether a layer is no more than its weight and bias."""
-    return type(layer) is nn.Linear
+    """Whether a layer is no more than its weight and bias, and nobody listens to it."""
+    return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks
+                                             or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

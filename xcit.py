@@ -23,7 +23,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 
 from mlp import Mlp
-from xca import FORMS, XCA
+from xca import FORMS, XCA, is_linear
 
 __all__ = ['Xcit']  # timm adds the name of each registered model
 
@@ -170,6 +170,8 @@ class ClassAttention(nn.Module):
 
     def attention_weights(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 1 + N, C), CLS first -> how much CLS attends to each token, (B, h, 1 + N); a head's sum is 1."""
+        if not torch.jit.is_scripting() and self.takes_plain():
+            return self.plain(x)[0]
         B, _, C = x.shape
         h, d = self.num_heads, C // self.num_heads
         # The published weights hold q, k and v in one matrix.
@@ -184,12 +186,30 @@ class ClassAttention(nn.Module):
         """(B, 1 + N, C), CLS first -> the new CLS token, (B, 1, C)."""
         B, _, C = x.shape
         h, d = self.num_heads, C // self.num_heads
+        if not torch.jit.is_scripting() and self.takes_plain():
+            return self.proj_drop(self.proj(self.plain(x)[1].view(B, 1, C)))
         attn = self.attn_drop(self.attention_weights(x))
         # Likewise without values of all tokens: the weighted mean of tokens first, then its values.
         cls = (attn @ x).unsqueeze(2) @ self.qkv.weight[2 * C:].view(h, d, C).transpose(1, 2)  # (B, h, 1, d)
         if self.qkv.bias is not None:
             cls = cls + attn.sum(dim=-1)[:, :, None, None] * self.qkv.bias[2 * C:].view(h, 1, d)
         return self.proj_drop(self.proj(cls.view(B, 1, C)))
+
+    @torch.jit.unused
+    def takes_plain(self) -> bool:
+        return not is_linear(self.qkv)
+
+    @torch.jit.unused
+    def plain(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The definition, with keys and values of all tokens, for layers that are more than their weights and bias.
+
+        (B, 1 + N, C) -> attention weights (B, h, 1 + N), and the heads' outputs for CLS (B, h, d).
+        """
+        B, tokens, C = x.shape
+        h, d = self.num_heads, C // self.num_heads
+        q, k, v = self.qkv(x).view(B, tokens, 3, h, d).permute(2, 0, 3, 1, 4)
+        attn = (q[:, :, :1] / math.sqrt(d) @ k.transpose(2, 3)).softmax(dim=-1)
+        return attn[:, :, 0], (self.attn_drop(attn) @ v)[:, :, 0]
 
 
 class ClassAttentionBlock(nn.Module):

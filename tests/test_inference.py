@@ -113,6 +113,32 @@ def test_refusals(training):
         inference.fuse(seeded_model('xcit_nano_12_p16').train() if training else model)
 
 
+def test_adapters_are_refused():
+    """A factor that went into their weights would be missing from the rest of them."""
+    class Adapter(torch.nn.Linear):
+        pass
+
+    model = seeded_model('xcit_nano_12_p16').eval()
+    model.blocks[3].mlp.fc2 = Adapter(512, 128)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r'blocks\.3\.mlp\.fc2 is a Adapter'):
+        inference.fuse(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_hooks_of_a_fused_models_layers_are_called():
+    """Who listens to one of them hears it."""
+    model, fused = both('xcit_nano_12_p16')
+    seen = []
+    block = fused.blocks[0]
+    for layer in (block.attn.qkv, block.mlp.fc1, fused.cls_attn_blocks[0].attn.qkv):
+        layer.register_forward_hook(lambda layer, args, output: seen.append(output.shape[-1]))
+    images = seeded_images(1, 3, 64, 64)
+    assert_same(fused(images), model(images))
+    assert seen == [384, 512, 384]
+
+
 @torch.no_grad()
 def test_fused_under_autocast():
     """In bfloat16 a fused model is as near to float32 as an unfused one."""

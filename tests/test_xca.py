@@ -237,6 +237,17 @@ def test_other_layers_in_place_of_qkv_are_called(grad):
 
 
 @torch.no_grad()
+def test_hooks_of_layers_are_called():
+    """Who listens to `qkv` hears it, in the Gram form too, which else makes no queries."""
+    module, x = attention(24, 'gram'), tokens('normal', (2, 60, 24))
+    expected = module(x)
+    seen = []
+    module.qkv.register_forward_hook(lambda layer, args, output: seen.append(output))
+    torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
+    assert [output.shape for output in seen] == [(2, 60, 72)]
+
+
+@torch.no_grad()
 def test_model_computes_the_same_in_every_form():
     """`set_xca` reaches all blocks, and the logits stay the same."""
     model, images = seeded_model('xcit_tiny_12_p8').eval(), seeded_images(2, 3, 96, 72)

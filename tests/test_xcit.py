@@ -109,6 +109,19 @@ def test_attention_weights_are_those_of_forward():
 
 
 @torch.no_grad()
+def test_class_attention_calls_layers_that_are_more_than_their_weights():
+    """A hook, which may change what it sees, is called once; without it nothing else comes out."""
+    attention = xcit.ClassAttention(12, 3)
+    x = torch.randn(2, 7, 12)
+    expected, weights = attention(x), attention.attention_weights(x)
+    seen = []
+    attention.qkv.register_forward_hook(lambda layer, args, output: seen.append(output))
+    torch.testing.assert_close(attention(x), expected, rtol=0, atol=1e-6)
+    assert [output.shape for output in seen] == [(2, 7, 36)]
+    torch.testing.assert_close(attention.attention_weights(x), weights, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
 def test_position_is_the_papers_fourier_features():
     """y before x, counted from 1, sine and cosine interleaved, on a non-square grid."""
     encoding = xcit.PositionalEncodingFourier(64)

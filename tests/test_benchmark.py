@@ -74,17 +74,19 @@ def test_suite(monkeypatch, capsys):
     assert '| inference xcit_nano_12_p16 at 32x48, batch 1 |' in capsys.readouterr().out
 
 
-def test_all_models(monkeypatch):
-    """Each of this repository's models against timm's, where it is told to."""
+@pytest.mark.parametrize('names', [[], ['xcit_nano_12_p8']])
+def test_against_timm(monkeypatch, names):
+    """The models that are named, or all of them, where it is told to."""
     monkeypatch.setattr(benchmark.xcit, 'MODELS', [NANO, 'xcit_nano_12_p8'])
-    results = main(['compare', '--all-models', '--resolution', '32x48', '--batch-size', '1', '--rounds', '1',
+    results = main(['compare', '--against-timm', *names, '--resolution', '32x48', '--batch-size', '1', '--rounds', '1',
                     '--device', 'cpu'])
-    assert [(r['model'], r['height'], r['width']) for r in results] == [(NANO, 32, 48), ('xcit_nano_12_p8', 32, 48)]
+    assert [(r['model'], r['height'], r['width']) for r in results] == [
+        (name, 32, 48) for name in names or [NANO, 'xcit_nano_12_p8']]
 
 
 @pytest.mark.parametrize(('flags', 'said'), [
     (['--suite', '--resolution', '64'], '--resolution: has no effect with --suite'),
-    (['--all-models', '--compile'], '--compile: has no effect with --all-models')])
+    (['--against-timm', '--compile'], '--compile: has no effect with --against-timm')])
 def test_options_without_effect_are_refused(flags, said):
     """Rather than measured with other settings than asked for."""
     with pytest.raises(InputError, match=said):

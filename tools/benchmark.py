@@ -105,8 +105,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     instead = compare.add_mutually_exclusive_group()
     instead.add_argument('--suite', action='store_true',
                          help='this XCiT against timm\'s in fixed settings, eager and compiled, the better of each')
-    instead.add_argument('--all-models', action='store_true',
-                         help='the same for all 14 models at --resolution and --batch-size')
+    instead.add_argument('--against-timm', nargs='*', choices=xcit.MODELS, metavar='MODEL',
+                         help='the same for these models (none given: all 14) at --resolution and --batch-size')
 
     alone = command('xca', help='cross-covariance attention alone')
     alone.add_argument('--dim', type=COUNT, nargs='+', default=[384], metavar='C')
@@ -135,12 +135,12 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_fixed(args):
-    """Refuse options of `compare` that --suite or --all-models settle.
+    """Refuse options of `compare` that --suite or --against-timm settle.
 
     Raises:
         InputError: there is one.
     """
-    flag, fixed = '--all-models', ['models', 'compile']
+    flag, fixed = '--against-timm', ['models', 'compile']
     if args.suite:
         flag, fixed = '--suite', [*fixed, 'resolution', 'batch_size', 'training']
     default = get_args_parser().parse_args(['compare'])
@@ -445,7 +445,7 @@ def against_timm(args, device: torch.device) -> List[dict]:
     build_one = step_builder(args, device)
     what = 'training' if args.training else 'inference'
     settings = SUITE if args.suite else [
-        (what, name, *args.resolution, args.batch_size, args.batch_size) for name in xcit.MODELS]
+        (what, name, *args.resolution, args.batch_size, args.batch_size) for name in args.against_timm or xcit.MODELS]
     for what, name, height, width, cpu_images, gpu_images in settings:
         torch.compiler.reset()  # or it would take sizes that change between settings for free ones
         images = cpu_images if device.type == 'cpu' else gpu_images
@@ -612,7 +612,7 @@ def main(argv: Optional[list] = None):
     notice(f'{datetime.date.today()}: python -m tools.benchmark {" ".join(sys.argv[1:] if argv is None else argv)}')
     notice(f'{where}, {torch.get_num_threads()} threads; '
            + ', '.join(f'{name} {version}' for name, version in utils.environment().items()))
-    two_sided = args.what == 'compare' and (args.suite or args.all_models)
+    two_sided = args.what == 'compare' and (args.suite or args.against_timm is not None)
     if two_sided:
         check_fixed(args)
     command = against_timm if two_sided else COMMANDS[args.what]

@@ -210,8 +210,8 @@ class FusedBlock(nn.Module):
         products = x.new_empty(B, h, d, d)
         for i in range(B):
             torch.baddbmm(products[i], q[:, :, i], k[:, :, i].transpose(1, 2), beta=0, alpha=1 / N, out=products[i])
-        q_norm, k_norm = (root_mean_square(part).permute(2, 0, 1) for part in (q, k))
-        weights = attn.attention(products, q_norm, k_norm)
+        q_norm, k_norm = (root_mean_square(part).permute(2, 0, 1).flatten(0, 1) for part in (q, k))  # (B * h, d)
+        weights = attn.attention(products.flatten(0, 1), q_norm, k_norm).view(B, h, d, d)
         torch.add(x, attn.proj.bias, out=out)
         for i in range(B):
             mixed = (weights[i] @ v[:, :, i]).view(C, N)

@@ -59,20 +59,21 @@ class XCA(nn.Module):
 
     def plain(self, x: torch.Tensor) -> torch.Tensor:
         B, N, C = x.shape
-        q, k, v = self.heads(x)  # each (B, h, d, N)
+        q, k, v = self.heads(x)  # each (B * h, d, N)
         # Norms are over tokens: divided by them, the products are cosines, whatever N is. Dividing these (d x d)
         # instead of q and k (N x d) saves two passes over the tokens.
         q_norm, k_norm = root_mean_square(q), root_mean_square(k)
         if q.dtype == torch.float16:  # whose range the products of small q and k would leave
             q, q_norm = (q / q_norm.clamp_min(1e-12)[..., None]).to(q.dtype), torch.ones_like(q_norm)
         attn = self.attention(mean_product(q, k), q_norm, k_norm)
-        x = (attn @ v).reshape(B, C, N).transpose(1, 2)
+        x = torch.bmm(attn, v).view(B, C, N).transpose(1, 2)
         return self.proj(x)
 
     def heads(self, x: torch.Tensor) -> List[torch.Tensor]:
-        """(B, N, C) -> queries, keys and values, each (B, h, d, N)."""
+        """(B, N, C) -> queries, keys and values, each (B * h, d, N)."""
         B, N, C = x.shape
-        shape = (B, self.num_heads, C // self.num_heads, N)
+        # Not (B, h, d, N): the compiler takes four dimensions for pictures, and lays them out as convolutions like it.
+        shape = (B * self.num_heads, C // self.num_heads, N)
         if not torch.jit.is_scripting() and self.takes_channels_first():
             return self.channels_first(x, shape)
         return [part.transpose(1, 2).reshape(shape) for part in self.qkv(x).chunk(3, dim=2)]
@@ -83,7 +84,7 @@ class XCA(nn.Module):
         return not torch.is_grad_enabled() and is_linear(self.qkv)
 
     @torch.jit.unused
-    def channels_first(self, x: torch.Tensor, shape: Tuple[int, int, int, int]) -> List[torch.Tensor]:
+    def channels_first(self, x: torch.Tensor, shape: Tuple[int, int, int]) -> List[torch.Tensor]:
         """`heads`, as weights times tokens and not the reverse: results lie in memory as attention reads them."""
         B, N, C = x.shape
         dtype = product_type(x)
@@ -99,10 +100,11 @@ class XCA(nn.Module):
         return parts
 
     def attention(self, products: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor) -> torch.Tensor:
-        """q kᵀ (B, h, d, d) and the norms of q and k over tokens, (B, h, d) -> attention weights (B, h, d, d)."""
+        """q kᵀ (B * h, d, d) and norms of q and k over tokens, (B * h, d) -> attention weights (B * h, d, d)."""
         # Norms of 0: as in torch.nn.functional.normalize
-        cosines = products / q_norm.clamp_min(1e-12)[..., :, None] / k_norm.clamp_min(1e-12)[..., None, :]
-        return self.attn_drop((cosines * self.temperature).softmax(dim=-1)).to(products.dtype)
+        cosines = products / q_norm.clamp_min(1e-12)[:, :, None] / k_norm.clamp_min(1e-12)[:, None, :]
+        temperature = self.temperature.repeat(products.shape[0] // self.num_heads, 1, 1)
+        return self.attn_drop((cosines * temperature).softmax(dim=-1)).to(products.dtype)
 
     # ----- the second form
 
@@ -148,11 +150,11 @@ class XCA(nn.Module):
         q_mean, k_mean = F.linear(mean, w_q, b_q), F.linear(mean, w_k, b_k)
         wq_cov, wk_cov = w_q @ covariance, w_k @ covariance  # (B, C, C)
         q_norm, k_norm = (  # not below 1e-12: of 0, the square root has no derivative
-            ((w_cov * w).sum(dim=-1).clamp_min(0) + m.square()).clamp_min(1e-24).sqrt().view(B, h, d)
+            ((w_cov * w).sum(dim=-1).clamp_min(0) + m.square()).clamp_min(1e-24).sqrt().view(B * h, d)
             for w_cov, w, m in ((wq_cov, w_q, q_mean), (wk_cov, w_k, k_mean)))
         products = wq_cov.view(B, h, d, C) @ w_k.view(h, d, C).transpose(1, 2)
         products = products + q_mean.view(B, h, d, 1) * k_mean.view(B, h, 1, d)
-        attn = self.attention(products, q_norm, k_norm)
+        attn = self.attention(products.flatten(0, 1), q_norm, k_norm).view(B, h, d, d)
 
         # Values, attention and projection are linear in x.
         mix = (attn.transpose(-2, -1) @ w_proj.t().view(h, d, C)).view(B, C, C)  # from values to the output
@@ -190,16 +192,14 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def root_mean_square(q: torch.Tensor) -> torch.Tensor:
-    """Over tokens: (B, h, d, N) -> (B, h, d), float32 at least."""
+    """Over tokens: (..., N) -> (...), float32 at least."""
     return torch.linalg.vector_norm(q, dim=-1, dtype=at_least_float32(q.dtype)) / q.shape[-1] ** .5
 
 
 def mean_product(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """q kᵀ / N of each head: twice (B, h, d, N) -> (B, h, d, d)."""
-    B, h, d, N = q.shape
+    """q kᵀ / N of each head: twice (B * h, d, N) -> (B * h, d, d)."""
     # A mean, since a sum over many tokens overflows in float16. baddbmm scales before it rounds.
-    zero = q.new_zeros(())
-    return torch.baddbmm(zero, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), beta=0, alpha=1 / N).view(B, h, d, d)
+    return torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=1 / q.shape[-1])
 
 
 def covariance(x: torch.Tensor, mean: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -290,9 +290,7 @@ def build_step(name: str, resolution: Tuple[int, int], batch_size: int, *, train
         model = build(name, resolution, training=training, form=form).to(device)
         images = torch.randn(batch_size, 3, *resolution, device=device)
     except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        return functools.partial(fail_for_memory, str(error))
+        return fails_for_memory(error)
     if compiled:
         model.compile(mode=compile_mode, dynamic=False)
     autocast = functools.partial(torch.autocast, device.type, PRECISIONS[precision], enabled=precision != 'fp32')
@@ -319,8 +317,22 @@ def build_step(name: str, resolution: Tuple[int, int], batch_size: int, *, train
     return train
 
 
-def fail_for_memory(message: str):
-    raise torch.OutOfMemoryError(message)
+def fails_for_memory(error: RuntimeError) -> Callable:
+    """A step in place of one that memory does not suffice to build; other errors are raised again."""
+    if not is_out_of_memory(error):
+        raise error
+    message = str(error)  # the error itself holds what was built until then
+
+    def step():
+        raise torch.OutOfMemoryError(message)
+
+    return step
+
+
+def least_of(values: Dict[tuple, Optional[float]]) -> Dict[str, Optional[float]]:
+    """The least value of those with the same first half of the key; None: there is none."""
+    names = dict.fromkeys(name for name, _ in values)
+    return {name: min((v for (n, _), v in values.items() if n == name and v), default=None) for name in names}
 
 
 def step_builder(args, device: torch.device) -> Callable:
@@ -454,13 +466,10 @@ def against_timm(args, device: torch.device) -> List[dict]:
             for source, prefix in (('here', ''), ('timm', TIMM)) for compiled in (False, True)}
         times = take_turns(steps, device, args.rounds)
         memory = {key: times[key] and peak_memory(step, device) for key, step in steps.items()} if args.suite else {}
-        best = {source: min((t for (s, _), t in times.items() if s == source and t), default=None)
-                for source in ('here', 'timm')}
-        least = {source: min((m for (s, _), m in memory.items() if s == source and m), default=None)
-                 for source in ('here', 'timm')}
+        best, least = least_of(times), least_of(memory)
         result = dict(what=what, model=name, height=height, width=width, images=images,
                       speed=best['here'] and best['timm'] and best['timm'] / best['here'],
-                      memory=least['here'] and least['timm'] and least['here'] / least['timm'])
+                      memory=args.suite and least['here'] and least['timm'] and least['here'] / least['timm'])
         results.append(result)
         rows.append([f'{what} {name} at {pixels((height, width))}, batch {images}',
                      *(shown(times[key] and 1e3 * times[key]) for key in
@@ -477,7 +486,7 @@ def against_timm(args, device: torch.device) -> List[dict]:
 
 
 def attention_alone(args, device: torch.device) -> List[dict]:
-    """XCA in both forms against timm's, for each number of tokens."""
+    """XCA in both forms against timm's, for each number of tokens; of each the faster of eager and compiled."""
     rows, results = [], []
     for dim in args.dim:
         heads = next((row['num_heads'] for row in xcit.SIZES.values() if row['embed_dim'] == dim), 8)
@@ -485,14 +494,17 @@ def attention_alone(args, device: torch.device) -> List[dict]:
             raise InputError(f'--dim {dim}: must be a multiple of {heads}, the number of heads')
         modules = {'timm': timm.models.xcit.XCA(dim, heads, qkv_bias=True), 'plain': xca.XCA(dim, heads),
                    'gram': xca.XCA(dim, heads)}
-        for form in ('plain', 'gram'):
-            modules[form].form = form
+        for name, module in modules.items():
+            module.to(device).load_state_dict(modules['timm'].state_dict())
+            if name != 'timm':
+                module.form = name
         for tokens in args.tokens:
-            x = torch.randn(args.batch_size, tokens, dim, device=device)
             for backward in (False, True):
-                steps = {name: attention_step(module.to(device), x, backward=backward, precision=args.precision)
-                         for name, module in modules.items()}
-                times = take_turns(steps, device, args.rounds)
+                torch.compiler.reset()
+                steps = {(name, compiled): attention_step(module, (args.batch_size, tokens, dim), backward=backward,
+                                                          precision=args.precision, compiled=compiled)
+                         for name, module in modules.items() for compiled in (False, True)}
+                times = least_of(take_turns(steps, device, args.rounds))
                 results.append(dict(dim=dim, tokens=tokens, backward=backward, **times))
                 rows.append([dim, tokens, 'forward+backward' if backward else 'forward',
                              shown(times['timm'] and 1e3 * times['timm'], 2),
@@ -501,13 +513,19 @@ def attention_alone(args, device: torch.device) -> List[dict]:
     return results
 
 
-def attention_step(module: torch.nn.Module, x: torch.Tensor, *, backward: bool, precision: str) -> Callable:
-    x = x.clone().requires_grad_(backward)
-    autocast = functools.partial(torch.autocast, x.device.type, PRECISIONS[precision], enabled=precision != 'fp32')
+def attention_step(module: torch.nn.Module, shape: Tuple[int, int, int], *, backward: bool, precision: str,
+                   compiled: bool) -> Callable:
+    device = module.proj.weight.device
+    autocast = functools.partial(torch.autocast, device.type, PRECISIONS[precision], enabled=precision != 'fp32')
+    attention = torch.compile(module, dynamic=False) if compiled else module
+    try:
+        x = torch.randn(shape, device=device, requires_grad=backward)
+    except RuntimeError as error:
+        return fails_for_memory(error)
 
     def step():
         with torch.inference_mode(not backward), autocast():
-            y = module(x)
+            y = attention(x)
         if backward:
             y.sum().backward()
             module.zero_grad()

@@ -70,8 +70,12 @@ def test_suite(monkeypatch, capsys):
     """Eager and compiled, here and by timm: the ratios are of the better ones."""
     monkeypatch.setattr(benchmark, 'SUITE', (('inference', NANO, 32, 48, 1, 1),))
     result, = main(['compare', '--suite', '--rounds', '1', '--device', 'cpu'])
-    assert result['speed'] > 0
-    assert '| inference xcit_nano_12_p16 at 32x48, batch 1 |' in capsys.readouterr().out
+    row = re.search(r'^\| inference xcit_nano_12_p16 at 32x48, batch 1 \| (.*) \|$', capsys.readouterr().out, re.M)
+    here, here_compiled, theirs, theirs_compiled, speed, *memory = row[1].split(' | ')
+    assert result['speed'] == pytest.approx(
+        min(float(theirs), float(theirs_compiled)) / min(float(here), float(here_compiled)), rel=.1)
+    assert float(speed) == pytest.approx(result['speed'], abs=.01)
+    assert len(memory) == 3
 
 
 @pytest.mark.parametrize('names', [[], ['xcit_nano_12_p8']])
@@ -86,7 +90,9 @@ def test_against_timm(monkeypatch, names):
 
 @pytest.mark.parametrize(('flags', 'said'), [
     (['--suite', '--resolution', '64'], '--resolution: has no effect with --suite'),
-    (['--against-timm', '--compile'], '--compile: has no effect with --against-timm')])
+    (['--against-timm', '--compile'], '--compile: has no effect with --against-timm'),
+    (['--compile-mode', 'max-autotune'], '--compile-mode max-autotune: has no effect without --compile'),
+    (['--models', 'resnet50', '--xca', 'gram'], '--xca gram: has no effect on resnet50')])
 def test_options_without_effect_are_refused(flags, said):
     """Rather than measured with other settings than asked for."""
     with pytest.raises(InputError, match=said):
@@ -144,7 +150,7 @@ def test_out_of_memory_is_shown(capsys):
     assert benchmark.peak_memory(too_much, CPU) is None
 
 
-def test_a_model_that_does_not_fit_is_shown(monkeypatch):
+def test_a_model_that_does_not_fit_is_shown(monkeypatch, capsys):
     """As one whose step does not."""
     def build(*args, **kwargs):
         torch.empty(2 ** 60)
@@ -152,11 +158,13 @@ def test_a_model_that_does_not_fit_is_shown(monkeypatch):
     monkeypatch.setattr(benchmark, 'build', build)
     result, = main(['compare', '--models', NANO, '--resolution', '32', *QUICK])
     assert (result['seconds'], result['memory_mb']) == (None, None)
+    assert f'| {NANO} | out of memory | out of memory | - | - |' in capsys.readouterr().out
 
 
-@pytest.mark.skipif(benchmark.peak_memory(lambda: None, CPU) is None, reason='this system does not tell')
 def test_peak_memory_is_of_the_step():
     """64 MB that are held twice for a moment count twice, whatever was in use before, and however it was."""
+    if benchmark.peak_memory(lambda: None, CPU) is None:
+        pytest.skip('this system does not tell')
     utils.keep_freed_memory()
     held = [torch.ones(2 ** 22) for _ in range(9)]
     del held[::2]  # leaves holes in the heap

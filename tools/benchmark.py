@@ -5,7 +5,8 @@ XCiT against timm's in the settings of RESULTS.md). xca: cross-covariance attent
 fast training images are loaded, against timm's loader.
 
 A figure is the median of rounds in which the candidates take turns, after a warm-up. Memory is the peak of one step
-beyond what was in use before it: weights and the optimizer's state don't count.
+beyond what was in use before it: weights, the optimizer's state and the position that a fused model keeps for the next
+image of the same size don't count.
 """
 import argparse
 import csv
@@ -134,19 +135,31 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_fixed(args):
-    """Refuse options of `compare` that --suite or --against-timm settle.
+def is_two_sided(args) -> bool:
+    """Whether each model here is set against timm's."""
+    return args.what == 'compare' and (args.suite or args.against_timm is not None)
+
+
+def check_effect(args):
+    """Refuse options that have no effect beside the others.
 
     Raises:
         InputError: there is one.
     """
-    flag, fixed = '--against-timm', ['models', 'compile']
-    if args.suite:
-        flag, fixed = '--suite', [*fixed, 'resolution', 'batch_size', 'training']
-    default = get_args_parser().parse_args(['compare'])
-    for name in fixed:
-        if getattr(args, name) != getattr(default, name):
-            raise InputError(f'--{name.replace("_", "-")}: has no effect with {flag}')
+    if is_two_sided(args):
+        flag, fixed = '--against-timm', ['models', 'compile']
+        if args.suite:
+            flag, fixed = '--suite', [*fixed, 'resolution', 'batch_size', 'training']
+        default = get_args_parser().parse_args(['compare'])
+        for name in fixed:
+            if getattr(args, name) != getattr(default, name):
+                raise InputError(f'--{name.replace("_", "-")}: has no effect with {flag}')
+    elif args.what in ('speed', 'scaling', 'compare'):
+        if args.compile_mode != 'default' and not args.compile:
+            raise InputError(f'--compile-mode {args.compile_mode}: has no effect without --compile')
+        models = [args.model] if args.what == 'speed' else args.models
+        if args.xca != 'auto' and not set(models) & set(xcit.MODELS):
+            raise InputError(f'--xca {args.xca}: has no effect on {", ".join(models)}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,8 +215,10 @@ def take_turns(steps: Dict[str, Callable], device: torch.device, rounds: int) ->
 
 def peak_memory(step: Callable, device: torch.device) -> Optional[float]:
     """MB that a step needs at its peak beyond what is in use before it; None: out of memory, or can't be known here."""
-    # In a thread of its own, to which glibc gives a heap of its own. That of the main thread has holes, which models
-    # and steps before have left: tensors would come to lie there, and the system not get them back when they are freed.
+    if device.type != 'cpu':
+        return _peak_memory(step, device)
+    # In a thread, to which glibc gives another heap. That of the main thread has holes, which models and steps before
+    # have left: tensors would come to lie there, and the system not get them back when they are freed.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_peak_memory, step, device).result()
 
@@ -240,21 +255,34 @@ def process_memory(name: str) -> int:
     return int(re.search(rf'{name}:\s+(\d+)', Path('/proc/self/status').read_text())[1])
 
 
-def matrix_peak(device: torch.device, precision: str) -> float:
-    """Floating-point operations a second of a large product of matrices."""
+def matrix_peak(device: torch.device, precision: str) -> Optional[float]:
+    """Floating-point operations a second of a large product of matrices; None: out of memory."""
     n = 2048 if device.type == 'cpu' else 8192
-    a = torch.randn(n, n, device=device, dtype=PRECISIONS[precision])
-    return 2 * n ** 3 / take_turns({'product': lambda: a @ a}, device, 7)['product']
+
+    def product():
+        return a @ a
+
+    try:
+        a = torch.randn(n, n, device=device, dtype=PRECISIONS[precision])
+    except RuntimeError as error:
+        product = fails_for_memory(error)
+    elapsed = take_turns({'product': product}, device, 7)['product']
+    return elapsed and 2 * n ** 3 / elapsed
 
 
-def operations(step: Callable) -> int:
-    """Floating-point operations of a step's products and convolutions, as it runs."""
+def operations(step: Callable) -> Optional[int]:
+    """Floating-point operations of a step's products and convolutions, as it runs; None: out of memory."""
     def product(self_shape, a_shape, b_shape, **_) -> int:
         return 2 * math.prod(a_shape) * b_shape[-1]
 
     in_place = {torch.ops.aten.addmm_: product, torch.ops.aten.baddbmm_: product}  # torch leaves these out
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        step()
+    try:
+        with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+            step()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
     return counter.get_total_flops()
 
 
@@ -341,8 +369,11 @@ def step_builder(args, device: torch.device) -> Callable:
                              compiled=args.compile, compile_mode=args.compile_mode, form=args.xca)
 
 
-def shown(value: Optional[float], digits: int = 1, unit: str = '') -> str:
-    return 'out of memory' if value is None else f'{value:.{digits}f}{unit}'
+def shown(value: Optional[float], digits: int = 1, unit: str = '', *, none: str = 'out of memory') -> str:
+    return none if value is None else f'{value:.{digits}f}{unit}'
+
+
+known = functools.partial(shown, none='-')
 
 
 def ratio(ours: Optional[float], theirs: Optional[float]) -> str:
@@ -361,22 +392,25 @@ def pixels(resolution: Tuple[int, int]) -> str:
 
 def speed(args, device: torch.device) -> dict:
     build_one = functools.partial(step_builder(args, device), args.model, args.resolution, args.batch_size)
+    # Compiled, a step does not show its operations. Counted first, since memory may not suffice for both at once.
+    flops = operations(build_one(compiled=False)) if args.compile else None
     step = build_one()
     elapsed = take_turns({args.model: step}, device, args.rounds)[args.model]
     if elapsed is None:
         notice(f'{args.model} at {pixels(args.resolution)}, batch {args.batch_size}: out of memory')
         return dict(model=args.model)
     memory = peak_memory(step, device)
-    # A compiled step does not show its operations.
-    flops = operations(build_one(compiled=False) if args.compile else step)
+    if not args.compile:
+        flops = operations(step)
     peak = matrix_peak(device, args.precision)
     result = dict(model=args.model, ms_per_image=1e3 * elapsed / args.batch_size,
                   images_per_s=args.batch_size / elapsed, memory_mb=memory,
-                  gflops_per_image=flops / 1e9 / args.batch_size, share_of_peak=flops / elapsed / peak)
+                  gflops_per_image=flops and flops / 1e9 / args.batch_size,
+                  share_of_peak=flops and peak and flops / elapsed / peak)
     table(['model', 'pixels', 'images', 'ms/image', 'images/s', 'peak memory', 'GFLOP/image', 'of the matrix peak'],
           [[args.model, pixels(args.resolution), args.batch_size, f'{result["ms_per_image"]:.1f}',
-            f'{result["images_per_s"]:.1f}', '-' if memory is None else f'{memory:.0f} MB',
-            f'{result["gflops_per_image"]:.2f}', f'{100 * result["share_of_peak"]:.0f} % of {peak / 1e9:.0f} GFLOP/s']])
+            f'{result["images_per_s"]:.1f}', known(memory, 0, ' MB'), known(result['gflops_per_image'], 2),
+            known(flops and peak and 100 * result['share_of_peak'], 0, f' % of {(peak or 0) / 1e9:.0f} GFLOP/s')]])
     return result
 
 
@@ -399,7 +433,7 @@ def scaling(args, device: torch.device) -> List[dict]:
                              ms_per_image=elapsed and 1e3 * elapsed / args.batch_size,
                              memory_mb=elapsed and peak_memory(step, device)))
             notice(f'{name} {pixels(resolution)}: {shown(rows[-1]["ms_per_image"], unit=" ms/image")}, '
-                   f'{shown(rows[-1]["memory_mb"], 0, " MB")}')
+                   f'{known(rows[-1]["memory_mb"], 0, " MB")}')
     with utils.whole_file(args.output_dir / 'scaling.csv') as path, open(path, 'w', newline='') as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -410,7 +444,7 @@ def scaling(args, device: torch.device) -> List[dict]:
         exponents.append(dict(model=name, **{what: exponent(args.resolutions, [row[what] for row in own])
                                              for what in ('ms_per_image', 'memory_mb')}))
     table(['model', 'exponent of time in the number of pixels', 'of peak memory'],
-          [[e['model'], *('-' if e[what] is None else f'{e[what]:.2f}' for what in ('ms_per_image', 'memory_mb'))]
+          [[e['model'], *(known(e[what], 2) for what in ('ms_per_image', 'memory_mb'))]
            for e in exponents])
     for what, label, file_name in (
             ('ms_per_image', 'ms/image', 'time.png'), ('memory_mb', 'peak memory, MB', 'memory.png')):
@@ -447,7 +481,7 @@ def compare(args, device: torch.device) -> List[dict]:
     base = args.models[min(1, len(args.models) - 1)]
     table(['model', 'ms/image', 'images/s', f'speed, {base} = 1', 'peak memory, MB'],
           [[name, shown(t and 1e3 * t / args.batch_size), shown(t and args.batch_size / t), ratio(t, times[base]),
-            '-' if memory[name] is None else f'{memory[name]:.0f}'] for name, t in times.items()])
+            known(memory[name], 0)] for name, t in times.items()])
     return [dict(model=name, seconds=times[name], memory_mb=memory[name]) for name in args.models]
 
 
@@ -476,9 +510,7 @@ def against_timm(args, device: torch.device) -> List[dict]:
                        (('here', False), ('here', True), ('timm', False), ('timm', True))),
                      ratio(best['here'], best['timm'])])
         if args.suite:
-            rows[-1] += ['-' if least['here'] is None else f'{least["here"]:.0f}',
-                         '-' if least['timm'] is None else f'{least["timm"]:.0f}',
-                         '-' if result['memory'] is None else f'{result["memory"]:.2f}']
+            rows[-1] += [known(least['here'], 0), known(least['timm'], 0), known(result['memory'], 2)]
         notice(' | '.join(rows[-1]))
     table(['', 'here, ms', 'compiled', 'timm, ms', 'compiled', 'speed, timm = 1',
            *(['memory, MB', 'timm', 'timm = 1'] if args.suite else [])], rows)
@@ -617,6 +649,7 @@ def stage_times(dataset: datasets.ClassFolders, transform) -> Dict[str, float]:
 def main(argv: Optional[list] = None):
     """Run the command; returns what it measured."""
     args = get_args_parser().parse_args(argv)
+    check_effect(args)
     device = torch.device('cpu') if args.what == 'data' else utils.choose_device(args.device)
     if args.what != 'data' and args.precision == 'fp16' and device.type == 'cpu':
         raise InputError('--precision fp16: is not for CPUs; allowed: fp32, bf16')
@@ -630,11 +663,7 @@ def main(argv: Optional[list] = None):
     notice(f'{datetime.date.today()}: python -m tools.benchmark {" ".join(sys.argv[1:] if argv is None else argv)}')
     notice(f'{where}, {torch.get_num_threads()} threads; '
            + ', '.join(f'{name} {version}' for name, version in utils.environment().items()))
-    two_sided = args.what == 'compare' and (args.suite or args.against_timm is not None)
-    if two_sided:
-        check_fixed(args)
-    command = against_timm if two_sided else COMMANDS[args.what]
-    return command(args, device)
+    return (against_timm if is_two_sided(args) else COMMANDS[args.what])(args, device)
 
 
 COMMANDS = {'speed': speed, 'scaling': scaling, 'compare': compare, 'xca': attention_alone, 'data': data}

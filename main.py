@@ -95,7 +95,8 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help='compute activations twice to save memory')
     group.add_argument('--xca', choices=xca.FORMS, default='auto',
                        help='how XCiT\'s attention is computed; auto: the faster way for the number of tokens')
-    group.add_argument('--compile', action=boolean, default=False, help='torch.compile: a slow start, then faster')
+    group.add_argument('--compile', action=boolean, default=False,
+                       help='torch.compile for model, moving average and teacher: a slow start, then faster')
     group.add_argument('--compile-mode', choices=['default', 'reduce-overhead', 'max-autotune'], default='default',
                        help='of --compile; the last two use CUDA graphs')
     group.add_argument('--model-ema', action=boolean, default=True, help='keep a moving average of the weights')
@@ -419,6 +420,15 @@ def build_criterion(args, num_classes: int, device: torch.device) -> Distillatio
         teacher, args.distillation_type, alpha=args.distillation_alpha, tau=args.distillation_tau)
 
 
+def compile_all(args, model: torch.nn.Module, model_ema: Optional[ModelEmaV3], criterion: DistillationLoss):
+    """Let a training's model, its moving average and its teacher be compiled when they are first used."""
+    model.compile(mode=args.compile_mode)
+    if model_ema is not None:
+        model_ema.module.compile(mode=args.compile_mode)
+    if criterion.teacher is not None:
+        criterion.teacher.compile()  # no CUDA graphs: the model's would take the place of its outputs
+
+
 def build_teacher(args, num_classes: int) -> torch.nn.Module:
     source = f'--teacher-pretrained (--teacher-model {args.teacher_model})'
     if args.teacher_pretrained:
@@ -494,7 +504,7 @@ def train(args, device: torch.device) -> dict:
         for description in (args, utils.environment(), derived):
             notice(description)
         if args.compile:
-            model.compile(mode=args.compile_mode)
+            compile_all(args, model, run.model_ema, criterion)
         loop = dict(ddp_model=utils.wrap_for_distributed(model, device, sync_bn=args.sync_bn), criterion=criterion,
                     mixup_fn=build_mixup(args, num_classes), device=device, amp_dtype=amp_dtype)
         log = open_log(args, derived, train_loader, run)

@@ -132,8 +132,13 @@ class Training:
         if not isinstance(self.scheduler, WarmupPlateau):  # whose rate depends on what happened
             flags.add('lr')
         options = [{k: v for k, v in group.items() if k in flags} for group in self.optimizer.param_groups]
+        state = checkpoint['optimizer']
         try:
-            self.optimizer.load_state_dict(checkpoint['optimizer'])
+            # Before loading, which puts the state where a fused step looks for it.
+            groups = [{**group, **{k: own[k] for k in ('fused', 'foreach') if k in own}}
+                      for group, own in zip(state['param_groups'], self.optimizer.param_groups)]
+            groups += state['param_groups'][len(groups):]
+            self.optimizer.load_state_dict({**state, 'param_groups': groups})
         except (ValueError, KeyError) as error:
             raise InputError(f'{source}: its optimizer is another one ({utils.first_line(error)})') from None
         for group, own in zip(self.optimizer.param_groups, options):

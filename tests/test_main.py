@@ -190,6 +190,21 @@ def test_flags_of_the_resuming_command_count(tmp_path, trained):
     assert [group['weight_decay'] for group in groups] == [0., .5]
 
 
+def test_fused_optimizer_goes_on_from_an_unfused_one(trained):
+    """Checkpoints of before it was fused say so; the state is taken over all the same."""
+    data, run, _ = trained
+    state = checkpoint(run)
+    for group in state['optimizer']['param_groups']:
+        assert group.pop('fused')
+    args = parse_args(tiny(data))
+    model = timm.create_model(args.model, num_classes=2)
+    optimizer = build_optimizer(args, model)
+    training = Training(model, None, optimizer, build_scheduler(args, optimizer), torch.amp.GradScaler(enabled=False))
+    training.load(state, 'checkpoint', args)
+    assert [group['fused'] for group in optimizer.param_groups] == [True, True]
+    assert len(optimizer.state) == len(list(model.parameters()))
+
+
 def test_resuming_elsewhere_keeps_the_run_that_is_there(tmp_path, trained):
     """--resume A/checkpoint.pth --output-dir B moves B's files away first."""
     data, run, _ = trained
@@ -266,6 +281,26 @@ def test_evaluation_can_be_compiled(trained, monkeypatch):
     flags = tiny(data, '--eval', '--resume', str(run / 'checkpoint.pth'))
     assert main([*flags, '--compile', '--compile-mode', 'max-autotune'])['acc1'] == main(flags)['acc1']
     assert modes == ['max-autotune']
+
+
+def test_training_can_be_compiled(folders, monkeypatch):
+    """Model, moving average and teacher are, and the training is the same."""
+    compiled = []
+
+    def compile_eagerly(module, mode='default'):
+        compiled.append((type(module).__name__, module.training, mode))
+        compile_module(module, backend='aot_eager')
+
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, 'compile', compile_eagerly)
+    monkeypatch.setattr('main.build_teacher', lambda args, classes: timm.create_model('resnet10t', num_classes=classes))
+    flags = tiny(folders, '--epochs', '1', '--distillation-type', 'soft', '--teacher-path', __file__)
+    eager = main(flags)
+    stats = main([*flags, '--compile', '--compile-mode', 'max-autotune'])
+    assert stats['train_loss'] == pytest.approx(eager['train_loss'], rel=1e-4)
+    assert stats['test_ema_loss'] == pytest.approx(eager['test_ema_loss'], rel=1e-4)
+    assert [(name, mode) for name, _, mode in compiled] == [
+        ('Xcit', 'max-autotune'), ('Xcit', 'max-autotune'), ('ResNet', 'default')]
 
 
 def test_test_freq_skips_evaluations(tmp_path, folders):
@@ -367,6 +402,22 @@ def test_importing_does_nothing(tmp_path):
     assert (result.returncode, result.stdout, list(tmp_path.iterdir())) == (0, '', [])
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='other C libraries have other ways')
+def test_freed_memory_is_not_fetched_again():
+    """A tensor takes the place of one that was freed: its pages need not come from the system again."""
+    code = """if True:
+        import resource
+        import torch
+        import utils
+        utils.keep_freed_memory()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            torch.empty(2 ** 24).fill_(1.)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    pages = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert int(pages) < 5 * 16384  # of 20 * 16384
+
+
 # ----- on a GPU
 
 @pytest.mark.gpu
@@ -384,19 +435,3 @@ def test_average_in_cpu_memory_on_cuda(folders):
     """--model-ema-force-cpu keeps the average off the GPU and still evaluates it."""
     flags = [flag if flag != 'cpu' else 'cuda' for flag in tiny(folders)]
     assert math.isfinite(main([*flags, '--model-ema-force-cpu'])['test_ema_loss'])
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='other C libraries have other ways')
-def test_freed_memory_is_not_fetched_again():
-    """A tensor takes the place of one that was freed: its pages need not come from the system again."""
-    code = """if True:
-        import resource
-        import torch
-        import utils
-        utils.keep_freed_memory()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(20):
-            torch.empty(2 ** 24).fill_(1.)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
-    pages = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert int(pages) < 5 * 16384  # of 20 * 16384

@@ -3,7 +3,7 @@
 `fuse(model)` changes a model in eval mode, in place; it can't be trained or stored under the published names any more.
 Shapes as in xcit.py.
 """
-from typing import Dict, Tuple
+from typing import Dict, List, Tuple
 
 import torch
 import torch.nn as nn
@@ -21,14 +21,18 @@ LARGEST_POSITION = 2 ** 23  # elements that are kept
 def fuse(model: Xcit) -> Xcit:
     """Fold BatchNorm and LayerScale into the layers beside them, in place; returns the model.
 
+    Hooks: those of the model, of its blocks and of the linear layers in them are called, the latter's perhaps with
+    pieces of the tokens. Those of `attn`, `mlp`, `local_mp`, their other layers and the stem's are not, unless autograd
+    or a compiler is at work.
+
     Raises:
-        ValueError: the model is in training mode, is fused already, or has adapters in place of layers.
+        ValueError: the model is in training mode, is fused already, or has layers of other types, as adapters are.
     """
     if model.training:
         raise ValueError('a model must be in eval mode to be fused: call model.eval() first')
     if isinstance(model.patch_embed, FusedPatchEmbed):
         raise ValueError('the model is fused already')
-    check_plain(model)
+    check_as_built(model)
     with torch.no_grad():
         model.patch_embed = FusedPatchEmbed(model.patch_embed)
         model.pos_embeder = CachedPositionalEncoding(model.pos_embeder)
@@ -39,19 +43,31 @@ def fuse(model: Xcit) -> Xcit:
     return model.requires_grad_(False)
 
 
-def check_plain(model: Xcit):
-    """Refuse a model in which a factor can't be put into a layer's weights, since they are not all there is.
+def check_as_built(model: Xcit):
+    """Refuse a model in which what is folded into weights would not be all there is, or GELU is another function.
 
     Raises:
         ValueError: a layer is not plain.
     """
-    names = [f'blocks.{i}.{name}'
-             for i in range(len(model.blocks)) for name in ('attn.proj', 'mlp.fc2', 'local_mp.conv2')]
-    names += [f'cls_attn_blocks.{i}.mlp.fc2' for i in range(len(model.cls_attn_blocks))]
-    for name in names:
+    scaled, gelus = [], []  # names of layers
+    for i, layer in enumerate(model.patch_embed.proj):
+        if isinstance(layer, nn.Sequential):
+            scaled.append(f'patch_embed.proj.{i}.0')
+        else:
+            gelus.append(f'patch_embed.proj.{i}')
+    for i in range(len(model.blocks)):
+        scaled += [f'blocks.{i}.{name}' for name in ('attn.proj', 'mlp.fc2', 'local_mp.conv2')]
+        gelus += [f'blocks.{i}.{name}' for name in ('mlp.act', 'local_mp.act')]
+    scaled += [f'cls_attn_blocks.{i}.mlp.fc2' for i in range(len(model.cls_attn_blocks))]
+    for name in scaled + gelus:
         layer = model.get_submodule(name)
-        if type(layer) not in (nn.Linear, nn.Conv2d):
-            raise ValueError(f'{name} is a {type(layer).__name__}, which cannot be fused: merge adapters first')
+        if name in gelus:
+            as_built = type(layer) is nn.GELU and layer.approximate == 'none'
+        else:  # pruning, say, keeps its weight elsewhere and makes this one of it before each use
+            as_built = type(layer) in (nn.Linear, nn.Conv2d) and 'weight' in layer._parameters
+        if not as_built:
+            raise ValueError(f'{name} ({type(layer).__name__}) cannot be fused, since it is not as it was built: merge '
+                             f'adapters, make pruning permanent')
 
 
 def fuse_stem(stem: ConvPatchEmbed):
@@ -75,11 +91,14 @@ class FusedPatchEmbed(nn.Module):
         super().__init__()
         fuse_stem(stem)
         self.proj = stem.proj.to(memory_format=torch.channels_last)
-        self.convs = [layer for layer in stem.proj if isinstance(layer, nn.Conv2d)]
+
+    @property
+    def convs(self) -> List[nn.Conv2d]:
+        return [layer for layer in self.proj if isinstance(layer, nn.Conv2d)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chans, img_h, img_w) -> (B, C, H, W) in channels_last."""
-        if not in_pieces():
+        if not in_pieces() or not len(x):
             return self.proj(x.contiguous(memory_format=torch.channels_last))
         _, _, height, width = x.shape
         H = -(-height // 2 ** len(self.convs))
@@ -172,7 +191,7 @@ class FusedBlock(nn.Module):
         """out = x + attention; the Gram form works off `tokens` of an image at a time."""
         if not is_half(x) and self.attn.takes_gram(x):
             self.gram(*(pieces(t, tokens, dim=1) for t in (x, out)))
-        elif not is_half(x) and x.device.type == 'cpu' and is_linear(self.attn.qkv) and is_linear(self.attn.proj):
+        elif not is_half(x) and x.device.type == 'cpu' and self.attn.is_plain():
             self.plain(x, out)
         else:
             torch.add(x, self.attn(self.norm1(x)), out=out)
@@ -262,7 +281,7 @@ class FusedClassAttentionBlock(ClassAttentionBlock):
         self.gamma2.fill_(1)
 
     def forward(self, x: torch.Tensor, cls_only: bool = False) -> torch.Tensor:
-        if cls_only or not in_pieces():
+        if cls_only or not in_pieces() or not len(x):
             return super().forward(x, cls_only)
         normed, out = self.norm1(x), x.new_empty(x.shape)
         out[:, :1] = self.new_cls(x, normed)

@@ -6,9 +6,10 @@ Shapes: `M` tokens of all images, `C` channels, `D` hidden channels.
 """
 import timm.layers
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
-from xca import is_linear
+from xca import has_hooks, in_functorch, is_linear
 
 # Elements that an intermediate result may have before the work is done in pieces. On a CPU 16 MB in float32, measured;
 # elsewhere pieces only save memory, and large ones keep the device busy.
@@ -21,12 +22,15 @@ def piece(x: torch.Tensor) -> int:
 
 
 def in_pieces() -> bool:
-    """Whether to work in pieces: not where autograd or a compiler has its own plan."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether to work in pieces: not where autograd, a compiler or an export has its own plan."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 class Mlp(timm.layers.Mlp):
     """Linear, GELU, linear; (..., C) -> (..., C)."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.):
+        super().__init__(dim, hidden_dim, drop=drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting() and self.takes_pieces(x):
@@ -37,11 +41,17 @@ class Mlp(timm.layers.Mlp):
 
     @torch.jit.unused
     def takes_pieces(self, x: torch.Tensor) -> bool:
-        if torch.compiler.is_compiling():  # first: sizes are not to be looked at there
+        # First: sizes are not to be looked at there.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_functorch():
             return False
         return (x.device.type == 'cpu' and x.numel() // x.shape[-1] * self.fc1.out_features > piece(x)
                 and not torch.is_autocast_enabled('cpu') and not (self.training and self.drop1.p)
-                and is_linear(self.fc1) and is_linear(self.fc2))
+                and is_linear(self.fc1) and is_linear(self.fc2) and is_gelu(self.act))
+
+
+def is_gelu(layer: nn.Module) -> bool:
+    """Whether a layer is the exact GELU, and nobody listens to it."""
+    return type(layer) is nn.GELU and layer.approximate == 'none' and not has_hooks(layer)
 
 
 class PiecewiseMlp(torch.autograd.Function):

@@ -33,7 +33,8 @@ class XCA(nn.Module):
         num_heads: h.
 
     Attributes:
-        form: 'plain', 'gram', or 'auto': the one that is faster for this number of tokens.
+        form: 'plain', 'gram', or 'auto': the one that is faster for this number of tokens. Where `qkv` or `proj` has
+            hooks or is no plain linear layer, and under torch.func's transforms, it is always the definition.
 
     Source: paper section 3.1, equation 4; original xcit.py, XCA.
     """
@@ -63,7 +64,7 @@ class XCA(nn.Module):
         # Norms are over tokens: divided by them, the products are cosines, whatever N is. Dividing these (d x d)
         # instead of q and k (N x d) saves two passes over the tokens.
         q_norm, k_norm = root_mean_square(q), root_mean_square(k)
-        if q.dtype == torch.float16:  # whose range the products of small q and k would leave
+        if q.dtype == torch.float16:  # whose range the products of small q and k would leave: here q is divided
             q, q_norm = (q / q_norm.clamp_min(1e-12)[..., None]).to(q.dtype), torch.ones_like(q_norm)
         attn = self.attention(mean_product(q, k), q_norm, k_norm)
         x = torch.bmm(attn, v).view(B, C, N).transpose(1, 2)
@@ -110,7 +111,7 @@ class XCA(nn.Module):
 
     @torch.jit.unused
     def takes_gram(self, x: torch.Tensor) -> bool:
-        if not (is_linear(self.qkv) and is_linear(self.proj)):  # but adapters, say, whose weights are not all
+        if not self.is_plain() or (not torch.compiler.is_compiling() and in_functorch()):
             return False
         if self.form != 'auto':
             return self.form == 'gram'
@@ -119,6 +120,11 @@ class XCA(nn.Module):
             return False
         threshold = GRAM_FROM['cpu' if x.device.type == 'cpu' else 'other, half' if half else 'other']
         return x.shape[1] >= threshold['training' if torch.is_grad_enabled() else 'inference'] * x.shape[2]
+
+    @torch.jit.unused
+    def is_plain(self) -> bool:
+        """Whether the weights and biases of the layers are all there is, and not adapters as well, say."""
+        return is_linear(self.qkv) and is_linear(self.proj)
 
     @torch.jit.unused
     def gram(self, x: torch.Tensor) -> torch.Tensor:
@@ -152,12 +158,13 @@ class XCA(nn.Module):
         q_norm, k_norm = (  # not below 1e-12: of 0, the square root has no derivative
             ((w_cov * w).sum(dim=-1).clamp_min(0) + m.square()).clamp_min(1e-24).sqrt().view(B * h, d)
             for w_cov, w, m in ((wq_cov, w_q, q_mean), (wk_cov, w_k, k_mean)))
-        products = wq_cov.view(B, h, d, C) @ w_k.view(h, d, C).transpose(1, 2)
-        products = products + q_mean.view(B, h, d, 1) * k_mean.view(B, h, 1, d)
-        attn = self.attention(products.flatten(0, 1), q_norm, k_norm).view(B, h, d, d)
+        products = torch.bmm(wq_cov.view(B * h, d, C), w_k.view(h, d, C).repeat(B, 1, 1).transpose(1, 2))
+        products = products + q_mean.view(B * h, d, 1) * k_mean.view(B * h, 1, d)
+        attn = self.attention(products, q_norm, k_norm)
 
         # Values, attention and projection are linear in x.
-        mix = (attn.transpose(-2, -1) @ w_proj.t().view(h, d, C)).view(B, C, C)  # from values to the output
+        w_proj = w_proj.t().view(h, d, C).repeat(B, 1, 1)
+        mix = torch.bmm(attn.transpose(1, 2), w_proj).view(B, C, C)  # from values to the output
         return w_v.t() @ mix, (b_v @ mix + self.proj.bias.to(mean.dtype))[:, None]
 
     def biases(self, dtype: torch.dtype) -> Tuple[torch.Tensor, ...]:
@@ -183,8 +190,16 @@ def without_autocast(device: torch.device):
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether a layer is no more than its weight and bias, and nobody listens to it."""
-    return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks
-                                             or layer._backward_hooks or layer._backward_pre_hooks)
+    return type(layer) is nn.Linear and not has_hooks(layer)
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
+def in_functorch() -> bool:
+    """Whether a transform of torch.func is at work, vmap, say: for it the autograd functions here have no rule."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

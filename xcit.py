@@ -170,8 +170,8 @@ class ClassAttention(nn.Module):
 
     def attention_weights(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 1 + N, C), CLS first -> how much CLS attends to each token, (B, h, 1 + N); a head's sum is 1."""
-        if not torch.jit.is_scripting() and self.takes_plain():
-            return self.plain(x)[0]
+        if not torch.jit.is_scripting() and not self.is_plain():
+            return self.definition(x)[0]
         B, _, C = x.shape
         h, d = self.num_heads, C // self.num_heads
         # The published weights hold q, k and v in one matrix.
@@ -186,8 +186,8 @@ class ClassAttention(nn.Module):
         """(B, 1 + N, C), CLS first -> the new CLS token, (B, 1, C)."""
         B, _, C = x.shape
         h, d = self.num_heads, C // self.num_heads
-        if not torch.jit.is_scripting() and self.takes_plain():
-            return self.proj_drop(self.proj(self.plain(x)[1].view(B, 1, C)))
+        if not torch.jit.is_scripting() and not self.is_plain():
+            return self.proj_drop(self.proj(self.definition(x)[1].view(B, 1, C)))
         attn = self.attn_drop(self.attention_weights(x))
         # Likewise without values of all tokens: the weighted mean of tokens first, then its values.
         cls = (attn @ x).unsqueeze(2) @ self.qkv.weight[2 * C:].view(h, d, C).transpose(1, 2)  # (B, h, 1, d)
@@ -196,12 +196,13 @@ class ClassAttention(nn.Module):
         return self.proj_drop(self.proj(cls.view(B, 1, C)))
 
     @torch.jit.unused
-    def takes_plain(self) -> bool:
-        return not is_linear(self.qkv)
+    def is_plain(self) -> bool:
+        """Whether weight and bias of `qkv` are all there is, and not an adapter as well, say."""
+        return is_linear(self.qkv)
 
     @torch.jit.unused
-    def plain(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The definition, with keys and values of all tokens, for layers that are more than their weights and bias.
+    def definition(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """With keys and values of all tokens, by calling `qkv`.
 
         (B, 1 + N, C) -> attention weights (B, h, 1 + N), and the heads' outputs for CLS (B, h, d).
         """

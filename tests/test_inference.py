@@ -1,9 +1,11 @@
 """Prepared for inference, in pieces or compiled, a model computes what it did."""
 import copy
+import re
 
 import pytest
 import timm
 import torch
+import torch.nn.utils.prune as prune
 from conftest import seeded_images, seeded_model
 
 import inference
@@ -113,30 +115,72 @@ def test_refusals(training):
         inference.fuse(seeded_model('xcit_nano_12_p16').train() if training else model)
 
 
-def test_adapters_are_refused():
-    """A factor that went into their weights would be missing from the rest of them."""
-    class Adapter(torch.nn.Linear):
-        pass
+class Adapter(torch.nn.Linear):
+    pass
 
+
+@pytest.mark.parametrize(('name', 'change'), [
+    ('blocks.3.mlp.fc2', lambda model: setattr(model.blocks[3].mlp, 'fc2', Adapter(512, 128))),
+    ('blocks.0.attn.proj', lambda model: prune.l1_unstructured(model.blocks[0].attn.proj, 'weight', .1)),
+    ('patch_embed.proj.2.0', lambda model: prune.l1_unstructured(model.patch_embed.proj[2][0], 'weight', .1)),
+    ('blocks.1.local_mp.act', lambda model: setattr(model.blocks[1].local_mp, 'act', torch.nn.ReLU())),
+    ('blocks.1.mlp.act', lambda model: setattr(model.blocks[1].mlp, 'act', torch.nn.GELU('tanh'))),
+])
+def test_changed_layers_are_refused(name, change):
+    """What goes into their weights would be missing from the rest of them, or a GELU would take their place."""
     model = seeded_model('xcit_nano_12_p16').eval()
-    model.blocks[3].mlp.fc2 = Adapter(512, 128)
+    change(model)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r'blocks\.3\.mlp\.fc2 is a Adapter'):
+    with pytest.raises(ValueError, match=f'^{re.escape(name)} '):
         inference.fuse(model)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 @torch.no_grad()
-def test_hooks_of_a_fused_models_layers_are_called():
-    """Who listens to one of them hears it."""
+def test_no_images():
+    """A batch of none gives none."""
+    _, fused = both('xcit_nano_12_p16')
+    assert fused(torch.zeros(0, 3, 64, 64)).shape == (0, 1000)
+    assert fused.forward_features(torch.zeros(0, 3, 64, 64)).shape == (0, 17, 128)
+
+
+@pytest.mark.filterwarnings('ignore')  # tracing is deprecated, and warns of each size that it takes for fixed
+@torch.no_grad()
+def test_traced_model_takes_other_numbers_of_images(small_pieces):
+    """Pieces for the images that it was traced with are not part of it."""
+    _, fused = both('xcit_nano_12_p16')
+    traced = torch.jit.trace(fused, seeded_images(1, 3, 64, 64), check_trace=False)
+    images = seeded_images(3, 3, 64, 64)
+    assert_same(traced(images), fused(images))
+
+
+@torch.no_grad()
+def test_hooks_of_a_fused_models_linear_layers_are_called(small_pieces):
+    """Who listens to one of them hears it, in pieces: an image's tokens here are more than one."""
     model, fused = both('xcit_nano_12_p16')
     seen = []
     block = fused.blocks[0]
     for layer in (block.attn.qkv, block.mlp.fc1, fused.cls_attn_blocks[0].attn.qkv):
-        layer.register_forward_hook(lambda layer, args, output: seen.append(output.shape[-1]))
+        layer.register_forward_hook(lambda layer, args, output: seen.append(output.shape))
     images = seeded_images(1, 3, 64, 64)
     assert_same(fused(images), model(images))
-    assert seen == [384, 512, 384]
+    assert seen == [(1, 16, 384), (4, 512), (4, 512), (4, 512), (4, 512), (1, 17, 384)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(None, 2e-3), (torch.bfloat16, .05), (torch.float16, .01)])
+@pytest.mark.parametrize('form', ['plain', 'gram'])
+@torch.no_grad()
+def test_fused_on_cuda(monkeypatch, form, dtype, tolerance):
+    """Piece by piece, in full precision and under autocast, as near to the CPU's float32 as the type allows."""
+    monkeypatch.setitem(mlp.PIECE, 'other', 3000)
+    model, fused = both('xcit_nano_12_p8')
+    xcit.set_xca(fused, form)
+    images = seeded_images(2, 3, 70, 250)
+    expected = model(images)
+    with torch.autocast('cuda', dtype, enabled=dtype is not None):
+        actual = fused.cuda()(images.cuda()).float().cpu()
+    assert float((actual - expected).abs().max()) < tolerance * float(expected.abs().max())
 
 
 @torch.no_grad()
@@ -274,15 +318,16 @@ def test_compiled_training_step(form):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(('form', 'graphs'), [('gram', 1), ('auto', 2)])
 @torch.no_grad()
-def test_compiled_inference_takes_any_resolution():
+def test_compiled_inference_takes_any_resolution(form, graphs):
     """With free sizes one graph serves several resolutions, as far as they use the same form of XCA."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = inference.fuse(small_model().eval())
-    xcit.set_xca(model, 'gram')
+    xcit.set_xca(model, form)
     compiled = torch.compile(model, dynamic=True, fullgraph=True)
-    for size in ((224, 224), (256, 192), (320, 448)):
+    for size in ((224, 224), (256, 192), (320, 448), (384, 512)):
         images = seeded_images(2, 3, *size)
         assert_same(compiled(images), model(images))
-    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == graphs

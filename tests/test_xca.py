@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from conftest import seeded_images, seeded_model
 
+import mlp
 import xca
 import xcit
 from xca import XCA
@@ -245,6 +246,22 @@ def test_hooks_of_layers_are_called():
     module.qkv.register_forward_hook(lambda layer, args, output: seen.append(output))
     torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
     assert [output.shape for output in seen] == [(2, 60, 72)]
+
+
+def test_torch_func_transforms(monkeypatch):
+    """Gradients by torch.func are those of autograd, those of single inputs too: the definition is taken."""
+    monkeypatch.setitem(mlp.PIECE, 'cpu', 3000)
+    for module in (attention(24, 'gram'), mlp.Mlp(24, 96)):
+        x = tokens('normal', (3, 60, 24))
+        weights = {key: value.detach() for key, value in module.named_parameters()}
+
+        def loss(weights, x, module=module):
+            return torch.func.functional_call(module, weights, (x,)).square().sum()
+
+        gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x[:, None])
+        module(x).square().sum().backward()
+        for key, gradient in gradients.items():
+            torch.testing.assert_close(gradient.sum(dim=0), module.get_parameter(key).grad, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

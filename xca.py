@@ -10,8 +10,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 FORMS = ('auto', 'plain', 'gram')
-# The number of tokens, in units of C, from which on 'auto' takes the Gram form. On a CPU in float32 measured by
-# `python -m tools.benchmark xca` (RESULTS.md); on GPUs from the number of multiplications, and not measured.
+# The number of tokens, in units of C, from which on 'auto' takes the Gram form. On a CPU in float32 measured, by
+# `python -m tools.benchmark xca` (RESULTS.md) and with `speed --xca`: in inference it is 2 for attention alone, and for
+# fused models 2.2 (C = 384 and 768) to 3.5 (C = 192). On GPUs from the number of multiplications, and not measured.
 GRAM_FROM = {
     'cpu': {'training': 2., 'inference': 2.5},
     'other': {'training': 4., 'inference': 4.},

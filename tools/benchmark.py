@@ -503,7 +503,7 @@ def against_timm(args, device: torch.device) -> List[dict]:
         best, least = least_of(times), least_of(memory)
         result = dict(what=what, model=name, height=height, width=width, images=images,
                       speed=best['here'] and best['timm'] and best['timm'] / best['here'],
-                      memory=args.suite and least['here'] and least['timm'] and least['here'] / least['timm'])
+                      memory=least['here'] / least['timm'] if args.suite and all(least.values()) else None)
         results.append(result)
         rows.append([f'{what} {name} at {pixels((height, width))}, batch {images}',
                      *(shown(times[key] and 1e3 * times[key]) for key in

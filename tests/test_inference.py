@@ -283,7 +283,7 @@ def test_second_derivatives_of_mlp_in_pieces():
 
 def small_model(**kwargs) -> xcit.Xcit:
     torch.manual_seed(0)
-    return xcit.Xcit(embed_dim=32, num_heads=4, depth=2, num_classes=10, **kwargs)
+    return xcit.Xcit(embed_dim=32, num_heads=4, depth=1, num_classes=10, **kwargs)
 
 
 def test_compiler_sees_one_graph():
@@ -315,6 +315,23 @@ def test_compiled_training_step(form):
     for parameter, gradient in zip(model.parameters(), gradients):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-4)
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
+
+
+@torch.no_grad()
+def test_compiled_biases_join_what_follows():
+    """A compiled MLP has two products, and writes no bias into a result's rows before; its outputs are the same."""
+    torch._dynamo.reset()
+    module, x = mlp.Mlp(16, 64), torch.randn(2, 50, 16)
+    actual, (code,) = torch._inductor.utils.run_and_get_code(torch.compile(module), x)
+    assert code.count('extern_kernels.mm(') == 2
+    assert 'addmm' not in code
+    torch.testing.assert_close(actual, module(x))
+
+
+def test_exported_mlp_has_linear_layers():
+    """For other runtimes, which have an operation for them."""
+    graph = torch.export.export(mlp.Mlp(16, 64), (torch.randn(2, 50, 16),)).graph
+    assert [node.target for node in graph.nodes].count(torch.ops.aten.linear.default) == 2
 
 
 @pytest.mark.slow

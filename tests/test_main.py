@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import List, Tuple
 
 import pytest
 import timm
@@ -272,35 +273,37 @@ def test_eval_of_pretrained_weights(trained):
     assert stats['acc1'] == log_lines(run)[-1]['test_acc1']
 
 
-def test_evaluation_can_be_compiled(trained, monkeypatch):
-    """With the same accuracy, and with the mode that is asked for."""
-    data, run, _ = trained
-    modes = []
+@pytest.fixture
+def compiled(monkeypatch) -> List[Tuple[str, str]]:
+    """Class and mode of each module that is compiled, without code generation, which would take a minute."""
+    modules = []
     compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, 'compile', lambda model, mode: modes.append(mode) or compile_module(model))
-    flags = tiny(data, '--eval', '--resume', str(run / 'checkpoint.pth'))
-    assert main([*flags, '--compile', '--compile-mode', 'max-autotune'])['acc1'] == main(flags)['acc1']
-    assert modes == ['max-autotune']
-
-
-def test_training_can_be_compiled(folders, monkeypatch):
-    """Model, moving average and teacher are, and the training is the same."""
-    compiled = []
 
     def compile_eagerly(module, mode='default'):
-        compiled.append((type(module).__name__, module.training, mode))
+        modules.append((type(module).__name__, mode))
         compile_module(module, backend='aot_eager')
 
-    compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, 'compile', compile_eagerly)
+    return modules
+
+
+def test_evaluation_can_be_compiled(trained, compiled):
+    """With the same accuracy, and with the mode that is asked for."""
+    data, run, _ = trained
+    flags = tiny(data, '--eval', '--resume', str(run / 'checkpoint.pth'))
+    assert main([*flags, '--compile', '--compile-mode', 'max-autotune'])['acc1'] == main(flags)['acc1']
+    assert compiled == [('Xcit', 'max-autotune')]
+
+
+def test_training_can_be_compiled(folders, compiled, monkeypatch):
+    """Model, moving average and teacher are, and the training is the same."""
     monkeypatch.setattr('main.build_teacher', lambda args, classes: timm.create_model('resnet10t', num_classes=classes))
     flags = tiny(folders, '--epochs', '1', '--distillation-type', 'soft', '--teacher-path', __file__)
     eager = main(flags)
     stats = main([*flags, '--compile', '--compile-mode', 'max-autotune'])
     assert stats['train_loss'] == pytest.approx(eager['train_loss'], rel=1e-4)
     assert stats['test_ema_loss'] == pytest.approx(eager['test_ema_loss'], rel=1e-4)
-    assert [(name, mode) for name, _, mode in compiled] == [
-        ('Xcit', 'max-autotune'), ('Xcit', 'max-autotune'), ('ResNet', 'default')]
+    assert compiled == [('Xcit', 'max-autotune'), ('Xcit', 'max-autotune'), ('ResNet', 'default')]
 
 
 def test_test_freq_skips_evaluations(tmp_path, folders):

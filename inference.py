@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mlp import in_pieces, piece
-from xca import HALF, covariance, is_linear, product_type, root_mean_square, without_autocast
+from xca import covariance, is_half, is_linear, root_mean_square, without_autocast
 from xcit import ClassAttentionBlock, ConvPatchEmbed, PositionalEncodingFourier, XCABlock, Xcit
 
 Pieces = Tuple[torch.Tensor, ...]
@@ -294,7 +294,3 @@ class FusedClassAttentionBlock(ClassAttentionBlock):
 def pieces(x: torch.Tensor, length: int, dim: int = 0) -> Pieces:
     """Parts of about equal length, and of no more than `length` (or 1)."""
     return x.tensor_split(max(1, -(-x.shape[dim] // max(1, length))), dim)
-
-
-def is_half(x: torch.Tensor) -> bool:
-    return product_type(x) in HALF

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from xca import HALF, has_hooks, in_functorch, is_linear, product_type
+from xca import has_hooks, in_functorch, is_half, is_linear
 
 # Elements that an intermediate result may have before the work is done in pieces. On a CPU 16 MB in float32, measured;
 # elsewhere pieces only save memory, and large ones keep the device busy.
@@ -49,12 +49,17 @@ class Mlp(timm.layers.Mlp):
             return False
         return (x.device.type == 'cpu' and x.numel() // x.shape[-1] * self.fc1.out_features > piece(x)
                 and not torch.is_autocast_enabled('cpu') and not (self.training and self.drop1.p)
-                and is_linear(self.fc1) and is_linear(self.fc2) and is_gelu(self.act))
+                and self.is_plain() and is_gelu(self.act))
 
     @torch.jit.unused
     def takes_biases_apart(self, x: torch.Tensor) -> bool:
         return (torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.device.type == 'cpu'
-                and product_type(x) not in HALF and is_linear(self.fc1) and is_linear(self.fc2))
+                and not is_half(x) and self.is_plain())
+
+    @torch.jit.unused
+    def is_plain(self) -> bool:
+        """Whether the weights and biases of the layers are all there is, and not adapters as well, say."""
+        return is_linear(self.fc1) and is_linear(self.fc2)
 
 
 def bias_apart(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:

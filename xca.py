@@ -116,7 +116,7 @@ class XCA(nn.Module):
             return False
         if self.form != 'auto':
             return self.form == 'gram'
-        half = product_type(x) in HALF
+        half = is_half(x)
         if half and not sums_half_in_float32(x.device):
             return False
         threshold = GRAM_FROM['cpu' if x.device.type == 'cpu' else 'other, half' if half else 'other']
@@ -178,6 +178,11 @@ def product_type(x: torch.Tensor) -> torch.dtype:
     if x.dtype == torch.float64 or not in_autocast(x.device):  # autocast leaves float64 alone
         return x.dtype
     return torch.get_autocast_dtype(x.device.type)
+
+
+def is_half(x: torch.Tensor) -> bool:
+    """Whether products of x are in half precision."""
+    return product_type(x) in HALF
 
 
 def in_autocast(device: torch.device) -> bool:

@@ -281,9 +281,9 @@ def test_second_derivatives_of_mlp_in_pieces():
 
 # ----- compiled
 
-def small_model(**kwargs) -> xcit.Xcit:
+def small_model() -> xcit.Xcit:
     torch.manual_seed(0)
-    return xcit.Xcit(embed_dim=32, num_heads=4, depth=1, num_classes=10, **kwargs)
+    return xcit.Xcit(embed_dim=32, num_heads=4, depth=1, num_classes=10)
 
 
 def test_compiler_sees_one_graph():

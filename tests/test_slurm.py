@@ -87,7 +87,7 @@ def wait_for(condition, seconds: float = 90):
 
 def end_of(job_id: str) -> str:
     """Wait for the end of a job; returns its state."""
-    wait_for(lambda: (slurm_status(job_id) or ('',))[0] in run_with_submitit.ENDED)
+    wait_for(lambda: (slurm_status(job_id) or ('',))[0] in run_with_submitit.ENDED, 300)
     return slurm_status(job_id)[0]
 
 
@@ -281,9 +281,9 @@ def test_sigterm_requeues_the_job(cluster, data, tmp_path, capsys):
 @pytest.mark.slow
 def test_real_time_limit_requeues_the_job(cluster, data, tmp_path, capsys):
     """A limit of one minute, which the training exceeds."""
-    job_id, folder = submit(capsys, job_flags(data, tmp_path, '--epochs', '90', '--timeout', '1', '--nodes', '1'))
+    job_id, folder = submit(capsys, job_flags(data, tmp_path, '--epochs', '200', '--timeout', '1', '--nodes', '1'))
     wait_for(lambda: restarts_of(job_id), 120)
-    assert_went_on_where_it_stopped(job_id, folder, 90)
+    assert_went_on_where_it_stopped(job_id, folder, 200)
 
 
 def test_preemption_requeues_the_job(cluster, data, tmp_path, capsys):
@@ -449,12 +449,12 @@ def test_without_slurm_the_job_runs_on_this_machine(no_slurm, data, tmp_path, ca
 @pytest.mark.slow
 def test_time_limit_restarts_a_local_job(no_slurm, data, tmp_path, capsys):
     """After a minute its processes stop and start again in the same directory, each epoch done once."""
-    flags = job_flags(data, tmp_path / 'runs', '--epochs', '90', '--nodes', '1', '--timeout', '1', '--wait')
+    flags = job_flags(data, tmp_path / 'runs', '--epochs', '200', '--nodes', '1', '--timeout', '1', '--wait')
     assert main(flags) == 0
     printed = capsys.readouterr().out
     assert stops_of(printed)
     folder, = (tmp_path / 'runs').iterdir()
-    assert epochs_of(folder) == list(range(90))
+    assert epochs_of(folder) == list(range(200))
 
 
 def test_ctrl_c_stops_a_local_job_in_order(data, tmp_path):

@@ -3,7 +3,8 @@
 `fuse(model)` changes a model in eval mode, in place; it can't be trained or stored under the published names any more.
 Shapes as in xcit.py.
 """
-from typing import Dict, List, Tuple
+import operator
+from typing import List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -11,8 +12,8 @@ import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mlp import in_pieces, piece
-from xca import covariance, is_half, is_linear, root_mean_square, without_autocast
-from xcit import ClassAttentionBlock, ConvPatchEmbed, PositionalEncodingFourier, XCABlock, Xcit
+from xca import covariance, has_hooks, is_half, root_mean_square
+from xcit import ClassAttentionBlock, ConvPatchEmbed, PositionalEncodingFourier, XCABlock, Xcit, channels_last
 
 Pieces = Tuple[torch.Tensor, ...]
 LARGEST_POSITION = 2 ** 23  # elements that are kept
@@ -21,12 +22,12 @@ LARGEST_POSITION = 2 ** 23  # elements that are kept
 def fuse(model: Xcit) -> Xcit:
     """Fold BatchNorm and LayerScale into the layers beside them, in place; returns the model.
 
-    Hooks: those of the model, of its blocks and of the linear layers in them are called, the latter's perhaps with
-    pieces of the tokens. Those of `attn`, `mlp`, `local_mp`, their other layers and the stem's are not, unless autograd
-    or a compiler is at work.
+    Hooks: those of the model and of its linear and normalising layers are called, perhaps with pieces of the tokens, or
+    scaled by LayerScale. Others are refused: of modules that are replaced or passed by.
 
     Raises:
-        ValueError: the model is in training mode, is fused already, or has layers of other types, as adapters are.
+        ValueError: the model is in training mode, is fused already, has layers of other types, as adapters are, or has
+            hooks that would be lost.
     """
     if model.training:
         raise ValueError('a model must be in eval mode to be fused: call model.eval() first')
@@ -44,10 +45,13 @@ def fuse(model: Xcit) -> Xcit:
 
 
 def check_as_built(model: Xcit):
-    """Refuse a model in which what is folded into weights would not be all there is, or GELU is another function.
+    """Refuse a model that fusing would change.
+
+    What is folded into weights would not be all there is, GELU is another function, or somebody listens to a module
+    that is not called any more.
 
     Raises:
-        ValueError: a layer is not plain.
+        ValueError: the name of a layer, and why.
     """
     scaled, gelus = [], []  # names of layers
     for i, layer in enumerate(model.patch_embed.proj):
@@ -63,11 +67,15 @@ def check_as_built(model: Xcit):
         layer = model.get_submodule(name)
         if name in gelus:
             as_built = type(layer) is nn.GELU and layer.approximate == 'none'
-        else:  # pruning, say, keeps its weight elsewhere and makes this one of it before each use
-            as_built = type(layer) in (nn.Linear, nn.Conv2d) and 'weight' in layer._parameters
+        else:  # pruning, say, keeps a weight elsewhere and makes this one of it before each use
+            as_built = type(layer) in (nn.Linear, nn.Conv2d) and {'weight', 'bias'} <= layer._parameters.keys()
         if not as_built:
             raise ValueError(f'{name} ({type(layer).__name__}) cannot be fused, since it is not as it was built: merge '
                              f'adapters, make pruning permanent')
+    for name, module in model.named_modules():
+        if has_hooks(module) and not isinstance(module, (Xcit, nn.Linear, nn.LayerNorm)):
+            raise ValueError(f'{name} ({type(module).__name__}) has hooks, which would not be called in a fused model: '
+                             f'remove them, or use the model as it is')
 
 
 def fuse_stem(stem: ConvPatchEmbed):
@@ -99,7 +107,7 @@ class FusedPatchEmbed(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chans, img_h, img_w) -> (B, C, H, W) in channels_last."""
         if not in_pieces() or not len(x):
-            return self.proj(x.contiguous(memory_format=torch.channels_last))
+            return self.proj(channels_last(x))
         _, _, height, width = x.shape
         H = -(-height // 2 ** len(self.convs))
         largest = self.convs[0].out_channels * -(-height // 2) * -(-width // 2)  # elements, of one image
@@ -119,7 +127,7 @@ class FusedPatchEmbed(nn.Module):
     def rows(self, x: torch.Tensor, level: int, top: int, bottom: int) -> torch.Tensor:
         """Rows from `top` to before `bottom` of what convolution number `level` (from 1) makes of images x."""
         if level == 0:
-            return x[:, :, top:bottom].contiguous(memory_format=torch.channels_last)
+            return channels_last(x[:, :, top:bottom])
         height = -(-x.shape[2] // 2 ** (level - 1))  # of its input
         first, last = 2 * top - 1, 2 * bottom  # rows of it that are seen
         above, below = max(0, -first), max(0, last - height)
@@ -139,22 +147,26 @@ class CachedPositionalEncoding(nn.Module):
     def __init__(self, encoding: PositionalEncodingFourier):
         super().__init__()
         self.encoding = encoding
-        self.cache: Dict[tuple, torch.Tensor] = {}
+        self.kept: Optional[tuple] = None  # what it was made for, the parameters that made it, the position
 
     def forward(self, H: int, W: int) -> torch.Tensor:
         """(1, C, H, W)."""
-        weight = self.encoding.token_projection.weight
-        # In the weights' type: added to it, the tokens are float32 under autocast, as they are in a model not fused.
-        with without_autocast(weight.device):
-            if not in_pieces():
-                return self.encoding(H, W)
-            key = (H, W, weight.dtype, weight.device)
-            position = self.cache.get(key)
-            if position is None:
-                position = self.encoding(H, W)
-                if position.numel() <= LARGEST_POSITION:
-                    self.cache = {key: position}
-            return position
+        if not in_pieces():
+            return self.encoding(H, W)
+        parameters = tuple(self.encoding.parameters())
+        made_for = (H, W, *((p.dtype, p.device, version(p)) for p in parameters))
+        # The same parameters, and not equal ones: comparing those would take longer.
+        if self.kept is not None and made_for == self.kept[0] and all(map(operator.is_, parameters, self.kept[1])):
+            return self.kept[2]
+        position = self.encoding(H, W)
+        if position.numel() <= LARGEST_POSITION:
+            self.kept = (made_for, parameters, position)
+        return position
+
+
+def version(tensor: torch.Tensor) -> Optional[int]:
+    """Another one after each change in place."""
+    return None if tensor.is_inference() else tensor._version
 
 
 class FusedBlock(nn.Module):
@@ -259,7 +271,7 @@ class FusedBlock(nn.Module):
         """The MLP is added to tokens, each part (M, C)."""
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         # Autocast, which may be why, does not see what follows.
-        if is_half(parts[0]) or not (is_linear(fc1) and is_linear(fc2)):
+        if is_half(parts[0]) or not self.mlp.is_plain():
             for part in parts:
                 part += self.mlp(self.norm2(part))
             return

@@ -96,7 +96,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument('--xca', choices=xca.FORMS, default='auto',
                        help='how XCiT\'s attention is computed; auto: the faster way for the number of tokens')
     group.add_argument('--compile', action=boolean, default=False,
-                       help='torch.compile for model, moving average and teacher: a slow start, then faster')
+                       help='torch.compile for model, moving average (but for one in CPU memory) and teacher: a slow '
+                            'start, then faster')
     group.add_argument('--compile-mode', choices=['default', 'reduce-overhead', 'max-autotune'], default='default',
                        help='of --compile; the last two use CUDA graphs')
     group.add_argument('--model-ema', action=boolean, default=True, help='keep a moving average of the weights')
@@ -423,7 +424,7 @@ def build_criterion(args, num_classes: int, device: torch.device) -> Distillatio
 def compile_all(args, model: torch.nn.Module, model_ema: Optional[ModelEmaV3], criterion: DistillationLoss):
     """Let a training's model, its moving average and its teacher be compiled when they are first used."""
     model.compile(mode=args.compile_mode)
-    if model_ema is not None:
+    if model_ema is not None and model_ema.device is None:  # else it is evaluated as a copy on the model's device
         model_ema.module.compile(mode=args.compile_mode)
     if criterion.teacher is not None:
         criterion.teacher.compile()  # no CUDA graphs: the model's would take the place of its outputs

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from xca import has_hooks, in_functorch, is_half, is_linear
+from xca import has_hooks, in_transform, is_half, is_linear
 
 # Elements that an intermediate result may have before the work is done in pieces. On a CPU 16 MB in float32, measured;
 # elsewhere pieces only save memory, and large ones keep the device busy.
@@ -22,8 +22,8 @@ def piece(x: torch.Tensor) -> int:
 
 
 def in_pieces() -> bool:
-    """Whether to work in pieces: not where autograd, a compiler or an export has its own plan."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())
+    """Whether to work in pieces: not where autograd, a transform, a compiler or an export has its own plan."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform())
 
 
 class Mlp(timm.layers.Mlp):
@@ -45,11 +45,10 @@ class Mlp(timm.layers.Mlp):
     @torch.jit.unused
     def takes_pieces(self, x: torch.Tensor) -> bool:
         # First: sizes are not to be looked at there.
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_functorch():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform():
             return False
         return (x.device.type == 'cpu' and x.numel() // x.shape[-1] * self.fc1.out_features > piece(x)
-                and not torch.is_autocast_enabled('cpu') and not (self.training and self.drop1.p)
-                and self.is_plain() and is_gelu(self.act))
+                and not is_half(x) and not (self.training and self.drop1.p) and self.is_plain() and is_gelu(self.act))
 
     @torch.jit.unused
     def takes_biases_apart(self, x: torch.Tensor) -> bool:
@@ -59,7 +58,8 @@ class Mlp(timm.layers.Mlp):
     @torch.jit.unused
     def is_plain(self) -> bool:
         """Whether the weights and biases of the layers are all there is, and not adapters as well, say."""
-        return is_linear(self.fc1) and is_linear(self.fc2)
+        layers = (self.fc1, self.fc2)
+        return all(is_linear(layer) and layer.bias is not None for layer in layers)
 
 
 def bias_apart(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import List, Tuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 FORMS = ('auto', 'plain', 'gram')
 # The number of tokens, in units of C, from which on 'auto' takes the Gram form. On a CPU in float32 measured, by
@@ -35,7 +36,8 @@ class XCA(nn.Module):
 
     Attributes:
         form: 'plain', 'gram', or 'auto': the one that is faster for this number of tokens. Where `qkv` or `proj` has
-            hooks or is no plain linear layer, and under torch.func's transforms, it is always the definition.
+            hooks or is no plain linear layer, under torch.func's transforms and in forward-mode differentiation, it is
+            always the definition.
 
     Source: paper section 3.1, equation 4; original xcit.py, XCA.
     """
@@ -112,7 +114,7 @@ class XCA(nn.Module):
 
     @torch.jit.unused
     def takes_gram(self, x: torch.Tensor) -> bool:
-        if not self.is_plain() or (not torch.compiler.is_compiling() and in_functorch()):
+        if not self.is_plain() or in_transform():
             return False
         if self.form != 'auto':
             return self.form == 'gram'
@@ -125,7 +127,7 @@ class XCA(nn.Module):
     @torch.jit.unused
     def is_plain(self) -> bool:
         """Whether the weights and biases of the layers are all there is, and not adapters as well, say."""
-        return is_linear(self.qkv) and is_linear(self.proj)
+        return is_linear(self.qkv) and is_linear(self.proj) and self.proj.bias is not None
 
     @torch.jit.unused
     def gram(self, x: torch.Tensor) -> torch.Tensor:
@@ -203,9 +205,15 @@ def has_hooks(layer: nn.Module) -> bool:
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
-def in_functorch() -> bool:
-    """Whether a transform of torch.func is at work, vmap, say: for it the autograd functions here have no rule."""
-    return torch._C._are_functorch_transforms_active()
+@torch.jit.unused
+def in_transform() -> bool:
+    """Whether a transform of torch.func is at work, vmap, say, or forward-mode differentiation.
+
+    For those the autograd functions here have no rule, nor have operations that write into given memory.
+    """
+    if torch.compiler.is_compiling():  # whose own plan includes them
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -228,7 +236,7 @@ def covariance(x: torch.Tensor, mean: torch.Tensor, dtype: torch.dtype) -> torch
 
     Products are taken in `dtype`; sums in float32 at least.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not torch.jit.is_tracing():  # a traced model that holds Python can't be stored
         return Covariance.apply(x, mean, dtype)
     return _covariance(x, mean, dtype)
 

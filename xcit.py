@@ -23,7 +23,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 
 from mlp import Mlp
-from xca import FORMS, XCA, is_linear
+from xca import FORMS, XCA, at_least_float32, has_hooks, in_transform, is_linear, without_autocast
 
 __all__ = ['Xcit']  # timm adds the name of each registered model
 
@@ -63,11 +63,44 @@ class PositionalEncodingFourier(nn.Module):
         return torch.stack((angle.sin(), angle.cos()), dim=2).flatten(1)  # sin and cos interleaved
 
     def forward(self, H: int, W: int) -> torch.Tensor:
-        """Encoding of an H x W grid: (1, C, H, W)."""
+        """Encoding of an H x W grid: (1, C, H, W) in channels_last, of the weights' type."""
+        if not torch.jit.is_scripting():
+            if not self.is_plain():
+                return self.definition(H, W)
+            # Not in half precision under autocast: float32 LayerScale makes tokens float32 in the first block anyway.
+            with without_autocast(self.token_projection.weight.device):
+                return self.by_axis(H, W)
+        return self.by_axis(H, W)
+
+    def by_axis(self, H: int, W: int) -> torch.Tensor:
+        # The projection of (y, x) is that of y and that of x: H + W rows are projected, and not H * W. A convolution
+        # would also let the compiler compile anew for larger grids, since on CPUs its size decides what computes it.
+        weight, bias = self.token_projection.weight, self.token_projection.bias
+        dtype = at_least_float32(weight.dtype)
+        weight_y, weight_x = weight.flatten(1).to(dtype).chunk(2, dim=1)
+        y = F.linear(self.axis_features(H).to(dtype), weight_y, None if bias is None else bias.to(dtype))
+        x = F.linear(self.axis_features(W).to(dtype), weight_x)
+        return (y[:, None] + x).to(weight.dtype).permute(2, 0, 1)[None]
+
+    @torch.jit.unused
+    def is_plain(self) -> bool:
+        """Whether weight and bias of `token_projection` are all there is, and not an adapter as well, say."""
+        return type(self.token_projection) is nn.Conv2d and not has_hooks(self.token_projection)
+
+    @torch.jit.unused
+    def definition(self, H: int, W: int) -> torch.Tensor:
+        """The same by calling `token_projection`, under autocast in half precision."""
         y = self.axis_features(H)[:, None].expand(-1, W, -1)
         x = self.axis_features(W)[None].expand(H, -1, -1)
         features = torch.cat((y, x), dim=2).permute(2, 0, 1)[None]  # (1, 2 * hidden_dim, H, W)
         return self.token_projection(features.to(self.token_projection.weight.dtype))
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """Images (B, in_chans, img_h, img_w) in that layout."""
+    if not torch.jit.is_scripting() and in_transform():  # where memory is not that of what is seen
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def conv3x3(in_chans: int, out_chans: int) -> nn.Sequential:
@@ -94,7 +127,7 @@ class ConvPatchEmbed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chans, img_h, img_w) -> (B, C, H, W) in channels_last."""
-        return self.proj(x.contiguous(memory_format=torch.channels_last))
+        return self.proj(channels_last(x))
 
 
 PATCH_HALVINGS = {16: 4, 8: 3}

@@ -21,6 +21,11 @@ def both(name: str, **kwargs):
     return model, inference.fuse(copy.deepcopy(model))
 
 
+def small_model() -> xcit.Xcit:
+    torch.manual_seed(0)
+    return xcit.Xcit(embed_dim=32, num_heads=4, depth=1, num_classes=10)
+
+
 def assert_same(actual: torch.Tensor, expected: torch.Tensor):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
@@ -106,6 +111,35 @@ def test_position_is_kept_for_the_last_grid():
         assert fused.pos_embeder(5, 3).dtype == torch.float32
 
 
+@pytest.mark.parametrize('change', [
+    lambda layer: layer.weight.mul_(2),
+    lambda layer: layer.bias.add_(1),
+    lambda layer: setattr(layer, 'weight', torch.nn.Parameter(2 * layer.weight)),
+    lambda layer: layer.double(),
+], ids=['weight in place', 'bias in place', 'another weight', 'another type'])
+@torch.no_grad()
+def test_position_follows_its_parameters(change):
+    """A kept one is not that of weights that have changed since."""
+    _, fused = both('xcit_nano_12_p16')
+    layer = fused.pos_embeder.encoding.token_projection
+    before = fused.pos_embeder(3, 5)
+    change(layer)
+    after = fused.pos_embeder(3, 5)
+    assert after.dtype == layer.weight.dtype
+    assert after is not before
+    torch.testing.assert_close(after, fused.pos_embeder.encoding(3, 5), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_position_of_a_large_grid_is_not_kept(monkeypatch):
+    """It takes memory that the next image may need; that of the last small one stays."""
+    _, fused = both('xcit_nano_12_p16')
+    small = fused.pos_embeder(3, 5)
+    monkeypatch.setattr(inference, 'LARGEST_POSITION', 15 * 128)
+    assert fused.pos_embeder(4, 4) is not fused.pos_embeder(4, 4)
+    assert fused.pos_embeder(3, 5) is small
+
+
 @pytest.mark.parametrize('training', [True, False])
 def test_refusals(training):
     """A model in training mode has no fixed statistics to fold in; a fused one has nothing left to fold."""
@@ -125,6 +159,8 @@ class Adapter(torch.nn.Linear):
     ('patch_embed.proj.2.0', lambda model: prune.l1_unstructured(model.patch_embed.proj[2][0], 'weight', .1)),
     ('blocks.1.local_mp.act', lambda model: setattr(model.blocks[1].local_mp, 'act', torch.nn.ReLU())),
     ('blocks.1.mlp.act', lambda model: setattr(model.blocks[1].mlp, 'act', torch.nn.GELU('tanh'))),
+    ('blocks.2.mlp.fc2', lambda model: prune.l1_unstructured(model.blocks[2].mlp.fc2, 'bias', .1)),
+    ('cls_attn_blocks.1.mlp.fc2', lambda model: setattr(model.cls_attn_blocks[1].mlp, 'fc2', Adapter(512, 128))),
 ])
 def test_changed_layers_are_refused(name, change):
     """What goes into their weights would be missing from the rest of them, or a GELU would take their place."""
@@ -160,11 +196,92 @@ def test_hooks_of_a_fused_models_linear_layers_are_called(small_pieces):
     model, fused = both('xcit_nano_12_p16')
     seen = []
     block = fused.blocks[0]
-    for layer in (block.attn.qkv, block.mlp.fc1, fused.cls_attn_blocks[0].attn.qkv):
+    for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2, fused.cls_attn_blocks[0].attn.qkv):
         layer.register_forward_hook(lambda layer, args, output: seen.append(output.shape))
     images = seeded_images(1, 3, 64, 64)
     assert_same(fused(images), model(images))
-    assert seen == [(1, 16, 384), (4, 512), (4, 512), (4, 512), (4, 512), (1, 17, 384)]
+    assert seen == [(1, 16, 384), (1, 16, 128), *[(4, 512), (4, 128)] * 4, (1, 17, 384)]
+
+
+@pytest.mark.parametrize('name', [
+    'patch_embed', 'patch_embed.proj.0.0', 'pos_embeder.token_projection', 'blocks.0', 'blocks.0.attn',
+    'blocks.0.local_mp.conv1', 'blocks.0.mlp', 'cls_attn_blocks.0'])
+def test_hooks_that_would_be_lost_are_refused(name):
+    """Those of modules that are replaced, or whose weights are used without them."""
+    model = small_model().eval()
+    model.get_submodule(name).register_forward_hook(lambda module, args, output: None)
+    with pytest.raises(ValueError, match=f'^{re.escape(name)} .*hooks'):
+        inference.fuse(model)
+
+
+@torch.no_grad()
+def test_hooks_that_fusing_keeps():
+    """Registered before, called after: those of the model, of linear layers and of LayerNorms."""
+    model, seen = small_model().eval(), []
+    names = ('', 'blocks.0.norm1', 'blocks.0.attn.qkv', 'blocks.0.mlp.fc1', 'cls_attn_blocks.0.norm2', 'head')
+    for name in names:
+        model.get_submodule(name).register_forward_hook(lambda *args, name=name: seen.append(name))
+    inference.fuse(model)(seeded_images(1, 3, 32, 32))
+    assert set(seen) == set(names)
+
+
+def test_fused_model_wants_no_gradients():
+    """Of its parameters, which have others folded in."""
+    model = inference.fuse(small_model().eval())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not model(seeded_images(1, 3, 32, 32)).requires_grad
+
+
+@pytest.mark.filterwarnings('ignore')  # tracing is deprecated
+@pytest.mark.parametrize('form', ['plain', 'gram'])
+def test_traced_model_can_be_stored(tmp_path, form):
+    """With gradients enabled as well, where the autograd functions in Python could not be."""
+    model, images = small_model().eval(), seeded_images(2, 3, 48, 64)
+    xcit.set_xca(model, form)
+    torch.jit.trace(model, images, check_trace=False).save(tmp_path / 'model.pt')
+    torch.testing.assert_close(torch.jit.load(tmp_path / 'model.pt')(images), model(images))
+
+
+def per_image_gradients(model, images):
+    weights = {key: value.detach() for key, value in model.named_parameters()}
+
+    def loss(weights, image):
+        return torch.func.functional_call(model, weights, (image[None],)).square().sum()
+
+    return torch.func.vmap(torch.func.grad(loss, argnums=1), (None, 0))(weights, images)
+
+
+@pytest.mark.parametrize('fused', [False, True])
+def test_gradients_of_single_images(small_pieces, fused):
+    """By torch.func.vmap, of a whole model: autograd's, image by image."""
+    model = small_model().eval().double()
+    if fused:
+        inference.fuse(model)
+    images = seeded_images(3, 3, 48, 32).double()
+    actual = per_image_gradients(model, images)
+    for image, gradient in zip(images, actual):
+        image = image[None].requires_grad_()
+        expected, = torch.autograd.grad(model(image).square().sum(), image)
+        torch.testing.assert_close(gradient[None], expected)
+
+
+@pytest.mark.parametrize('grad', [False, True])
+@pytest.mark.parametrize('fused', [False, True])
+def test_forward_mode_derivatives(small_pieces, fused, grad):
+    """In a direction, by torch.func.jvp and by forward_ad: those of a difference."""
+    model = small_model().eval().double()
+    if fused:
+        inference.fuse(model)
+    xcit.set_xca(model, 'gram')
+    image, direction = seeded_images(2, 3, 48, 32).double().split(1)
+    with torch.set_grad_enabled(grad):
+        expected = (model(image + 1e-4 * direction) - model(image - 1e-4 * direction)) / 2e-4
+        _, by_func = torch.func.jvp(model, (image,), (direction,))
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(image, direction)
+            by_level = torch.autograd.forward_ad.unpack_dual(model(dual)).tangent
+    torch.testing.assert_close(by_func, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(by_level, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.gpu
@@ -183,12 +300,15 @@ def test_fused_on_cuda(monkeypatch, form, dtype, tolerance):
     assert float((actual - expected).abs().max()) < tolerance * float(expected.abs().max())
 
 
+@pytest.mark.parametrize('form', ['plain', 'gram'])
 @torch.no_grad()
-def test_fused_under_autocast():
+def test_fused_under_autocast(form):
     """In bfloat16 a fused model is as near to float32 as an unfused one."""
     model, fused = both('xcit_nano_12_p8')
     images = seeded_images(2, 3, 96, 96)
     expected = model(images)
+    for m in (model, fused):
+        xcit.set_xca(m, form)
     with torch.autocast('cpu', torch.bfloat16):
         errors = [(m(images) - expected).abs().max() for m in (model, fused)]
     assert errors[1] <= 1.5 * errors[0]
@@ -235,14 +355,38 @@ def test_mlp_in_pieces(monkeypatch, shape):
 
 
 def test_mlp_in_pieces_is_taken(monkeypatch):
-    """Where the hidden activations are above the limit, unless dropout, autocast or a compiler is at work."""
+    """Where the hidden activations are above the limit, unless dropout, half precision or a compiler is at work."""
     x = torch.zeros(1, 100, 16)
     assert not mlp.Mlp(16, 64).takes_pieces(x)
     monkeypatch.setitem(mlp.PIECE, 'cpu', 6399)
     assert mlp.Mlp(16, 64).takes_pieces(x)
     assert not mlp.Mlp(16, 64, drop=.1).takes_pieces(x)
+    assert not mlp.Mlp(16, 64).bfloat16().takes_pieces(x.bfloat16())
     with torch.autocast('cpu', torch.bfloat16):
         assert not mlp.Mlp(16, 64).takes_pieces(x)
+        assert mlp.Mlp(16, 64).double().takes_pieces(x.double())  # which autocast leaves alone
+
+
+class Doubled(torch.nn.Linear):
+    """As adapters are: more than a weight and a bias."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize(('name', 'layer'), [
+    ('act', torch.nn.ReLU()), ('act', torch.nn.GELU('tanh')), ('fc1', Doubled(16, 64)), ('fc2', Doubled(64, 16)),
+    ('fc1', torch.nn.Linear(16, 64, bias=False)), ('fc2', torch.nn.Linear(64, 16, bias=False))])
+@torch.no_grad()
+def test_other_layers_of_an_mlp_are_called(monkeypatch, name, layer, compiled):
+    """Those that take the place of its own, neither in pieces nor compiled passed by."""
+    monkeypatch.setitem(mlp.PIECE, 'cpu', 64 * 3)
+    torch._dynamo.reset()
+    module, x = mlp.Mlp(16, 64), torch.randn(2, 50, 16)
+    setattr(module, name, layer)
+    expected = module.fc2(module.act(module.fc1(x)))
+    torch.testing.assert_close((torch.compile(module, backend='aot_eager') if compiled else module)(x), expected)
 
 
 @pytest.mark.parametrize('wanted', range(5))
@@ -281,15 +425,10 @@ def test_second_derivatives_of_mlp_in_pieces():
 
 # ----- compiled
 
-def small_model() -> xcit.Xcit:
-    torch.manual_seed(0)
-    return xcit.Xcit(embed_dim=32, num_heads=4, depth=1, num_classes=10)
-
-
 def test_compiler_sees_one_graph():
     """No graph break in training, with drop-path, in either form of XCA."""
     for form in ('plain', 'gram'):
-        model = timm.create_model('xcit_nano_12_p16', num_classes=10, drop_path_rate=.1).train()
+        model = timm.create_model('xcit_nano_12_p16', depth=2, num_classes=10, drop_path_rate=.1).train()
         xcit.set_xca(model, form)
         explanation = torch._dynamo.explain(model)(torch.randn(2, 3, 64, 64))
         assert explanation.graph_break_count == 0, explanation.break_reasons
@@ -328,23 +467,49 @@ def test_compiled_biases_join_what_follows():
     torch.testing.assert_close(actual, module(x))
 
 
+@torch.no_grad()
+def test_biases_stay_in_half_precision_layers():
+    """There a sum apart would be rounded once more: the compiler gets the linear layers."""
+    graphs = []
+
+    def capture(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(mlp.Mlp(16, 64).bfloat16(), backend=capture)(torch.randn(2, 50, 16, dtype=torch.bfloat16))
+    graph, = graphs
+    targets = [node.target for node in graph.graph.nodes]
+    assert targets.count(torch._C._nn.linear) == 2
+
+
 def test_exported_mlp_has_linear_layers():
     """For other runtimes, which have an operation for them."""
     graph = torch.export.export(mlp.Mlp(16, 64), (torch.randn(2, 50, 16),)).graph
     assert [node.target for node in graph.nodes].count(torch.ops.aten.linear.default) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
 @pytest.mark.parametrize(('form', 'graphs'), [('gram', 1), ('auto', 2)])
 @torch.no_grad()
-def test_compiled_inference_takes_any_resolution(form, graphs):
+def test_compiled_inference_takes_any_resolution(form, graphs, backend):
     """With free sizes one graph serves several resolutions, as far as they use the same form of XCA."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = inference.fuse(small_model().eval())
     xcit.set_xca(model, form)
-    compiled = torch.compile(model, dynamic=True, fullgraph=True)
-    for size in ((224, 224), (256, 192), (320, 448), (384, 512)):
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for size in ((224, 224), (256, 192), (320, 448), (384, 512), (100, 130), (64, 64)):
         images = seeded_images(2, 3, *size)
+        if size == (224, 224):  # the first
+            torch._dynamo.mark_dynamic(images, (2, 3))
         assert_same(compiled(images), model(images))
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == graphs
+
+
+@torch.no_grad()
+def test_compiled_inference():
+    """Compiled code computes what the fused model does."""
+    torch._dynamo.reset()
+    model, images = inference.fuse(small_model().eval()), seeded_images(2, 3, 70, 50)
+    assert_same(torch.compile(model, fullgraph=True)(images), model(images))

@@ -306,6 +306,12 @@ def test_training_can_be_compiled(folders, compiled, monkeypatch):
     assert compiled == [('Xcit', 'max-autotune'), ('Xcit', 'max-autotune'), ('ResNet', 'default')]
 
 
+def test_moving_average_in_cpu_memory_is_not_compiled(folders, compiled):
+    """It is never called: each evaluation makes a copy on the model's device."""
+    main(tiny(folders, '--epochs', '1', '--model-ema-force-cpu', '--compile'))
+    assert compiled == [('Xcit', 'default')]
+
+
 def test_test_freq_skips_evaluations(tmp_path, folders):
     """Every third epoch, and the last."""
     main(tiny(folders, '--epochs', '5', '--test-freq', '3', '--output-dir', str(tmp_path / 'run')))

@@ -237,15 +237,25 @@ def test_other_layers_in_place_of_qkv_are_called(grad):
         torch.testing.assert_close(module(x), other(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(('name', 'shape'), [('qkv', (2, 60, 72)), ('proj', (2, 60, 24))])
 @torch.no_grad()
-def test_hooks_of_layers_are_called():
-    """Who listens to `qkv` hears it, in the Gram form too, which else makes no queries."""
+def test_hooks_of_layers_are_called(name, shape):
+    """Who listens to a layer hears it, in the Gram form too, which else makes no queries and projects nothing."""
     module, x = attention(24, 'gram'), tokens('normal', (2, 60, 24))
     expected = module(x)
     seen = []
-    module.qkv.register_forward_hook(lambda layer, args, output: seen.append(output))
+    module.get_submodule(name).register_forward_hook(lambda layer, args, output: seen.append(output))
     torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
-    assert [output.shape for output in seen] == [(2, 60, 72)]
+    assert [output.shape for output in seen] == [shape]
+
+
+@torch.no_grad()
+def test_projection_without_bias():
+    """Where others have taken it away: the definition is called."""
+    module, x = attention(24, 'gram'), tokens('normal', (2, 60, 24))
+    expected = module(x) - module.proj.bias
+    module.proj.bias = None
+    torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_torch_func_transforms(monkeypatch):

@@ -1,4 +1,5 @@
 """The models: the original's numbers, and what timm's users expect of a model."""
+import copy
 import json
 import math
 
@@ -134,6 +135,42 @@ def test_position_is_the_papers_fourier_features():
         expected = torch.tensor([math.sin(y), math.cos(y), math.sin(x), math.cos(x)])
         channels = [2 * frequency, 2 * frequency + 1, 32 + 2 * frequency, 32 + 2 * frequency + 1]
         torch.testing.assert_close(features[channels, row, column], expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_position_calls_a_projection_that_is_more_than_its_weights():
+    """A hook, which may change what it sees, is called once; without it nothing else comes out."""
+    encoding = xcit.PositionalEncodingFourier(8)
+    expected = encoding(3, 5)
+    seen = []
+    encoding.token_projection.register_forward_hook(lambda layer, args, output: seen.append(output))
+    torch.testing.assert_close(encoding(3, 5), expected, rtol=0, atol=1e-6)
+    assert [output.shape for output in seen] == [(1, 8, 3, 5)]
+
+
+@torch.no_grad()
+def test_position_with_another_projection_is_its():
+    """An adapter in place of `token_projection` is called, and not passed by."""
+    class Doubled(torch.nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    encoding = xcit.PositionalEncodingFourier(8)
+    expected = 2 * encoding(3, 5)
+    weights = encoding.token_projection.state_dict()
+    encoding.token_projection = Doubled(64, 8, kernel_size=1)
+    encoding.token_projection.load_state_dict(weights)
+    torch.testing.assert_close(encoding(3, 5), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_position_in_half_precision_is_rounded_once(dtype):
+    """It is that of the rounded weights, computed in float32."""
+    encoding = xcit.PositionalEncodingFourier(8).to(dtype)
+    expected = copy.deepcopy(encoding).float()(30, 50).to(dtype)
+    assert torch.equal(encoding(30, 50), expected)
+    assert expected.dtype == dtype
 
 
 def test_drop_path_is_constant_over_depth():
@@ -334,7 +371,7 @@ def test_compile_agrees_with_eager(checkpointing):
     """Logits, gradients and BatchNorm statistics of the compiled model, captured as one graph."""
     results = []
     for compiled in (False, True):
-        model = seeded_model(NANO, num_classes=10).train()
+        model = seeded_model(NANO, num_classes=10, depth=2).train()
         model.set_grad_checkpointing(checkpointing)
         # aot_eager captures forward and backward as inductor does, without its minute of code generation
         run = torch.compile(model, backend='aot_eager', fullgraph=True) if compiled else model

@@ -518,7 +518,7 @@ def against_timm(args, device: torch.device) -> List[dict]:
 
 
 def attention_alone(args, device: torch.device) -> List[dict]:
-    """XCA in both forms against timm's, for each number of tokens; of each the faster of eager and compiled."""
+    """XCA in both forms against timm's, for each number of tokens; ratios are of the faster of eager and compiled."""
     rows, results = [], []
     for dim in args.dim:
         heads = next((row['num_heads'] for row in xcit.SIZES.values() if row['embed_dim'] == dim), 8)
@@ -536,12 +536,14 @@ def attention_alone(args, device: torch.device) -> List[dict]:
                 steps = {(name, compiled): attention_step(module, (args.batch_size, tokens, dim), backward=backward,
                                                           precision=args.precision, compiled=compiled)
                          for name, module in modules.items() for compiled in (False, True)}
-                times = least_of(take_turns(steps, device, args.rounds))
-                results.append(dict(dim=dim, tokens=tokens, backward=backward, **times))
+                times = take_turns(steps, device, args.rounds)
+                least = least_of(times)
+                results.append(dict(dim=dim, tokens=tokens, backward=backward, **least))
                 rows.append([dim, tokens, 'forward+backward' if backward else 'forward',
-                             shown(times['timm'] and 1e3 * times['timm'], 2),
-                             ratio(times['plain'], times['timm']), ratio(times['gram'], times['timm'])])
-    table(['C', 'N', '', 'timm, ms', 'plain, timm = 1', 'gram, timm = 1'], rows)
+                             *(shown(value and 1e3 * value, 2) for value in times.values()),
+                             ratio(least['plain'], least['timm']), ratio(least['gram'], least['timm'])])
+    table(['C', 'N', '', 'timm, ms', 'compiled', 'plain, ms', 'compiled', 'gram, ms', 'compiled', 'plain, timm = 1',
+           'gram, timm = 1'], rows)
     return results
 
 

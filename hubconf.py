@@ -5,7 +5,7 @@ import sys
 
 dependencies = ['huggingface_hub', 'numpy', 'safetensors', 'timm', 'torch', 'torchvision', 'tqdm']
 
-_MODELS = ('mlp', 'xca', 'xcit')  # where the models' classes are
+_MODELS = ('linear', 'mlp', 'xca', 'xcit')  # where the models' classes are
 _FILES = ('checkpoints', 'utils', 'weights', *_MODELS)  # of this repository, that the models need
 
 

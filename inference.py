@@ -11,8 +11,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from linear import has_hooks, is_faster, lay_out, linear
 from mlp import in_pieces, piece
-from xca import covariance, has_hooks, is_half, root_mean_square
+from xca import covariance, is_half
 from xcit import ClassAttentionBlock, ConvPatchEmbed, PositionalEncodingFourier, XCABlock, Xcit, channels_last
 
 Pieces = Tuple[torch.Tensor, ...]
@@ -178,6 +179,8 @@ class FusedBlock(nn.Module):
         self.attn, self.mlp = block.attn, block.mlp
         scale_rows(self.attn.proj, block.gamma1)
         scale_rows(self.mlp.fc2, block.gamma2)
+        for layer in (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2):
+            layer.weight.data = lay_out(layer.weight.data)
         self.local_mp = block.local_mp
         scale_rows(self.local_mp.conv2, block.gamma3)
         bn = self.local_mp.bn
@@ -192,21 +195,27 @@ class FusedBlock(nn.Module):
             return x + self.mlp(self.norm2(x))
         _, N, C = x.shape
         tokens = max(1, piece(x) // self.mlp.fc1.out_features)  # in a piece
-        out = x.new_empty(x.shape)  # the input may be somebody's intermediate output
-        for part, part_of_out in zip(*(pieces(t, tokens // N) for t in (x, out))):
-            self.attention(part, part_of_out, tokens)
-            self.add_lpi(part_of_out.unflatten(1, (H, W)), max(8, 2 * tokens // W))
-        self.add_mlp(pieces(out.view(-1, C), tokens))
-        return out
+        out = None  # the input may be somebody's intermediate output
+        parts = pieces(x, tokens // N)
+        for i, part in enumerate(parts):
+            attended = self.attention(part, tokens)
+            self.add_lpi(attended.unflatten(1, (H, W)), max(8, 2 * tokens // W))
+            if len(parts) == 1:
+                out = attended
+            else:
+                out = x.new_empty(x.shape) if out is None else out
+                pieces(out, tokens // N)[i].copy_(attended)
+        return self.add_mlp(out, tokens)
 
-    def attention(self, x: torch.Tensor, out: torch.Tensor, tokens: int):
-        """out = x + attention; the Gram form works off `tokens` of an image at a time."""
+    def attention(self, x: torch.Tensor, tokens: int) -> torch.Tensor:
+        """x + attention; the Gram form works off `tokens` of an image at a time."""
         if not is_half(x) and self.attn.takes_gram(x):
+            out = torch.empty_like(x)
             self.gram(*(pieces(t, tokens, dim=1) for t in (x, out)))
-        elif not is_half(x) and x.device.type == 'cpu' and self.attn.is_plain():
-            self.plain(x, out)
-        else:
-            torch.add(x, self.attn(self.norm1(x)), out=out)
+            return out
+        if not is_half(x) and x.device.type == 'cpu' and self.attn.is_plain():
+            return self.plain(x)
+        return x + self.attn(self.norm1(x))
 
     def gram(self, parts: Pieces, parts_of_out: Pieces):
         """XCA's Gram form; each part (B, tokens, C)."""
@@ -223,30 +232,30 @@ class FusedBlock(nn.Module):
         deviations = means - mean[:, None]
         between = (shares[:, None] * deviations).transpose(1, 2) @ deviations
         matrix, bias = self.attn.mixing(mean, within + between)
-        buffer = torch.empty_like(parts[0])
         for part, normed in zip(parts, parts_of_out):
-            mixed = torch.baddbmm(part, normed, matrix, out=buffer[:, :part.shape[1]])
-            torch.add(mixed, bias, out=normed)
+            if is_faster(part):
+                for x, y, matrix_of_x, bias_of_x in zip(part, normed, matrix, bias):
+                    y.copy_(linear(y, matrix_of_x.t(), bias_of_x[0], x))
+            else:
+                normed.copy_(torch.baddbmm(part, normed, matrix).add_(bias))
 
-    def plain(self, x: torch.Tensor, out: torch.Tensor):
+    def plain(self, x: torch.Tensor) -> torch.Tensor:
         """XCA's definition, in the order of products that is fastest on a CPU."""
         B, N, C = x.shape
         attn = self.attn
         h, d = attn.num_heads, C // attn.num_heads
-        # Channels first, of all images in one product: a row holds a channel's tokens, image after image.
-        qkv = attn.qkv.weight @ self.norm1(x).view(-1, C).t()
-        if attn.qkv.bias is not None:
-            qkv += attn.qkv.bias[:, None]
-        q, k, v = qkv.view(3, h, d, B, N).unbind()
-        products = x.new_empty(B, h, d, d)
+        qkv = linear(self.norm1(x), attn.qkv.weight, attn.qkv.bias).view(B, N, 3, h, d)
+        norms = qkv[:, :, :2].square().mean(dim=1).sqrt_().transpose(0, 1).reshape(2, B * h, d)
+        # Image by image, since heads lie between tokens: several images at once would be copied.
+        products, mixed = x.new_empty(B, h, d, d), torch.empty_like(x)
         for i in range(B):
-            torch.baddbmm(products[i], q[:, :, i], k[:, :, i].transpose(1, 2), beta=0, alpha=1 / N, out=products[i])
-        q_norm, k_norm = (root_mean_square(part).permute(2, 0, 1).flatten(0, 1) for part in (q, k))  # (B * h, d)
-        weights = attn.attention(products.flatten(0, 1), q_norm, k_norm).view(B, h, d, d)
-        torch.add(x, attn.proj.bias, out=out)
+            q, k = qkv[i, :, 0].permute(1, 2, 0), qkv[i, :, 1].transpose(0, 1)
+            torch.baddbmm(products[i], q, k, beta=0, alpha=1 / N, out=products[i])
+        weights = attn.attention(products.flatten(0, 1), *norms).view(B, h, d, d)
         for i in range(B):
-            mixed = (weights[i] @ v[:, :, i]).view(C, N)
-            out[i].addmm_(mixed.t(), attn.proj.weight.t())
+            out = mixed[i].view(N, h, d).transpose(0, 1)
+            torch.bmm(qkv[i, :, 2].transpose(0, 1), weights[i].transpose(1, 2), out=out)
+        return linear(mixed, attn.proj.weight, attn.proj.bias, x)
 
     def add_lpi(self, grid: torch.Tensor, rows: int):
         """LPI is added to grid (B, H, W, C), `rows` of its rows at a time."""
@@ -267,19 +276,21 @@ class FusedBlock(nn.Module):
             added = lpi.conv2(y)[:, :, top - inner.start:bottom - inner.start].permute(0, 2, 3, 1)
         grid[:, top:] += added
 
-    def add_mlp(self, parts: Pieces):
-        """The MLP is added to tokens, each part (M, C)."""
-        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
-        # Autocast, which may be why, does not see what follows.
-        if is_half(parts[0]) or not self.mlp.is_plain():
-            for part in parts:
-                part += self.mlp(self.norm2(part))
-            return
-        hidden = parts[0].new_empty(len(parts[0]), fc1.out_features)
+    def add_mlp(self, x: torch.Tensor, tokens: int) -> torch.Tensor:
+        """x + MLP, `tokens` of all images at a time; may write in x."""
+        parts = pieces(x.view(-1, x.shape[-1]), tokens)
         for part in parts:
-            h = torch.mm(self.norm2(part), fc1.weight.t(), out=hidden[:len(part)])
-            torch.ops.aten.gelu_(h.add_(fc1.bias))
-            part.addmm_(h, fc2.weight.t()).add_(fc2.bias)
+            normed = self.norm2(part)
+            # Autocast, which may be why, does not see what `linear` does.
+            if is_half(part) or not self.mlp.is_plain():
+                part += self.mlp(normed)
+                continue
+            fc1, fc2 = self.mlp.fc1, self.mlp.fc2
+            result = linear(linear(normed, fc1.weight, fc1.bias, gelu=True), fc2.weight, fc2.bias, part)
+            if len(parts) == 1:
+                return result.view(x.shape)
+            part.copy_(result)
+        return x
 
 
 class FusedClassAttentionBlock(ClassAttentionBlock):

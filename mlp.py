@@ -9,7 +9,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from xca import has_hooks, in_transform, is_half, is_linear
+from linear import call, has_hooks, in_transform, is_faster, is_linear, linear
+from xca import is_half
 
 # Elements that an intermediate result may have before the work is done in pieces. On a CPU 16 MB in float32, measured;
 # elsewhere pieces only save memory, and large ones keep the device busy.
@@ -39,8 +40,12 @@ class Mlp(timm.layers.Mlp):
         if not torch.jit.is_scripting() and self.takes_biases_apart(x):
             x = self.drop1(self.act(bias_apart(self.fc1, x)))
             return self.drop2(bias_apart(self.fc2, x))
-        x = self.drop1(self.act(self.fc1(x)))
-        return self.drop2(self.fc2(x))
+        if torch.jit.is_scripting():
+            return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+        if self.takes_gelu_along(x):
+            return linear(linear(x, self.fc1.weight, self.fc1.bias, gelu=True), self.fc2.weight, self.fc2.bias)
+        x = self.drop1(self.act(call(self.fc1, x)))
+        return self.drop2(call(self.fc2, x))
 
     @torch.jit.unused
     def takes_pieces(self, x: torch.Tensor) -> bool:
@@ -53,7 +58,13 @@ class Mlp(timm.layers.Mlp):
     @torch.jit.unused
     def takes_biases_apart(self, x: torch.Tensor) -> bool:
         return (torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.device.type == 'cpu'
-                and not is_half(x) and self.is_plain())
+                and not is_half(x) and self.is_plain() and not is_faster(x))
+
+    @torch.jit.unused
+    def takes_gelu_along(self, x: torch.Tensor) -> bool:
+        # The backward pass would want what was before GELU.
+        return (not torch.is_grad_enabled() and not self.training and self.is_plain() and is_gelu(self.act)
+                and is_faster(x))
 
     @torch.jit.unused
     def is_plain(self) -> bool:
@@ -80,23 +91,23 @@ class PiecewiseMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, grad_enabled=True):
         tokens = x.reshape(-1, x.shape[-1])  # (M, C)
-        M, D = len(tokens), len(w1)
-        size = max(1, piece(x) // D)
+        size = max(1, piece(x) // len(w1))
         keeps = grad_enabled and any(ctx.needs_input_grad)
-        hidden = x.new_empty(M if keeps else size, D)
+        hidden = []  # in pieces, before GELU
         out = torch.empty_like(tokens)
-        for i in range(0, M, size):
-            part = tokens[i:i + size]
-            h = hidden[i:i + size] if keeps else hidden[:len(part)]
-            torch.mm(part, w1.t(), out=h).add_(b1)
-            torch.addmm(b2, F.gelu(h), w2.t(), out=out[i:i + size])
+        for part, part_of_out in zip(tokens.split(size), out.split(size)):
+            if keeps:
+                hidden.append(linear(part, w1, b1))
+                part_of_out.copy_(linear(F.gelu(hidden[-1]), w2, b2))
+            else:
+                part_of_out.copy_(linear(linear(part, w1, b1, gelu=True), w2, b2))
         if keeps:
-            ctx.save_for_backward(x, hidden, w1, b1, w2, b2)
+            ctx.save_for_backward(x, w1, b1, w2, b2, *hidden)
         return out.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
-        x, hidden, w1, b1, w2, b2 = ctx.saved_tensors
+        x, w1, b1, w2, b2, *hidden = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():  # somebody wants the gradient's gradient
             out = F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
@@ -107,18 +118,17 @@ class PiecewiseMlp(torch.autograd.Function):
         size = max(1, piece(x) // len(w1))
         d_x = torch.empty_like(tokens) if wanted[0] else None
         d_w1, d_b1, d_w2 = (torch.zeros_like(p) if want else None for p, want in zip((w1, b1, w2), wanted[1:]))
-        for i in range(0, len(tokens), size):
-            part, h, g = tokens[i:i + size], hidden[i:i + size], grads[i:i + size]
+        for i, (part, h, g) in enumerate(zip(tokens.split(size), hidden, grads.split(size))):
             if d_w2 is not None:
                 torch.addmm(d_w2, g.t(), F.gelu(h), out=d_w2)
             if not any(wanted[:3]):
                 continue
-            d_h = torch.ops.aten.gelu_backward(g @ w2, h)
+            d_h = torch.ops.aten.gelu_backward(linear(g, w2.t()), h)
             if d_w1 is not None:
                 torch.addmm(d_w1, d_h.t(), part, out=d_w1)
             if d_b1 is not None:
                 d_b1 += d_h.sum(dim=0)
             if d_x is not None:
-                torch.mm(d_h, w1, out=d_x[i:i + size])
+                d_x[i * size:(i + 1) * size] = linear(d_h, w1.t())
         d_b2 = grads.sum(dim=0) if wanted[4] else None
         return None if d_x is None else d_x.view_as(x), d_w1, d_b1, d_w2, d_b2, None

@@ -8,7 +8,8 @@ from typing import List, Tuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd import forward_ad
+
+from linear import call, in_transform, is_faster, is_linear, linear
 
 FORMS = ('auto', 'plain', 'gram')
 # The number of tokens, in units of C, from which on 'auto' takes the Gram form. On a CPU in float32 measured, by
@@ -71,7 +72,9 @@ class XCA(nn.Module):
             q, q_norm = (q / q_norm.clamp_min(1e-12)[..., None]).to(q.dtype), torch.ones_like(q_norm)
         attn = self.attention(mean_product(q, k), q_norm, k_norm)
         x = torch.bmm(attn, v).view(B, C, N).transpose(1, 2)
-        return self.proj(x)
+        if torch.jit.is_scripting():
+            return self.proj(x)
+        return call(self.proj, x)
 
     def heads(self, x: torch.Tensor) -> List[torch.Tensor]:
         """(B, N, C) -> queries, keys and values, each (B * h, d, N)."""
@@ -80,7 +83,11 @@ class XCA(nn.Module):
         shape = (B * self.num_heads, C // self.num_heads, N)
         if not torch.jit.is_scripting() and self.takes_channels_first():
             return self.channels_first(x, shape)
-        return [part.transpose(1, 2).reshape(shape) for part in self.qkv(x).chunk(3, dim=2)]
+        if torch.jit.is_scripting():
+            qkv = self.qkv(x)
+        else:
+            qkv = call(self.qkv, x)
+        return [part.transpose(1, 2).reshape(shape) for part in qkv.chunk(3, dim=2)]
 
     @torch.jit.unused
     def takes_channels_first(self) -> bool:
@@ -135,6 +142,8 @@ class XCA(nn.Module):
         with without_autocast(x.device):
             mean = x.mean(dim=1, dtype=at_least_float32(x.dtype))
             matrix, bias = self.mixing(mean, covariance(x, mean, dtype))
+            if is_faster(x) and x.shape[0] == 1:
+                return linear(x, matrix[0].t(), bias.flatten())
             return torch.baddbmm(bias.to(dtype), x.to(dtype), matrix.to(dtype))
 
     @torch.jit.unused
@@ -194,26 +203,6 @@ def in_autocast(device: torch.device) -> bool:
 def without_autocast(device: torch.device):
     """A context in which products have their factors' type."""
     return torch.autocast(device.type, enabled=False) if in_autocast(device) else contextlib.nullcontext()
-
-
-def is_linear(layer: nn.Module) -> bool:
-    """Whether a layer is no more than its weight and bias, and nobody listens to it."""
-    return type(layer) is nn.Linear and not has_hooks(layer)
-
-
-def has_hooks(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-
-
-@torch.jit.unused
-def in_transform() -> bool:
-    """Whether a transform of torch.func is at work, vmap, say, or forward-mode differentiation.
-
-    For those the autograd functions here have no rule, nor have operations that write into given memory.
-    """
-    if torch.compiler.is_compiling():  # whose own plan includes them
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -22,8 +22,9 @@ from timm.layers import DropPath, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 
+from linear import has_hooks, in_transform, is_linear
 from mlp import Mlp
-from xca import FORMS, XCA, at_least_float32, has_hooks, in_transform, is_linear, without_autocast
+from xca import FORMS, XCA, at_least_float32, without_autocast
 
 __all__ = ['Xcit']  # timm adds the name of each registered model
 

@@ -1,0 +1,159 @@
+"""Linear layers on CPUs, by whichever of torch's two libraries for products of matrices is the faster.
+
+torch gives products in float32 to MKL. On AMD's processors oneDNN takes 5 to 15 % less time for those of tokens and
+weights (RESULTS.md), and computes GELU or adds a residual on the way; there it takes the place of `torch.nn.Linear`.
+Shapes: `M` tokens of all images, `C` channels of the tokens, `D` of the result.
+"""
+import functools
+import math
+from pathlib import Path
+from typing import Optional
+
+import torch
+import torch.nn as nn
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
+
+LEAST = 2 ** 25  # multiplications, below which oneDNN's preparations outweigh its speed; measured
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None,
+           residual: Optional[torch.Tensor] = None, gelu: bool = False) -> torch.Tensor:
+    """residual + gelu(x weightᵀ + bias), in new memory.
+
+    Args:
+        x: (..., C).
+        weight: (D, C).
+        bias: (D,).
+        residual: (..., D); not with `gelu`, and neither where gradients are wanted.
+        gelu: apply it.
+
+    Returns:
+        (..., D).
+    """
+    return torch.ops.xcit.linear(x, weight, bias, residual, gelu)
+
+
+def call(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """layer(x), by `linear` where that is the same and faster."""
+    return linear(x, layer.weight, layer.bias) if is_linear(layer) and is_faster(x) else layer(x)
+
+
+def is_faster(x: torch.Tensor) -> bool:
+    """Whether `linear` is to be preferred to a linear layer for tokens x.
+
+    Not where a graph is recorded for other runtimes, nor in transforms that have no rule for it.
+    """
+    return (x.device.type == 'cpu' and x.dtype == torch.float32 and prefers_onednn()
+            and not torch.is_autocast_enabled('cpu')
+            and not (torch.jit.is_tracing() or torch.compiler.is_exporting() or in_transform()))
+
+
+def lay_out(weight: torch.Tensor) -> torch.Tensor:
+    """The same weight (D, C), in memory as (C, D): from there oneDNN reads it without a copy."""
+    return weight.t().contiguous().t() if prefers_onednn() else weight
+
+
+@torch.compiler.assume_constant_result
+def prefers_onednn() -> bool:
+    return _prefers_onednn()
+
+
+@functools.cache
+def _prefers_onednn() -> bool:
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, '_linear_pointwise'):
+        return False
+    try:
+        return 'AuthenticAMD' in Path('/proc/cpuinfo').read_text()
+    except OSError:  # not Linux
+        return False
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer is no more than its weight and bias, and nobody listens to it."""
+    return type(layer) is nn.Linear and not has_hooks(layer)
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
+@torch.jit.unused
+def in_transform() -> bool:
+    """Whether a transform of torch.func is at work, vmap, say, or forward-mode differentiation.
+
+    For those the autograd functions here have no rule, nor have operations that write into given memory.
+    """
+    if torch.compiler.is_compiling():  # whose own plan includes them
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operation: one that the compiler calls as it is. oneDNN's own it takes for inference with frozen weights alone.
+
+def _linear(x, weight, bias, residual, gelu):
+    shape = (*x.shape[:-1], weight.shape[0])
+    x = x.reshape(-1, x.shape[-1]).contiguous()  # (M, C)
+    if residual is not None:
+        residual = residual.reshape(-1, shape[-1])
+    if (x.dtype == torch.float32 and x.device.type == 'cpu' and len(x) * weight.numel() >= LEAST
+            and prefers_onednn()):
+        out = by_onednn(x, weight, bias, residual, gelu)
+    else:
+        out = by_blas(x, weight, bias, residual, gelu)
+    return out.view(shape)
+
+
+def by_onednn(x, weight, bias, residual, gelu):
+    if residual is not None:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual.contiguous(), weight, bias, 'add')
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'gelu' if gelu else 'none', [], 'none')
+
+
+def by_blas(x, weight, bias, residual, gelu):
+    # The bias after the product: torch would write it into every row before.
+    out = torch.mm(x, weight.t()) if residual is None else torch.addmm(residual, x, weight.t())
+    if bias is not None:
+        out += bias
+    return torch.ops.aten.gelu_(out) if gelu else out
+
+
+def _keep_for_backward(ctx, inputs, output):
+    x, weight, bias, residual, gelu = inputs
+    assert residual is None
+    assert not gelu
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx, grad):
+    x, weight = ctx.saved_tensors
+    wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+    tokens, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    grad_x = None
+    if wants_x:
+        grad_x = grad @ weight if in_transform() else linear(grad, weight.t())
+    # Sums over tokens, at which oneDNN is no faster.
+    grad_weight = grads.t() @ tokens if wants_weight else None
+    return grad_x, grad_weight, grads.sum(dim=0) if wants_bias else None, None, None
+
+
+def _operations(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    """For torch.utils.flop_counter."""
+    return 2 * math.prod(x_shape) * weight_shape[0]
+
+
+def _define() -> torch.library.Library:
+    library = torch.library.Library('xcit', 'FRAGMENT')
+    name = 'xcit::linear'
+    library.define('linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool gelu) -> Tensor')
+    library.impl('linear', _linear, 'CompositeExplicitAutograd')
+    torch.library.register_fake(
+        name, lambda x, weight, bias, residual, gelu: x.new_empty(*x.shape[:-1], weight.shape[0]), lib=library)
+    torch.library.register_autograd(name, _backward, setup_context=_keep_for_backward, lib=library)
+    register_flop_formula(torch.ops.xcit.linear)(_operations)
+    return library
+
+
+# Once in a process, also where this file is loaded a second time under another name, as torch.hub does
+_library = None if hasattr(torch.ops.xcit, 'linear') else _define()

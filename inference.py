@@ -11,8 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from linear import has_hooks, is_faster, lay_out, linear
-from mlp import in_pieces, piece
+from linear import has_hooks, is_eager_inference, is_faster, lay_out, linear
+from mlp import piece
 from xca import covariance, is_half
 from xcit import ClassAttentionBlock, ConvPatchEmbed, PositionalEncodingFourier, XCABlock, Xcit, channels_last
 
@@ -107,7 +107,7 @@ class FusedPatchEmbed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_chans, img_h, img_w) -> (B, C, H, W) in channels_last."""
-        if not in_pieces() or not len(x):
+        if not is_eager_inference() or not len(x):
             return self.proj(channels_last(x))
         _, _, height, width = x.shape
         H = -(-height // 2 ** len(self.convs))
@@ -152,7 +152,7 @@ class CachedPositionalEncoding(nn.Module):
 
     def forward(self, H: int, W: int) -> torch.Tensor:
         """(1, C, H, W)."""
-        if not in_pieces():
+        if not is_eager_inference():
             return self.encoding(H, W)
         parameters = tuple(self.encoding.parameters())
         made_for = (H, W, *((p.dtype, p.device, version(p)) for p in parameters))
@@ -189,7 +189,7 @@ class FusedBlock(nn.Module):
         self.register_buffer('bn_shift', (bn.bias - bn.running_mean * scale)[:, None, None], persistent=False)
 
     def forward(self, x: torch.Tensor, H: int, W: int) -> torch.Tensor:
-        if not in_pieces():
+        if not is_eager_inference():
             x = x + self.attn(self.norm1(x))
             x = x + self.local_mp(self.norm3(x), H, W)
             return x + self.mlp(self.norm2(x))
@@ -214,7 +214,8 @@ class FusedBlock(nn.Module):
             self.gram(*(pieces(t, tokens, dim=1) for t in (x, out)))
             return out
         if not is_half(x) and x.device.type == 'cpu' and self.attn.is_plain():
-            return self.plain(x)
+            qkv, proj = self.attn.qkv, self.attn.proj
+            return linear(self.attn.by_rows(linear(self.norm1(x), qkv.weight, qkv.bias)), proj.weight, proj.bias, x)
         return x + self.attn(self.norm1(x))
 
     def gram(self, parts: Pieces, parts_of_out: Pieces):
@@ -238,24 +239,6 @@ class FusedBlock(nn.Module):
                     y.copy_(linear(y, matrix_of_x.t(), bias_of_x[0], x))
             else:
                 normed.copy_(torch.baddbmm(part, normed, matrix).add_(bias))
-
-    def plain(self, x: torch.Tensor) -> torch.Tensor:
-        """XCA's definition, in the order of products that is fastest on a CPU."""
-        B, N, C = x.shape
-        attn = self.attn
-        h, d = attn.num_heads, C // attn.num_heads
-        qkv = linear(self.norm1(x), attn.qkv.weight, attn.qkv.bias).view(B, N, 3, h, d)
-        norms = qkv[:, :, :2].square().mean(dim=1).sqrt_().transpose(0, 1).reshape(2, B * h, d)
-        # Image by image, since heads lie between tokens: several images at once would be copied.
-        products, mixed = x.new_empty(B, h, d, d), torch.empty_like(x)
-        for i in range(B):
-            q, k = qkv[i, :, 0].permute(1, 2, 0), qkv[i, :, 1].transpose(0, 1)
-            torch.baddbmm(products[i], q, k, beta=0, alpha=1 / N, out=products[i])
-        weights = attn.attention(products.flatten(0, 1), *norms).view(B, h, d, d)
-        for i in range(B):
-            out = mixed[i].view(N, h, d).transpose(0, 1)
-            torch.bmm(qkv[i, :, 2].transpose(0, 1), weights[i].transpose(1, 2), out=out)
-        return linear(mixed, attn.proj.weight, attn.proj.bias, x)
 
     def add_lpi(self, grid: torch.Tensor, rows: int):
         """LPI is added to grid (B, H, W, C), `rows` of its rows at a time."""
@@ -304,7 +287,7 @@ class FusedClassAttentionBlock(ClassAttentionBlock):
         self.gamma2.fill_(1)
 
     def forward(self, x: torch.Tensor, cls_only: bool = False) -> torch.Tensor:
-        if cls_only or not in_pieces() or not len(x):
+        if cls_only or not is_eager_inference() or not len(x):
             return super().forward(x, cls_only)
         normed, out = self.norm1(x), x.new_empty(x.shape)
         out[:, :1] = self.new_cls(x, normed)

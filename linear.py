@@ -89,6 +89,11 @@ def in_transform() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_eager_inference() -> bool:
+    """Whether operations run as they are written, with no plan of autograd, a transform, a compiler or an export."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The operation: one that the compiler calls as it is. oneDNN's own it takes for inference with frozen weights alone.
 

@@ -22,11 +22,6 @@ def piece(x: torch.Tensor) -> int:
     return PIECE['cpu' if x.device.type == 'cpu' else 'other']
 
 
-def in_pieces() -> bool:
-    """Whether to work in pieces: not where autograd, a transform, a compiler or an export has its own plan."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform())
-
-
 class Mlp(timm.layers.Mlp):
     """Linear, GELU, linear; (..., C) -> (..., C)."""
 

@@ -3,13 +3,13 @@
 Shapes: `B` batch, `N` tokens, `C` channels, `h` heads, `d = C//h`.
 """
 import contextlib
-from typing import List, Tuple
+from typing import Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from linear import call, in_transform, is_faster, is_linear, linear
+from linear import call, in_transform, is_eager_inference, is_faster, is_linear, linear
 
 FORMS = ('auto', 'plain', 'gram')
 # The number of tokens, in units of C, from which on 'auto' takes the Gram form. On a CPU in float32 measured, by
@@ -63,52 +63,47 @@ class XCA(nn.Module):
         return self.proj_drop(x)
 
     def plain(self, x: torch.Tensor) -> torch.Tensor:
-        B, N, C = x.shape
-        q, k, v = self.heads(x)  # each (B * h, d, N)
+        if torch.jit.is_scripting():
+            return self.proj(self.definition(self.qkv(x)))
+        qkv = call(self.qkv, x)
+        return call(self.proj, self.by_rows(qkv) if self.takes_rows(qkv) else self.definition(qkv))
+
+    def definition(self, qkv: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values of every token (B, N, 3 C) -> what attention makes of the values, (B, N, C)."""
+        B, N, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        # Not (B, h, d, N): the compiler takes four dimensions for pictures, and lays them out as convolutions like it.
+        shape = (B * self.num_heads, C // self.num_heads, N)
+        q, k, v = [part.transpose(1, 2).reshape(shape) for part in qkv.chunk(3, dim=2)]
         # Norms are over tokens: divided by them, the products are cosines, whatever N is. Dividing these (d x d)
         # instead of q and k (N x d) saves two passes over the tokens.
         q_norm, k_norm = root_mean_square(q), root_mean_square(k)
         if q.dtype == torch.float16:  # whose range the products of small q and k would leave: here q is divided
             q, q_norm = (q / q_norm.clamp_min(1e-12)[..., None]).to(q.dtype), torch.ones_like(q_norm)
         attn = self.attention(mean_product(q, k), q_norm, k_norm)
-        x = torch.bmm(attn, v).view(B, C, N).transpose(1, 2)
-        if torch.jit.is_scripting():
-            return self.proj(x)
-        return call(self.proj, x)
-
-    def heads(self, x: torch.Tensor) -> List[torch.Tensor]:
-        """(B, N, C) -> queries, keys and values, each (B * h, d, N)."""
-        B, N, C = x.shape
-        # Not (B, h, d, N): the compiler takes four dimensions for pictures, and lays them out as convolutions like it.
-        shape = (B * self.num_heads, C // self.num_heads, N)
-        if not torch.jit.is_scripting() and self.takes_channels_first():
-            return self.channels_first(x, shape)
-        if torch.jit.is_scripting():
-            qkv = self.qkv(x)
-        else:
-            qkv = call(self.qkv, x)
-        return [part.transpose(1, 2).reshape(shape) for part in qkv.chunk(3, dim=2)]
+        return torch.bmm(attn, v).view(B, C, N).transpose(1, 2)
 
     @torch.jit.unused
-    def takes_channels_first(self) -> bool:
-        # With gradients one product for all images is better: that of its weights is one then, too.
-        return not torch.is_grad_enabled() and is_linear(self.qkv)
+    def takes_rows(self, qkv: torch.Tensor) -> bool:
+        # In training it was no faster, and for GPUs it was not measured.
+        return is_eager_inference() and qkv.device.type == 'cpu' and not is_half(qkv)
 
     @torch.jit.unused
-    def channels_first(self, x: torch.Tensor, shape: Tuple[int, int, int]) -> List[torch.Tensor]:
-        """`heads`, as weights times tokens and not the reverse: results lie in memory as attention reads them."""
-        B, N, C = x.shape
-        dtype = product_type(x)
-        x = x.to(dtype).transpose(1, 2)
-        parts = []
-        for i in range(3):
-            # Cast before it is expanded: autocast would make B copies.
-            weight = self.qkv.weight[i * C:(i + 1) * C].to(dtype)
-            part = weight.expand(B, C, C) @ x
-            if self.qkv.bias is not None:
-                part += self.qkv.bias[i * C:(i + 1) * C, None]
-            parts.append(part.view(shape))
-        return parts
+    def by_rows(self, qkv: torch.Tensor) -> torch.Tensor:
+        """`definition` with queries, keys and values left where `qkv` has put them, one row for each token."""
+        B, N, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        h, d = self.num_heads, C // self.num_heads
+        qkv = qkv.reshape(B, N, 3, h, d)
+        q_norm, k_norm = qkv[:, :, :2].square().mean(dim=1).sqrt_().transpose(0, 1).reshape(2, B * h, d)
+        products, out = qkv.new_empty(B, h, d, d), qkv.new_empty(B, N, C)
+        # Image by image: heads lie between tokens, so that products of several images at once would copy them.
+        for i in range(B):
+            q, k = qkv[i, :, 0].permute(1, 2, 0), qkv[i, :, 1].transpose(0, 1)  # (h, d, N), (h, N, d)
+            torch.baddbmm(products[i], q, k, beta=0, alpha=1 / N, out=products[i])
+        weights = self.attention(products.flatten(0, 1), q_norm, k_norm).view(B, h, d, d)
+        for i in range(B):
+            of_heads = out[i].view(N, h, d).transpose(0, 1)
+            torch.bmm(qkv[i, :, 2].transpose(0, 1), weights[i].transpose(1, 2), out=of_heads)
+        return out
 
     def attention(self, products: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor) -> torch.Tensor:
         """q kᵀ (B * h, d, d) and norms of q and k over tokens, (B * h, d) -> attention weights (B * h, d, d)."""

@@ -352,7 +352,7 @@ def build_model(args, num_classes: int, *, new_head: bool) -> torch.nn.Module:
     except (TypeError, RuntimeError, ValueError) as error:
         raise InputError(f'--model {args.model}: timm can\'t build it ({utils.first_line(error)})') from None
     if isinstance(model, xcit.Xcit):
-        xcit.set_xca(model, args.xca)
+        model.xca_form = args.xca
     else:
         check_input_size(args, model)
     if args.pretrained:

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import math
 import re
-from typing import Iterator, List, Optional, Tuple, Union
+from typing import ClassVar, Iterator, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -361,6 +361,24 @@ class Xcit(nn.Module):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    __jit_unused_properties__: ClassVar[List[str]] = ['xca_form']
+
+    @property
+    def xca_form(self) -> str:
+        """How XCA is computed: 'auto', 'plain' or 'gram', see `xca.XCA`. Assigned, it is that of all blocks.
+
+        Raises:
+            ValueError: there is no such form.
+        """
+        return self.blocks[0].attn.form
+
+    @xca_form.setter
+    def xca_form(self, form: str):
+        if form not in FORMS:
+            raise ValueError(f'form {form!r} is not one of {FORMS}')
+        for block in self.blocks:
+            block.attn.form = form
+
     @torch.jit.ignore
     def no_weight_decay(self):
         return {'cls_token'}
@@ -481,19 +499,6 @@ class Xcit(nn.Module):
             self.cls_attn_blocks = nn.ModuleList()
             self.reset_classifier(0)
         return wanted
-
-
-def set_xca(model: Xcit, form: str):
-    """Choose how all blocks of a model compute XCA: 'auto', 'plain' or 'gram', see `xca.XCA`.
-
-    Raises:
-        ValueError: there is no such form.
-    """
-    if form not in FORMS:
-        raise ValueError(f'form {form!r} is not one of {FORMS}')
-    for module in model.modules():
-        if isinstance(module, XCA):
-            module.form = form
 
 
 def check_global_pool(global_pool: str):

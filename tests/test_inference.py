@@ -60,7 +60,7 @@ def test_fused_equals_unfused(name, size):
 def test_pieces_equal_the_whole(small_pieces, form, size):
     """Strips of the stem and of LPI, pieces of tokens for attention and MLP: nothing is seen of the seams."""
     model, fused = both('xcit_nano_12_p8')
-    xcit.set_xca(fused, form)
+    fused.xca_form = form
     images = seeded_images(3, 3, *size)
     with torch.enable_grad():
         expected = model(images).detach()  # whole
@@ -239,7 +239,7 @@ def test_fused_model_wants_no_gradients():
 def test_traced_model_can_be_stored(tmp_path, form):
     """With gradients enabled as well, where the autograd functions in Python could not be."""
     model, images = small_model().eval(), seeded_images(2, 3, 48, 64)
-    xcit.set_xca(model, form)
+    model.xca_form = form
     torch.jit.trace(model, images, check_trace=False).save(tmp_path / 'model.pt')
     torch.testing.assert_close(torch.jit.load(tmp_path / 'model.pt')(images), model(images))
 
@@ -274,7 +274,7 @@ def test_forward_mode_derivatives(small_pieces, fused, grad):
     model = small_model().eval().double()
     if fused:
         inference.fuse(model)
-    xcit.set_xca(model, 'gram')
+    model.xca_form = 'gram'
     image, direction = seeded_images(2, 3, 48, 32).double().split(1)
     with torch.set_grad_enabled(grad):
         expected = (model(image + 1e-4 * direction) - model(image - 1e-4 * direction)) / 2e-4
@@ -294,7 +294,7 @@ def test_fused_on_cuda(monkeypatch, form, dtype, tolerance):
     """Piece by piece, in full precision and under autocast, as near to the CPU's float32 as the type allows."""
     monkeypatch.setitem(mlp.PIECE, 'other', 3000)
     model, fused = both('xcit_nano_12_p8')
-    xcit.set_xca(fused, form)
+    fused.xca_form = form
     images = seeded_images(2, 3, 70, 250)
     expected = model(images)
     with torch.autocast('cuda', dtype, enabled=dtype is not None):
@@ -310,7 +310,7 @@ def test_fused_under_autocast(form):
     images = seeded_images(2, 3, 96, 96)
     expected = model(images)
     for m in (model, fused):
-        xcit.set_xca(m, form)
+        m.xca_form = form
     with torch.autocast('cpu', torch.bfloat16):
         errors = [(m(images) - expected).abs().max() for m in (model, fused)]
     assert errors[1] <= 1.5 * errors[0]
@@ -439,7 +439,7 @@ def test_compiler_sees_one_graph():
     """No graph break in training, with drop-path, in either form of XCA."""
     for form in ('plain', 'gram'):
         model = timm.create_model('xcit_nano_12_p16', depth=2, num_classes=10, drop_path_rate=.1).train()
-        xcit.set_xca(model, form)
+        model.xca_form = form
         explanation = torch._dynamo.explain(model)(torch.randn(2, 3, 64, 64))
         assert explanation.graph_break_count == 0, explanation.break_reasons
         torch._dynamo.reset()
@@ -451,7 +451,7 @@ def test_compiled_training_step(form):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = small_model().train()
-    xcit.set_xca(model, form)
+    model.xca_form = form
     images = seeded_images(2, 3, 64, 64)
     expected = model(images)
     gradients = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
@@ -508,7 +508,7 @@ def test_compiled_inference_takes_any_resolution(form, graphs, backend):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = inference.fuse(small_model().eval())
-    xcit.set_xca(model, form)
+    model.xca_form = form
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for size in ((224, 224), (256, 192), (320, 448), (384, 512), (100, 130), (64, 64)):
         images = seeded_images(2, 3, *size)

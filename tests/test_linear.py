@@ -132,7 +132,7 @@ def test_training(onednn, monkeypatch, form, compiled):
         monkeypatch.setitem(mlp.PIECE, 'cpu', 1000)
     torch.manual_seed(0)
     model = xcit.Xcit(embed_dim=32, num_heads=4, depth=1, num_classes=10).eval()
-    xcit.set_xca(model, form)
+    model.xca_form = form
     exact, images = copy.deepcopy(model).double(), seeded_images(1, 3, 96, 80)
     results = []
     for m, x in ((exact, images.double()), (model, images)):
@@ -148,7 +148,7 @@ def test_training(onednn, monkeypatch, form, compiled):
 def test_inference(onednn, form, compiled):
     """A model in eval mode and a fused one, eager and compiled, compute what the layers do one after the other."""
     model = seeded_model('xcit_nano_12_p16', depth=2).eval()
-    xcit.set_xca(model, form)
+    model.xca_form = form
     images = seeded_images(2, 3, 96, 80)
     expected = copy.deepcopy(model).double()(images.double()).float()
     fused = inference.fuse(copy.deepcopy(model))

@@ -276,11 +276,12 @@ def test_torch_func_transforms(monkeypatch):
 
 @torch.no_grad()
 def test_model_computes_the_same_in_every_form():
-    """`set_xca` reaches all blocks, and the logits stay the same."""
+    """`xca_form` reaches all blocks, and the logits stay the same."""
     model, images = seeded_model('xcit_tiny_12_p8').eval(), seeded_images(2, 3, 96, 72)
     logits = {}
     for form in xca.FORMS:
-        xcit.set_xca(model, form)
+        model.xca_form = form
+        assert model.xca_form == form
         assert {block.attn.form for block in model.blocks} == {form}
         logits[form] = model(images)
     for form in ('plain', 'gram'):
@@ -290,7 +291,7 @@ def test_model_computes_the_same_in_every_form():
 def test_unknown_form_is_refused():
     """With what is allowed."""
     with pytest.raises(ValueError, match=r"'fast' is not one of .*gram"):
-        xcit.set_xca(seeded_model('xcit_nano_12_p16'), 'fast')
+        seeded_model('xcit_nano_12_p16').xca_form = 'fast'
 
 
 def test_attention_dropout_works_in_both_forms():

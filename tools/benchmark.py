@@ -303,7 +303,7 @@ def build(name: str, resolution: Tuple[int, int], *, training: bool, form: str) 
         except TypeError:  # convolutional: any size
             return timm.create_model(name).train(training)
     model = timm.create_model(name).train(training)
-    xcit.set_xca(model, form)
+    model.xca_form = form
     return model if training else inference.fuse(model)
 
 

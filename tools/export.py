@@ -211,7 +211,7 @@ def prepare(model: xcit.Xcit, input_size: int, format_name: str):
     with torch.no_grad():
         tokens = model.patch_embed(torch.zeros(1, 3, input_size, input_size)).flatten(2).transpose(1, 2)
         gram = model.blocks[0].attn.takes_gram(tokens)
-    xcit.set_xca(model, 'gram' if gram else 'plain')
+    model.xca_form = 'gram' if gram else 'plain'
     if format_name == 'torchscript':  # its compiler reads the definition alone
         inference.fuse_stem(model.patch_embed)
     else:

@@ -61,12 +61,14 @@ def prefers_onednn() -> bool:
 
 @functools.cache
 def _prefers_onednn() -> bool:
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, '_linear_pointwise'):
-        return False
     try:
-        return 'AuthenticAMD' in Path('/proc/cpuinfo').read_text()
+        return has_onednn() and 'AuthenticAMD' in Path('/proc/cpuinfo').read_text()
     except OSError:  # not Linux
         return False
+
+
+def has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
 
 
 def is_linear(layer: nn.Module) -> bool:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+import linear
 import utils
 from tools import benchmark
 from tools.benchmark import main
@@ -115,6 +116,24 @@ def test_xca(capsys):
     for row, result in zip(rows, results):
         timm_eager, timm_compiled = map(float, row.split('|')[4:6])
         assert min(timm_eager, timm_compiled) == pytest.approx(1e3 * result['timm'], abs=.006)
+
+
+@pytest.mark.skipif(not linear.has_onednn(), reason='needs oneDNN')
+def test_linear(capsys):
+    """The four layers of a block by both libraries: the ratio is that of their speeds."""
+    results = main(['linear', '--dim', '16', '--tokens', '32', '--rounds', '1'])
+    rows = re.findall(r'^\| 16 \| 32 \| (.*) \| .* \| .* \| ([\d.]+) \|$', capsys.readouterr().out, re.MULTILINE)
+    assert [what for what, _ in rows] == ['qkv', 'proj, residual', 'fc1, GELU', 'fc2, residual']
+    for (_, speed), result in zip(rows, results):
+        assert float(speed) == pytest.approx(result['mkl'] / result['onednn'], abs=.006)
+    assert results[2]['operations'] == 2 * 32 * 16 * 64
+
+
+def test_linear_without_onednn(monkeypatch):
+    """It is refused, with the reason."""
+    monkeypatch.setattr(linear, 'has_onednn', lambda: False)
+    with pytest.raises(InputError, match='no oneDNN'):
+        main(['linear'])
 
 
 def test_data(capsys):

@@ -14,7 +14,7 @@ import xca
 import xcit
 from linear import linear
 
-ONEDNN = torch.backends.mkldnn.is_available()
+ONEDNN = linear_layer.has_onednn()
 
 
 @pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.skipif(not ONEDNN, reason='needs oneDNN'))],

@@ -1,8 +1,8 @@
 """Measure time and memory of the models, always against each other in one run; weights are random.
 
 speed: one model. scaling: models at growing resolution, with two plots. compare: models side by side (`--suite`: this
-XCiT against timm's in the settings of RESULTS.md). xca: cross-covariance attention alone, in both its forms. data: how
-fast training images are loaded, against timm's loader.
+XCiT against timm's in the settings of RESULTS.md). xca: cross-covariance attention alone, in both its forms. linear:
+linear layers by MKL and by oneDNN, on a CPU. data: how fast training images are loaded, against timm's loader.
 
 A figure is the median of rounds in which the candidates take turns, after a warm-up. Memory is the peak of one step
 beyond what was in use before it: weights, the optimizer's state and the position that a fused model keeps for the next
@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import datasets
 import inference
+import linear
 import main as training_program
 import utils
 import xca
@@ -79,7 +80,7 @@ def model_name(text: str) -> str:
 def get_args_parser() -> argparse.ArgumentParser:
     parser = utils.Parser('python -m tools.benchmark', description=__doc__, allow_abbrev=False,
                           formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_subparsers(dest='what', required=True, metavar='{speed,scaling,compare,xca,data}')
+    what = parser.add_subparsers(dest='what', required=True, metavar='{speed,scaling,compare,xca,linear,data}')
     command = functools.partial(what.add_parser, allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
@@ -113,6 +114,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     alone.add_argument('--dim', type=COUNT, nargs='+', default=[384], metavar='C')
     alone.add_argument('--tokens', type=COUNT, nargs='+', default=[196, 400, 784, 1200, 2304, 4096, 10000], metavar='N')
     alone.add_argument('--batch-size', type=COUNT, default=1, metavar='IMAGES')
+
+    layers = command('linear', help='linear layers by the two libraries of a CPU')
+    layers.add_argument('--dim', type=COUNT, nargs='+', default=[384], metavar='C')
+    layers.add_argument('--tokens', type=COUNT, nargs='+', default=[49, 196, 784, 1568, 10000], metavar='M',
+                        help='of all images together')
+    layers.add_argument('--rounds', type=COUNT, default=15, metavar='N', help='of which the median counts')
 
     for parser_of in (speed, scaling, compare):
         parser_of.add_argument('--training', action=argparse.BooleanOptionalAction, default=False,
@@ -568,6 +575,29 @@ def attention_step(module: torch.nn.Module, shape: Tuple[int, int, int], *, back
     return step
 
 
+@torch.inference_mode()
+def linear_layers(args, device: torch.device) -> List[dict]:
+    """The four linear layers of a block, with what follows them, by MKL and by oneDNN."""
+    rows, results = [], []
+    for dim in args.dim:
+        for tokens in args.tokens:
+            for what, width, out_width in (('qkv', dim, 3 * dim), ('proj, residual', dim, dim),
+                                           ('fc1, GELU', dim, 4 * dim), ('fc2, residual', 4 * dim, dim)):
+                x, bias = torch.randn(tokens, width), torch.randn(out_width)
+                weight = torch.randn(width, out_width).t()  # as in a fused model
+                residual = torch.randn(tokens, out_width) if 'residual' in what else None
+                steps = {name: functools.partial(by, x, weight, bias, residual, 'GELU' in what)
+                         for name, by in (('mkl', linear.by_blas), ('onednn', linear.by_onednn))}
+                times = take_turns(steps, device, args.rounds)
+                operations = 2 * x.numel() * out_width
+                results.append(dict(dim=dim, tokens=tokens, what=what, operations=operations, **times))
+                rows.append([dim, tokens, what, *(shown(t and operations / t / 1e9, 0) for t in times.values()),
+                             ratio(times['onednn'], times['mkl'])])
+    table(['C', 'tokens', 'layer', 'MKL, GFLOP/s', 'oneDNN', 'speed, MKL = 1'], rows)
+    notice(f'models take {"oneDNN" if linear.prefers_onednn() else "MKL"} here, from {linear.LEAST} multiplications on')
+    return results
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
 
@@ -652,9 +682,12 @@ def main(argv: Optional[list] = None):
     """Run the command; returns what it measured."""
     args = get_args_parser().parse_args(argv)
     check_effect(args)
-    device = torch.device('cpu') if args.what == 'data' else utils.choose_device(args.device)
-    if args.what != 'data' and args.precision == 'fp16' and device.type == 'cpu':
+    on_cpu = args.what in ('linear', 'data')
+    device = torch.device('cpu') if on_cpu else utils.choose_device(args.device)
+    if not on_cpu and args.precision == 'fp16' and device.type == 'cpu':
         raise InputError('--precision fp16: is not for CPUs; allowed: fp32, bf16')
+    if args.what == 'linear' and not linear.has_onednn():
+        raise InputError('linear: torch has no oneDNN here')
     if args.what == 'scaling':
         if not utils.is_installed('matplotlib'):
             raise InputError('scaling: needs matplotlib: pip install -r requirements-benchmark.txt')
@@ -668,7 +701,8 @@ def main(argv: Optional[list] = None):
     return (against_timm if is_two_sided(args) else COMMANDS[args.what])(args, device)
 
 
-COMMANDS = {'speed': speed, 'scaling': scaling, 'compare': compare, 'xca': attention_alone, 'data': data}
+COMMANDS = {'speed': speed, 'scaling': scaling, 'compare': compare, 'xca': attention_alone, 'linear': linear_layers,
+            'data': data}
 
 if __name__ == '__main__':
     utils.run_program(main)

@@ -210,7 +210,7 @@ class FusedBlock(nn.Module):
     def attention(self, x: torch.Tensor, tokens: int) -> torch.Tensor:
         """x + attention; the Gram form works off `tokens` of an image at a time."""
         if not is_half(x) and self.attn.takes_gram(x):
-            out = torch.empty_like(x)
+            out = x.new_empty(x.shape)
             self.gram(*(pieces(t, tokens, dim=1) for t in (x, out)))
             return out
         if not is_half(x) and x.device.type == 'cpu' and self.attn.is_plain():
@@ -260,16 +260,15 @@ class FusedBlock(nn.Module):
         grid[:, top:] += added
 
     def add_mlp(self, x: torch.Tensor, tokens: int) -> torch.Tensor:
-        """x + MLP, `tokens` of all images at a time; may write in x."""
+        """x + MLP, `tokens` of all images at a time; may write in x, which is this block's own."""
         parts = pieces(x.view(-1, x.shape[-1]), tokens)
         for part in parts:
-            normed = self.norm2(part)
             # Autocast, which may be why, does not see what `linear` does.
             if is_half(part) or not self.mlp.is_plain():
-                part += self.mlp(normed)
+                part += self.mlp(self.norm2(part))
                 continue
             fc1, fc2 = self.mlp.fc1, self.mlp.fc2
-            result = linear(linear(normed, fc1.weight, fc1.bias, gelu=True), fc2.weight, fc2.bias, part)
+            result = linear(linear(self.norm2(part), fc1.weight, fc1.bias, gelu=True), fc2.weight, fc2.bias, part)
             if len(parts) == 1:
                 return result.view(x.shape)
             part.copy_(result)

@@ -31,12 +31,19 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] =
     Returns:
         (..., D).
     """
+    assert x.shape[-1] == weight.shape[1]
+    assert residual is None or residual.shape == (*x.shape[:-1], weight.shape[0])
     return torch.ops.xcit.linear(x, weight, bias, residual, gelu)
 
 
 def call(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """layer(x), by `linear` where that is the same and faster."""
-    return linear(x, layer.weight, layer.bias) if is_linear(layer) and is_faster(x) else layer(x)
+    if not is_linear(layer) or not is_faster(x):
+        return layer(x)
+    # Sizes are not to be looked at where the compiler may take them for free ones.
+    if not torch.compiler.is_compiling() and not is_large(x, layer.weight):
+        return layer(x)
+    return linear(x, layer.weight, layer.bias)
 
 
 def is_faster(x: torch.Tensor) -> bool:
@@ -46,12 +53,18 @@ def is_faster(x: torch.Tensor) -> bool:
     """
     return (x.device.type == 'cpu' and x.dtype == torch.float32 and prefers_onednn()
             and not torch.is_autocast_enabled('cpu')
-            and not (torch.jit.is_tracing() or torch.compiler.is_exporting() or in_transform()))
+            and not (torch.jit.is_tracing() or torch.compiler.is_exporting() or transforms_are_active()))
+
+
+def is_large(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return x.numel() * weight.shape[0] >= LEAST
 
 
 def lay_out(weight: torch.Tensor) -> torch.Tensor:
     """The same weight (D, C), in memory as (C, D): from there oneDNN reads it without a copy."""
-    return weight.t().contiguous().t() if prefers_onednn() else weight
+    if weight.device.type != 'cpu' or weight.dtype != torch.float32 or not prefers_onednn():
+        return weight
+    return weight.t().contiguous().t()
 
 
 @torch.compiler.assume_constant_result
@@ -73,7 +86,8 @@ def has_onednn() -> bool:
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether a layer is no more than its weight and bias, and nobody listens to it."""
-    return type(layer) is nn.Linear and not has_hooks(layer)
+    return (type(layer) is nn.Linear and 'forward' not in layer.__dict__ and not has_hooks(layer)
+            and type(layer.weight) in (nn.Parameter, torch.Tensor))  # and no quantized one, say
 
 
 def has_hooks(layer: nn.Module) -> bool:
@@ -88,7 +102,13 @@ def in_transform() -> bool:
     """
     if torch.compiler.is_compiling():  # whose own plan includes them
         return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return transforms_are_active()
+
+
+@torch.compiler.assume_constant_result
+def transforms_are_active() -> bool:
+    """The same, also while a compiler looks on."""
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
 def is_eager_inference() -> bool:
@@ -104,8 +124,8 @@ def _linear(x, weight, bias, residual, gelu):
     x = x.reshape(-1, x.shape[-1]).contiguous()  # (M, C)
     if residual is not None:
         residual = residual.reshape(-1, shape[-1])
-    if (x.dtype == torch.float32 and x.device.type == 'cpu' and len(x) * weight.numel() >= LEAST
-            and prefers_onednn()):
+    if (x.dtype == torch.float32 and x.device.type == 'cpu' and is_large(x, weight) and prefers_onednn()
+            and torch._C._get_mkldnn_enabled()):
         out = by_onednn(x, weight, bias, residual, gelu)
     else:
         out = by_blas(x, weight, bias, residual, gelu)
@@ -130,18 +150,19 @@ def _keep_for_backward(ctx, inputs, output):
     x, weight, bias, residual, gelu = inputs
     assert residual is None
     assert not gelu
-    ctx.save_for_backward(x, weight)
+    wants_x, wants_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
 
 
 def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
     wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-    tokens, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    grad_x = None
+    grads = grad.reshape(-1, grad.shape[-1])
+    grad_x = grad_weight = None
     if wants_x:
         grad_x = grad @ weight if in_transform() else linear(grad, weight.t())
-    # Sums over tokens, at which oneDNN is no faster.
-    grad_weight = grads.t() @ tokens if wants_weight else None
+    if wants_weight:  # a sum over tokens, at which oneDNN is no faster
+        grad_weight = grads.t() @ x.reshape(-1, x.shape[-1])
     return grad_x, grad_weight, grads.sum(dim=0) if wants_bias else None, None, None
 
 
@@ -162,5 +183,5 @@ def _define() -> torch.library.Library:
     return library
 
 
-# Once in a process, also where this file is loaded a second time under another name, as torch.hub does
-_library = None if hasattr(torch.ops.xcit, 'linear') else _define()
+# Once in a process, also where this file is loaded again, under this name or another one, as torch.hub does
+_library = globals().get('_library') if hasattr(torch.ops.xcit, 'linear') else _define()

@@ -1,4 +1,4 @@
-"""Cross-covariance attention (XCA): its definition, and a second form that computes the same with less work.
+"""Cross-covariance attention (XCA): its definition, and the Gram form, which computes the same with less work.
 
 Shapes: `B` batch, `N` tokens, `C` channels, `h` heads, `d = C//h`.
 """
@@ -27,18 +27,18 @@ PANELS = 4  # of rows, in which a CPU computes a symmetric matrix
 class XCA(nn.Module):
     """Cross-covariance attention: channels attend to channels, at a cost linear in the number of tokens.
 
-    `plain` is the definition. `gram` makes neither queries nor keys nor values: attention follows from the tokens'
-    covariance, and its effect on them is one C x C matrix. Multiplications for one image, leading terms:
-    4 N C^2 + 2 N C d for the definition, 2 N C^2 + 3 C^3 for the Gram form.
+    `definition` is what it says, and `by_rows` the same without copies. `gram` makes neither queries nor keys nor
+    values: attention follows from the tokens' covariance, and its effect on them is one C x C matrix. Multiplications
+    for one image, leading terms: 4 N C^2 + 2 N C d for the definition, 2 N C^2 + 3 C^3 for the Gram form.
 
     Args:
         dim: C.
         num_heads: h.
 
     Attributes:
-        form: 'plain', 'gram', or 'auto': the one that is faster for this number of tokens. Where `qkv` or `proj` has
-            hooks or is no plain linear layer, under torch.func's transforms and in forward-mode differentiation, it is
-            always the definition.
+        form: 'plain' (the definition), 'gram', or 'auto': the one that is faster for this number of tokens. Where `qkv`
+            or `proj` has hooks or is no plain linear layer, under torch.func's transforms and in forward-mode
+            differentiation, it is always the definition.
 
     Source: paper section 3.1, equation 4; original xcit.py, XCA.
     """
@@ -137,7 +137,7 @@ class XCA(nn.Module):
         with without_autocast(x.device):
             mean = x.mean(dim=1, dtype=at_least_float32(x.dtype))
             matrix, bias = self.mixing(mean, covariance(x, mean, dtype))
-            if is_faster(x) and x.shape[0] == 1:
+            if dtype == x.dtype and x.shape[0] == 1 and is_faster(x):
                 return linear(x, matrix[0].t(), bias.flatten())
             return torch.baddbmm(bias.to(dtype), x.to(dtype), matrix.to(dtype))
 

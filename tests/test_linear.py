@@ -1,5 +1,6 @@
 """linear.py: the same numbers from both libraries, wherever a model takes them."""
 import copy
+import importlib
 
 import pytest
 import torch
@@ -67,9 +68,21 @@ def test_gradients(onednn):
     x, weight, bias = tensors()
     for i in range(3):
         wanted = [t.clone().requires_grad_(i == j) for j, t in enumerate((x, weight, bias))]
-        actual, = torch.autograd.grad(linear(*wanted).square().sum(), wanted[i])
-        expected, = torch.autograd.grad(F.linear(*wanted).square().sum(), wanted[i])
-        torch.testing.assert_close(actual, expected)
+        derivatives = []
+        for function in (linear, F.linear):
+            first, = torch.autograd.grad(function(*wanted).pow(3).sum(), wanted[i], create_graph=True)
+            derivatives.append((first, *torch.autograd.grad(first.square().sum(), wanted[i])))
+        for actual, expected in zip(*derivatives):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize('wanted', range(3))
+def test_only_what_is_needed_is_kept(onednn, wanted):
+    """Of frozen weights, the tokens' gradients need no tokens; the weights' need no weights; the bias's, neither."""
+    inputs, kept = [t.requires_grad_(i == wanted) for i, t in enumerate(tensors())], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        linear(*inputs)
+    assert kept == ([inputs[1].shape], [inputs[0].shape], [])[wanted]
 
 
 def test_several_gradients_at_once(onednn):
@@ -180,9 +193,112 @@ def test_models_take_it(monkeypatch, training):
     assert len(calls) == (8 if training else 4)
 
 
-def test_hooks_are_called(onednn):
-    """A layer that somebody listens to, or that is an adapter, is called."""
+class Adapter(torch.nn.Linear):
+    pass
+
+
+class Subclass(torch.nn.Parameter):
+    """As quantization puts in the place of weights."""
+
+
+def listen(layer, seen):
+    layer.register_forward_hook(lambda *args: seen.append(args))
+
+
+def replace_forward(layer, seen):
+    forward = layer.forward
+    layer.forward = lambda x: seen.append(x) or forward(x)
+
+
+@pytest.mark.parametrize('change', [listen, replace_forward])
+@pytest.mark.parametrize('form', ['plain', 'gram'])
+@pytest.mark.parametrize('name', ['qkv', 'proj'])
+def test_changed_layers_are_called(onednn, change, form, name):
+    """One that somebody listens to, or whose forward is replaced."""
     module, seen = xca.XCA(16, 2), []
-    module.proj.register_forward_hook(lambda *args: seen.append(args))
+    module.form = form
+    change(module.get_submodule(name), seen)
     module(torch.randn(1, 5, 16))
     assert len(seen) == 1
+
+
+def test_other_layers_are_none_of_ours():
+    """Adapters, and weights of another class."""
+    layer = torch.nn.Linear(4, 4)
+    assert linear_layer.is_linear(layer)
+    assert not linear_layer.is_linear(Adapter(4, 4))
+    layer.weight = Subclass(layer.weight.data)
+    assert not linear_layer.is_linear(layer)
+
+
+@pytest.mark.skipif(not ONEDNN, reason='needs oneDNN')
+def test_onednn_can_be_switched_off(monkeypatch):
+    """By torch's own switch."""
+    monkeypatch.setattr(linear_layer, '_prefers_onednn', lambda: True)
+    monkeypatch.setattr(linear_layer, 'LEAST', 0)
+    monkeypatch.setattr(linear_layer, 'by_onednn', None)
+    with torch.backends.mkldnn.flags(enabled=False):
+        linear(*tensors())
+    with pytest.raises(TypeError):
+        linear(*tensors())
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+@torch.no_grad()
+def test_forward_mode_derivatives(onednn, compiled):
+    """In float32, by torch.func.jvp, also where all of it is compiled."""
+    module, x = mlp.Mlp(8, 16), torch.randn(4, 5, 8)
+    tangent = torch.ones_like(x)
+
+    def derivative(x):
+        return torch.func.jvp(module, (x,), (tangent,))[1]
+
+    actual = (torch.compile(derivative, backend='aot_eager') if compiled else derivative)(x)
+    exact, x = copy.deepcopy(module).double(), x.double()
+    expected = (exact(x + 1e-5 * tangent) - exact(x - 1e-5 * tangent)) / 2e-5
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('B', [1, 2])
+def test_gram_form_under_autocast(onednn, B):
+    """Its type is autocast's, however many images there are."""
+    module = xca.XCA(32, 4)
+    module.form = 'gram'
+    with torch.autocast('cpu', torch.bfloat16):
+        assert module(torch.randn(B, 64, 32)).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_zero_norms(onednn):
+    """Dead channels of queries and keys attend to all alike, in every form; none becomes NaN."""
+    module, x = xca.XCA(16, 2, qkv_bias=False), torch.randn(2, 5, 16)
+    module.qkv.weight[:20] = 0
+    with torch.enable_grad():
+        expected = module.plain(x).detach()
+    for form in xca.FORMS:
+        module.form = form
+        torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-6)
+    assert expected.isfinite().all()
+
+
+def test_reloaded():
+    """By an interactive session, say: the operation is still there, once."""
+    importlib.reload(linear_layer)
+    torch.testing.assert_close(linear(*tensors()), F.linear(*tensors()))
+
+
+@pytest.mark.parametrize(('device', 'dtype'), [('meta', torch.float32), ('cpu', torch.bfloat16)])
+def test_layout_is_for_cpus_in_float32(monkeypatch, device, dtype):
+    """Other weights stay as they lie."""
+    monkeypatch.setattr(linear_layer, '_prefers_onednn', lambda: True)
+    assert linear_layer.lay_out(torch.zeros(3, 2)).stride() == (1, 3)
+    assert linear_layer.lay_out(torch.zeros(3, 2, device=device, dtype=dtype)).stride() == (2, 1)
+
+
+@torch.no_grad()
+def test_fused_block_takes_strided_tokens():
+    """Those of a block that is called alone."""
+    model = inference.fuse(xcit.Xcit(embed_dim=32, num_heads=4, depth=1).eval())
+    x = torch.randn(2, 32, 12).transpose(1, 2)
+    for model.xca_form in ('plain', 'gram'):
+        torch.testing.assert_close(model.blocks[0](x, 4, 3), model.blocks[0](x.contiguous(), 4, 3))

@@ -579,14 +579,20 @@ def follow_slurm(job: submitit.Job) -> int:
 
 def follow_locally(job: submitit.Job) -> int:
     """Print the job's log until its processes have ended; returns its exit code. Ctrl-C stops the job."""
-    log = Log(job.paths.stdout)
-    while not job.done():
-        try:
+    log, interrupts = Log(job.paths.stdout), []
+    # Not KeyboardInterrupt, which would break off whatever is being done, or be lost in it.
+    handler = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))
+    try:
+        while not job.done():
             log.show()
+            if interrupts:
+                interrupts.clear()
+                say(f'Stopping job {job.job_id}')
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(int(job.job_id), signal.SIGTERM)
             time.sleep(POLL_S)
-        except KeyboardInterrupt:
-            say(f'Stopping job {job.job_id}')
-            os.kill(int(job.job_id), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     log.show()
     succeeded = all(job.task(rank).paths.result_pickle.exists() for rank in range(job.num_tasks))
     return report_end(job, 'COMPLETED' if succeeded else 'FAILED', 0 if succeeded else 1)

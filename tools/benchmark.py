@@ -85,7 +85,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     speed = command('speed', help='time, memory and operations of one model')
-    speed.add_argument('--model', type=model_name, default='xcit_small_12_p16', help='of timm or here; timm:NAME: timm\'s')
+    speed.add_argument('--model', type=model_name, default='xcit_small_12_p16', help='timm:NAME: as in timm')
     speed.add_argument('--resolution', type=size, default=(224, 224), metavar='PIXELS|HxW', help='of the images')
     speed.add_argument('--batch-size', type=COUNT, default=8, metavar='IMAGES', help='of a step')
 

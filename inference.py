@@ -4,7 +4,7 @@
 Shapes as in xcit.py.
 """
 import operator
-from typing import List, Optional, Tuple
+from typing import Callable, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -195,17 +195,15 @@ class FusedBlock(nn.Module):
             return x + self.mlp(self.norm2(x))
         _, N, C = x.shape
         tokens = max(1, piece(x) // self.mlp.fc1.out_features)  # in a piece
-        out = None  # the input may be somebody's intermediate output
-        parts = pieces(x, tokens // N)
-        for i, part in enumerate(parts):
-            attended = self.attention(part, tokens)
-            self.add_lpi(attended.unflatten(1, (H, W)), max(8, 2 * tokens // W))
-            if len(parts) == 1:
-                out = attended
-            else:
-                out = x.new_empty(x.shape) if out is None else out
-                pieces(out, tokens // N)[i].copy_(attended)
-        return self.add_mlp(out, tokens)
+
+        def mix_tokens(images: torch.Tensor) -> torch.Tensor:
+            mixed = self.attention(images, tokens)
+            self.add_lpi(mixed.unflatten(1, (H, W)), max(8, 2 * tokens // W))
+            return mixed
+
+        # Not in place at first: the input may be somebody's intermediate output.
+        mixed = by_pieces(mix_tokens, x, tokens // N).view(-1, C)
+        return by_pieces(self.add_mlp, mixed, tokens, out=mixed).view(x.shape)
 
     def attention(self, x: torch.Tensor, tokens: int) -> torch.Tensor:
         """x + attention; the Gram form works off `tokens` of an image at a time."""
@@ -259,20 +257,13 @@ class FusedBlock(nn.Module):
             added = lpi.conv2(y)[:, :, top - inner.start:bottom - inner.start].permute(0, 2, 3, 1)
         grid[:, top:] += added
 
-    def add_mlp(self, x: torch.Tensor, tokens: int) -> torch.Tensor:
-        """x + MLP, `tokens` of all images at a time; may write in x, which is this block's own."""
-        parts = pieces(x.view(-1, x.shape[-1]), tokens)
-        for part in parts:
-            # Autocast, which may be why, does not see what `linear` does.
-            if is_half(part) or not self.mlp.is_plain():
-                part += self.mlp(self.norm2(part))
-                continue
-            fc1, fc2 = self.mlp.fc1, self.mlp.fc2
-            result = linear(linear(self.norm2(part), fc1.weight, fc1.bias, gelu=True), fc2.weight, fc2.bias, part)
-            if len(parts) == 1:
-                return result.view(x.shape)
-            part.copy_(result)
-        return x
+    def add_mlp(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens (M, C) + MLP."""
+        # Autocast, which may be why, does not see what `linear` does.
+        if is_half(x) or not self.mlp.is_plain():
+            return x + self.mlp(self.norm2(x))
+        fc1, fc2 = self.mlp.fc1, self.mlp.fc2
+        return linear(linear(self.norm2(x), fc1.weight, fc1.bias, gelu=True), fc2.weight, fc2.bias, x)
 
 
 class FusedClassAttentionBlock(ClassAttentionBlock):
@@ -299,3 +290,14 @@ class FusedClassAttentionBlock(ClassAttentionBlock):
 def pieces(x: torch.Tensor, length: int, dim: int = 0) -> Pieces:
     """Parts of about equal length, and of no more than `length` (or 1)."""
     return x.tensor_split(max(1, -(-x.shape[dim] // max(1, length))), dim)
+
+
+def by_pieces(function: Callable, x: torch.Tensor, length: int, *, out: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """function(x), computed for pieces of x; where these are several, they are joined in `out`, or in new memory."""
+    parts = pieces(x, length)
+    if len(parts) == 1:
+        return function(x)
+    out = x.new_empty(x.shape) if out is None else out
+    for part, part_of_out in zip(parts, pieces(out, length)):
+        part_of_out.copy_(function(part))
+    return out

@@ -14,7 +14,9 @@ import torch.nn as nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-LEAST = 2 ** 25  # multiplications, below which oneDNN's preparations outweigh its speed; measured
+# Multiplications from which on oneDNN is taken. Alone it pays from about 2 ** 23 on (RESULTS.md); training also calls
+# Python for each layer and gradient, which takes about 0.1 ms.
+LEAST = 2 ** 25
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None,
@@ -111,9 +113,14 @@ def transforms_are_active() -> bool:
     return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
+def is_eager() -> bool:
+    """Whether operations run as they are written, with no plan of a transform, a compiler or an export."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform())
+
+
 def is_eager_inference() -> bool:
-    """Whether operations run as they are written, with no plan of autograd, a transform, a compiler or an export."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform())
+    """The same, and without autograd."""
+    return not torch.is_grad_enabled() and is_eager()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from linear import call, has_hooks, in_transform, is_faster, is_linear, linear
+from linear import call, has_hooks, is_eager, is_faster, is_linear, linear
 from xca import is_half
 
 # Elements that an intermediate result may have before the work is done in pieces. On a CPU 16 MB in float32, measured;
@@ -29,14 +29,14 @@ class Mlp(timm.layers.Mlp):
         super().__init__(dim, hidden_dim, drop=drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting() and self.takes_pieces(x):
-            return PiecewiseMlp.apply(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias,
-                                      torch.is_grad_enabled())
-        if not torch.jit.is_scripting() and self.takes_biases_apart(x):
-            x = self.drop1(self.act(bias_apart(self.fc1, x)))
-            return self.drop2(bias_apart(self.fc2, x))
         if torch.jit.is_scripting():
             return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+        if self.takes_pieces(x):
+            return PiecewiseMlp.apply(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias,
+                                      torch.is_grad_enabled())
+        if self.takes_biases_apart(x):
+            x = self.drop1(self.act(bias_apart(self.fc1, x)))
+            return self.drop2(bias_apart(self.fc2, x))
         if self.takes_gelu_along(x):
             return linear(linear(x, self.fc1.weight, self.fc1.bias, gelu=True), self.fc2.weight, self.fc2.bias)
         x = self.drop1(self.act(call(self.fc1, x)))
@@ -44,8 +44,7 @@ class Mlp(timm.layers.Mlp):
 
     @torch.jit.unused
     def takes_pieces(self, x: torch.Tensor) -> bool:
-        # First: sizes are not to be looked at there.
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform():
+        if not is_eager():  # first: sizes are not to be looked at there
             return False
         return (x.device.type == 'cpu' and x.numel() // x.shape[-1] * self.fc1.out_features > piece(x)
                 and not is_half(x) and not (self.training and self.drop1.p) and self.is_plain() and is_gelu(self.act))

@@ -192,7 +192,8 @@ def is_half(x: torch.Tensor) -> bool:
 
 
 def in_autocast(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    # Not torch.amp.is_autocast_available: torch 2.11's compiler breaks its graph there, once in every layer
+    return device.type != 'meta' and torch.is_autocast_enabled(device.type)
 
 
 def without_autocast(device: torch.device):

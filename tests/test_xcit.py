@@ -395,6 +395,17 @@ def test_bf16_autocast_stays_close():
 
 # ----- on a GPU
 
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
+@pytest.mark.parametrize('training', [True, False])
+def test_one_graph_under_autocast(device, training):
+    """The compiler takes the whole model as one graph; torch 2.11 cut it wherever autocast was asked for."""
+    torch._dynamo.reset()
+    model = timm.create_model('xcit_nano_12_p16', num_classes=2).to(device).train(training)
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    with torch.set_grad_enabled(training), torch.autocast(device, torch.bfloat16):
+        assert compiled(torch.randn(2, 3, 48, 48, device=device)).shape == (2, 2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_autocast_on_cuda_stays_close(dtype):

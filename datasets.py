@@ -23,8 +23,10 @@ from torchvision import datasets, transforms
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import InterpolationMode
 
-import readers
 import utils
+from loaders import readers
+from run.commandline import COUNT
+from run.flags import add_data_path_flag
 from utils import InputError, UnreadableImage
 
 INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
@@ -259,6 +261,19 @@ BUILDERS = {
     'FOLDER': build_folder,
     'SAMPLE': lambda args, is_train: (FashionMNIST(SAMPLE_DATA, is_train), NUM_FASHION),
 }
+
+
+def add_data_flags(group):
+    """The flags that `check_data_set` and `build_dataset` read; `group` is of an argparse parser."""
+    group.add_argument('--data-set', default='IMNET', metavar='NAME',
+                       help=f'{", ".join(BUILDERS)}; or through timm {", ".join(readers.PACKAGES)}, each with '
+                       '/NAME (see docs/data.md)')
+    add_data_path_flag(group, default='/datasets01/imagenet_full_size/061417/', help='not needed for SAMPLE')
+    group.add_argument('--inat-category', default='name', choices=INAT_CATEGORIES,
+                       help='level of the taxonomy that makes the classes of INAT and INAT19')
+    group.add_argument('--train-split', default='train', metavar='NAME', help='for timm\'s readers')
+    group.add_argument('--val-split', default='validation', metavar='NAME', help='for timm\'s readers')
+    group.add_argument('--num-classes', type=COUNT, metavar='N', help='for timm\'s readers, where they can\'t tell')
 
 
 def check_data_set(args):

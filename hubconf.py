@@ -6,7 +6,7 @@ import sys
 dependencies = ['huggingface_hub', 'numpy', 'safetensors', 'timm', 'torch', 'torchvision', 'tqdm']
 
 _MODELS = ('linear', 'mlp', 'xca', 'xcit')  # where the models' classes are
-_FILES = ('checkpoints', 'utils', 'weights', *_MODELS)  # of this repository, that the models need
+_FILES = ('run', 'utils', 'weights', *_MODELS)  # of this repository, that the models need
 
 
 @contextlib.contextmanager
@@ -15,21 +15,27 @@ def _own_modules():
 
     After it the caller has its own modules back; those of the models stay where there were none: pickling needs them.
     """
-    others = {name: sys.modules.pop(name) for name in _FILES if name in sys.modules and not _is_own(sys.modules[name])}
-    before = {name for name in _FILES if name in sys.modules}
+    others = {name: sys.modules.pop(name) for name in _named() if not _is_own(sys.modules[name])}
+    before = set(_named())
     sys.path.insert(0, str(pathlib.Path(__file__).parent))
     try:
         yield
     finally:
         sys.path.remove(str(pathlib.Path(__file__).parent))
-        for name in set(_FILES) - before - set(_MODELS):
-            sys.modules.pop(name, None)
+        for name in set(_named()) - before - set(_MODELS):
+            del sys.modules[name]
         sys.modules.update(others)
+
+
+def _named() -> list:
+    """Modules that are imported under the names of this repository's files, whoever they are of."""
+    return [name for name in sys.modules if name.split('.')[0] in _FILES]
 
 
 def _is_own(module) -> bool:
     file = getattr(module, '__file__', None)
-    return file is not None and pathlib.Path(file).resolve().parent == pathlib.Path(__file__).resolve().parent
+    root = pathlib.Path(__file__).resolve().parent
+    return file is not None and pathlib.Path(file).resolve().parent in (root, root / 'run')
 
 
 def _entry_point(name: str, size: str, patch_size: int):

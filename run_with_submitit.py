@@ -1,13 +1,16 @@
-"""Train on a SLURM cluster, or in several processes of this machine, with main.py's flags and those of the job.
+"""Run main.py, or another program, on a SLURM cluster or in several processes of this machine.
+
+It takes the program's flags and those of the job.
 
 A job that meets its time limit or is preempted saves its state, is requeued, and goes on where it stopped.
 """
-# A job's own processes import this file too, each beside its training: torch and what needs it (main.py, utils.py) are
-# imported only where a command line is read.
+# A job's own processes import this file too, each beside its training: torch and what needs it (the program, run/,
+# utils.py) are imported only where a command line is read.
 import argparse
 import contextlib
 import ctypes
 import dataclasses
+import importlib
 import io
 import json
 import os
@@ -48,16 +51,18 @@ class TrainingEnded(Exception):
 
 @dataclasses.dataclass
 class Task:
-    """What each process of the job does: run one rank of main.py as its child, which can end without ending the job.
+    """What each process of the job does: run one rank of a program as its child, which can end without ending the job.
 
     Args:
-        argv: main.py's command line.
+        program: its module, e.g. `main` or `dino.train`.
+        argv: its command line.
         output_dir: its --output-dir; %j stands for the job's id.
         patience_s: seconds that the training has to save its state.
         resumes: whether a job that is started again goes on from the newest checkpoint.
         environment: variables to set (None: to remove).
         restarts: how often the job was requeued, where the cluster doesn't count.
     """
+    program: str
     argv: List[str]
     output_dir: str
     patience_s: float
@@ -111,13 +116,15 @@ class Task:
     def command(self, job) -> list:
         output_dir = self.output_dir_of(job)
         goes_on = self.resumes and self.failure.restart > 0 and has_checkpoint(output_dir)
-        return [sys.executable, '-u', str(ROOT / 'main.py'), *self.argv, '--output-dir', output_dir,
+        return [sys.executable, *program_words(self.program), *self.argv, '--output-dir', output_dir,
                 *(['--resume', 'auto'] if goes_on else [])]
 
     def child_environment(self, job) -> dict:
         """The processes meet on the first node; each sees all GPUs of its node, and takes that of LOCAL_RANK."""
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         changes = {**self.environment, **({'MASTER_ADDR': '127.0.0.1'} if job.name() == 'local' else {})}
+        if '.' in self.program:  # or Python (3.11 on) looks for its package where the job was submitted
+            changes['PYTHONSAFEPATH'] = '1'
         environment = {name: value for name, value in os.environ.items() if name not in changes}
         return {**environment, **{name: value for name, value in changes.items() if value is not None}}
 
@@ -173,7 +180,7 @@ class Task:
         if stopped and is_running(job):
             # SIGTERM is all the warning that some clusters give: what follows is the same as for the signal asked for
             signal.raise_signal(REQUEUE_SIGNAL)
-        say(f'Rank {job.global_rank}: main.py ended with exit code {code}')
+        say(f'Rank {job.global_rank}: {program_name(self.program)} ended with exit code {code}')
         self.fail(job, code)
 
     def fail(self, job, code: int):
@@ -181,6 +188,16 @@ class Task:
         if job.num_tasks > 1:
             time.sleep(4 * POLL_S)  # the others can end with the same code, before srun kills them
         sys.exit(code)
+
+
+def program_words(program: str) -> List[str]:
+    """Python's own part of a program's command line."""
+    return ['-u', '-m', program] if '.' in program else ['-u', str(ROOT / f'{program}.py')]
+
+
+def program_name(program: str) -> str:
+    """What users call it."""
+    return f'python -m {program}' if '.' in program else f'{program}.py'
 
 
 class Failure:
@@ -283,9 +300,16 @@ def refusal(message: str) -> Exception:
     return InputError(message)
 
 
-def add_job_arguments(parser: argparse.ArgumentParser):
-    from utils import COUNT, COUNT_OR_0, POSITIVE
+def get_args_parser() -> argparse.ArgumentParser:
+    """The job's flags; the program's are left to its own parser."""
+    from run.commandline import COUNT, COUNT_OR_0, POSITIVE, Parser
+    parser = Parser(Path(__file__).name, description=__doc__, add_help=False,
+                    usage='%(prog)s [flags of the job] [flags of the program]',
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group('job')
+    group.add_argument('-h', '--help', action='store_true', help='show these flags and those of the program')
+    group.add_argument('--program', default='main', metavar='MODULE',
+                       help='what is run: a module of this repository with parse_args and main, e.g. dino.train')
     group.add_argument('--cluster', default='auto', choices=['auto', 'slurm', 'local'],
                        help='auto: slurm where a cluster answers to sinfo, else local, as processes of this machine')
     group.add_argument('--nodes', default=2, type=COUNT, metavar='N')
@@ -316,32 +340,46 @@ def add_job_arguments(parser: argparse.ArgumentParser):
                        help='shell command to run before the training, e.g. "module load cuda"; can be repeated')
     group.add_argument('--wait', action='store_true', help='follow the log to the end; exit with the job\'s exit code')
     group.add_argument('--dry-run', action='store_true', help='print the sbatch script, and submit nothing')
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    """main.py's flags and the job's."""
-    import main as program
-    parser = program.get_args_parser()
-    parser.prog, parser.description = Path(__file__).name, __doc__
-    add_job_arguments(parser)
     return parser
+
+
+def load_program(name: str):
+    """The module of a program.
+
+    Raises:
+        InputError: it is none of this repository's, or can't be run.
+    """
+    path = ROOT.joinpath(*name.split('.')).with_suffix('.py')
+    if not all(word.isidentifier() for word in name.split('.')) or not path.is_file():
+        raise refusal(f'--program {name}: no such module in {ROOT}; main is the default')
+    module = importlib.import_module(name)
+    if not all(hasattr(module, function) for function in ('parse_args', 'main')):
+        raise refusal(f'--program {name}: has no parse_args and main, and so can\'t be run')
+    return module
 
 
 def parse_args(argv: Optional[list] = None) -> Tuple[argparse.Namespace, list]:
     """Parse the command line and refuse what can't work before a job waits for hours to find out.
 
     Returns:
-        All flags, and the words of the command line that are main.py's.
+        The flags of the job and those that every program has, and the program's words of the command line.
 
     Raises:
-        InputError: a flag, of main.py or of the job, can't be used.
+        InputError: a flag, of the program or of the job, can't be used.
     """
-    import main as program
-    argv = sys.argv[1:] if argv is None else argv
-    args = get_args_parser().parse_args(argv)
-    job_parser = program.Parser(add_help=False, allow_abbrev=False)
-    add_job_arguments(job_parser)
-    _, training_argv = job_parser.parse_known_args(argv)
+    from run import flags
+    from run.commandline import Parser
+    job_parser = get_args_parser()
+    args, program_argv = job_parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    program = load_program(args.program)
+    if args.help:
+        print(job_parser.format_help())
+        program.parse_args(['--help'])
+    shared = Parser(add_help=False)
+    for add_flags in (flags.add_run_flags, flags.add_checkpoint_flags, flags.add_loader_flags):
+        add_flags(shared)
+    shared.add_argument('--eval', action='store_true')
+    shared.parse_known_args(program_argv, args)
 
     kind = 'cuda' if args.ngpus else 'cpu'
     if args.device not in ('auto', kind):
@@ -365,9 +403,9 @@ def parse_args(argv: Optional[list] = None) -> Tuple[argparse.Namespace, list]:
     args.output_dir = str(Path(args.output_dir or args.job_dir).absolute())
     # The job's nodes have the GPUs; this machine need not
     unchecked = ['--device', 'cpu', *(['--amp', 'off'] if args.ngpus else [])]
-    program.parse_args([*training_argv, '--output-dir', args.output_dir, *unchecked])
+    program.parse_args([*program_argv, '--output-dir', args.output_dir, *unchecked])
     check_checkpoint(args)
-    return args, [*training_argv, '--device', kind]
+    return args, [*program_argv, '--device', kind]
 
 
 def check_checkpoint(args):
@@ -387,12 +425,12 @@ def signal_delay(args) -> int:
     return min(120, 60 * args.timeout // 4)
 
 
-def make_task(args, training_argv: list, output_dir: str) -> Task:
+def make_task(args, program_argv: list, output_dir: str) -> Task:
     gpus = os.environ.get('CUDA_VISIBLE_DEVICES') if args.ngpus else ''
     environment = {'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', str(args.cpus_per_task))}
     if args.cluster == 'local':
         environment['CUDA_VISIBLE_DEVICES'] = gpus  # submitit would set it to 0, 1, ...
-    return Task(training_argv, output_dir, patience_s=.75 * signal_delay(args), resumes=not args.eval,
+    return Task(args.program, program_argv, output_dir, patience_s=.75 * signal_delay(args), resumes=not args.eval,
                 environment=environment)
 
 
@@ -401,9 +439,10 @@ def slurm_parameters(args) -> dict:
     # srun doesn't take --cpus-per-task over from sbatch since SLURM 22.05
     srun_args = [f'--cpus-per-task={args.cpus_per_task}', '--kill-on-bad-exit=1']
     return dict(
-        job_name='xcit', nodes=args.nodes, ntasks_per_node=args.tasks_per_node, cpus_per_task=args.cpus_per_task,
-        gpus_per_node=args.ngpus or None, mem=f'{round(args.mem_gb * 1024)}M' if args.mem_gb else None,
-        time=args.timeout, signal_delay_s=signal_delay(args), partition=args.partition, constraint=args.constraint,
+        job_name='xcit' if args.program == 'main' else args.program, nodes=args.nodes,
+        ntasks_per_node=args.tasks_per_node, cpus_per_task=args.cpus_per_task, gpus_per_node=args.ngpus or None,
+        mem=f'{round(args.mem_gb * 1024)}M' if args.mem_gb else None, time=args.timeout,
+        signal_delay_s=signal_delay(args), partition=args.partition, constraint=args.constraint,
         account=args.account, qos=args.qos, comment=args.comment, exclude=args.exclude, wckey=None, srun_args=srun_args,
         setup=[f'export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}', *args.setup],
         stderr_to_stdout=True, additional_parameters={'requeue': True})
@@ -414,6 +453,11 @@ def sbatch_script(args) -> str:
     folder = JobPaths(args.job_dir).folder
     command = f'{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}'
     return slurm._make_sbatch_string(command=command, folder=folder, **slurm_parameters(args))
+
+
+def rank_command(args, program_argv: list) -> str:
+    """What each process of the job runs."""
+    return shlex.join(['python', *program_words(args.program), *program_argv, '--output-dir', args.output_dir])
 
 
 class SlurmExecutor(submitit.SlurmExecutor):
@@ -639,16 +683,16 @@ def main(argv: Optional[list] = None) -> int:
     Raises:
         InputError: the arguments can't be used, or the cluster can't meet the request.
     """
-    args, training_argv = parse_args(argv)
+    args, program_argv = parse_args(argv)
     if args.dry_run:
-        print(sbatch_script(args))
+        print(f'{sbatch_script(args)}\n# Each process runs: {rank_command(args, program_argv)}')
         return 0
     args.cluster = choose_cluster(args.cluster)
     if args.cluster == 'local':
         # A process's id comes round again, and with it another job's directory
         name = f'local-{time.strftime("%Y%m%d-%H%M%S")}-{os.getpid()}'
         args.job_dir, args.output_dir = (path.replace('%j', name) for path in (args.job_dir, args.output_dir))
-    task = make_task(args, training_argv, args.output_dir)
+    task = make_task(args, program_argv, args.output_dir)
     job = submit_to_slurm(args, task) if args.cluster == 'slurm' else submit_locally(args, task)
     stop = f'scancel {job.job_id}' if args.cluster == 'slurm' else f'kill {job.job_id}'
     log = job.task(0).paths.stdout
@@ -670,5 +714,5 @@ def main(argv: Optional[list] = None) -> int:
 if __name__ == '__main__':
     # By its name, under which the job's processes, too, find what is submitted
     import run_with_submitit
-    from utils import run_program
+    from run.commandline import run_program
     run_program(lambda: sys.exit(run_with_submitit.main()))

@@ -5,7 +5,7 @@ from typing import Iterator, Sized, Tuple
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DistributedSampler, Sampler
 
-import utils
+from utils import derive_seed
 
 REPEATS = 3  # copies of each image under repeated augmentation
 GROUP = 256  # an epoch of repeated augmentation is a whole number of groups of so many images
@@ -49,7 +49,7 @@ class TrainingSampler(Sampler):
     def __iter__(self) -> Iterator[Tuple[int, int]]:
         for i, index in itertools.islice(enumerate(self.order), self.first, None):
             position = i * self.num_replicas + self.rank
-            yield index, utils.derive_seed(self.seed, self.epoch, position)
+            yield index, derive_seed(self.seed, self.epoch, position)
 
 
 def evaluation_indices(dataset: Sized, *, num_replicas: int, rank: int) -> range:

@@ -10,9 +10,10 @@ import timm
 import torch
 from timm.models import load_state_dict_from_hf
 
-import checkpoints
 import xcit
-from utils import InputError, abridge, first_line, notice
+from run import checkpoints
+from run.processes import notice
+from utils import InputError, abridge, first_line, similar
 
 HUB = 'hf-hub:'  # before the name of a repository there
 HUB_FILE = 'model.safetensors'
@@ -25,7 +26,7 @@ class Weights:
 
     Args:
         tensors: by name, in the naming of the published files.
-        source: the option and the value they came from, for messages.
+        source: the option and the value they came from, for messages; '' if whoever reads them adds it.
         description: what the file was found to hold.
         checkpoint: the whole file, with whatever it holds beside weights (`args`, `classes`, `epoch`).
     """
@@ -33,6 +34,32 @@ class Weights:
     source: str
     description: str
     checkpoint: dict
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models by name
+
+def check_model(flag: str, name: str):
+    """Refuse a name that timm has no model for; `flag` gave it.
+
+    Raises:
+        InputError: names similar ones.
+    """
+    base, _, tag = name.partition('.')
+    if not timm.is_model(base):
+        raise InputError(f'{flag} {name}: no such model{similar(name, xcit.MODELS + timm.list_models())}')
+    known = [full.partition('.')[2] for full in timm.list_pretrained(f'{base}.*')]
+    if tag and tag not in known:
+        raise InputError(f'{flag} {name}: {base} has no such tag; it has: {", ".join(known)}')
+
+
+@torch.no_grad()
+def check_input_size(args, model: torch.nn.Module):
+    """Refuse an --input-size that the model is not made for; XCiT takes any."""
+    try:
+        model.eval()(torch.zeros(1, 3, args.input_size, args.input_size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise InputError(f'--input-size {args.input_size}: {args.model} can\'t take it ({first_line(error)})') from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,6 +165,11 @@ def read_hub(name: str, flag: str) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # What files hold
 
+def about(source: str, message: str) -> str:
+    """A message with the source of the weights before it, unless whoever reads them adds that."""
+    return f'{source}: {message}' if source else message
+
+
 def extract(checkpoint: dict, source: str, *, use_ema: bool = False) -> Weights:
     """Find the weights in a file's content, and give them the published names.
 
@@ -154,7 +186,7 @@ def extract(checkpoint: dict, source: str, *, use_ema: bool = False) -> Weights:
     tensors = checkpoint if entry is None else checkpoint[entry]
     if not any(isinstance(value, torch.Tensor) for value in tensors.values()) or not all(
             isinstance(key, str) for key in tensors):
-        raise InputError(f'{source}: no weights under \'model\'; the file has: {abridge(list(checkpoint))}')
+        raise InputError(about(source, f'no weights under \'model\'; the file has: {abridge(list(checkpoint))}'))
     found = ['a bare state dict' if entry is None else f'\'{entry}\'']
     tensors, removed = xcit.strip_prefixes(tensors)
     found += [f'names without {" and ".join(removed)}'] if removed else []
@@ -199,8 +231,8 @@ def check(model: torch.nn.Module, weights: Weights):
                          for k in own if k in given and getattr(given[k], 'shape', None) != own[k].shape]}
     problems = {what: keys for what, keys in problems.items() if any(k.split()[0] not in head for k in keys)}
     if problems:
-        raise InputError(f'{weights.source}: the weights are not this model\'s; '
-                         + '; '.join(f'{what}: {abridge(keys)}' for what, keys in problems.items()))
+        found = '; '.join(f'{what}: {abridge(keys)}' for what, keys in problems.items())
+        raise InputError(about(weights.source, f'the weights are not this model\'s; {found}'))
 
 
 def load(model: torch.nn.Module, weights: Weights, *, new_head: bool = False):
@@ -213,9 +245,10 @@ def load(model: torch.nn.Module, weights: Weights, *, new_head: bool = False):
         InputError: a weight is missing, left over or of another shape.
     """
     check(model, weights)
-    own, given, source = model.state_dict(), named_for(model, weights), weights.source
+    own, given = model.state_dict(), named_for(model, weights)
     head = head_keys(model)
-    notice(f'{source}: {weights.description}')
+    if weights.source:
+        notice(about(weights.source, weights.description))
     if any(getattr(own.get(k), 'shape', None) != getattr(given.get(k), 'shape', None) for k in head):
         if head[0] not in given:
             problem = 'have no head'
@@ -224,10 +257,23 @@ def load(model: torch.nn.Module, weights: Weights, *, new_head: bool = False):
         else:
             problem = f'are for {len(given[head[0]])} classes, not {len(own[head[0]])}'
         if head[0] in own and not new_head:
-            raise InputError(f'{source}: the weights {problem}')
-        notice(f'{source}: the weights {problem}: all but the head is taken')
+            raise InputError(about(weights.source, f'the weights {problem}'))
+        notice(about(weights.source, f'the weights {problem}: all but the head is taken'))
         given = {k: v for k, v in given.items() if k not in head}
     model.load_state_dict(given, strict=False)  # checked above, in words of our own
+
+
+class ModelPart:
+    """A model as a part of a training (run.parts): its weights in whichever naming a checkpoint has them."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+
+    def state_dict(self) -> dict:
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: dict):
+        load(self.model, extract({'model': state}, ''))
 
 
 def create_model(name: str, pretrained=False, **kwargs) -> torch.nn.Module:

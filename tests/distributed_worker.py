@@ -6,10 +6,10 @@ import signal
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-import utils
 import xcit
 from engine import evaluate, train_one_epoch
-from losses import DistillationLoss
+from loaders.batches import Batches
+from run import processes, signals
 from samplers import evaluation_indices
 
 CPU = torch.device('cpu')
@@ -17,7 +17,7 @@ CPU = torch.device('cpu')
 
 def model() -> torch.nn.Module:
     torch.manual_seed(0)
-    return xcit.xcit_nano_12_p16(num_classes=7)
+    return xcit.xcit_nano_12_p16(num_classes=7, depth=1)
 
 
 def without_batch_statistics(model: torch.nn.Module) -> torch.nn.Module:
@@ -29,19 +29,22 @@ def without_batch_statistics(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def losses_of(wrapped: torch.nn.Module):
+    return lambda batch: {'loss': torch.nn.functional.cross_entropy(wrapped(batch[0]), batch[1])}
+
+
 def train(inner: torch.nn.Module, images, targets, *, batch_size: int, accum_iter: int = 1) -> dict:
     """One step of plain SGD on this process's share."""
-    wrapped = utils.wrap_for_distributed(inner, CPU, sync_bn=True)
+    wrapped = processes.wrap_for_distributed(inner, CPU, sync_bn=True)
     return train_one_epoch(
-        wrapped, DistillationLoss(torch.nn.CrossEntropyLoss()),
-        DataLoader(TensorDataset(images, targets), batch_size=batch_size), optimizer=torch.optim.SGD(
-            inner.parameters(), lr=1.), scaler=torch.amp.GradScaler('cpu', enabled=False), device=CPU, epoch=0, seed=0,
-        accum_iter=accum_iter)
+        wrapped, losses_of(wrapped), DataLoader(TensorDataset(images, targets), batch_size=batch_size),
+        optimizer=torch.optim.SGD(inner.parameters(), lr=1.), scaler=torch.amp.GradScaler('cpu', enabled=False),
+        device=CPU, epoch=0, seed=0, accum_iter=accum_iter)
 
 
 def main():
-    utils.init_distributed(CPU, world_size=1, dist_url='env://', timeout_minutes=1)
-    rank, world = utils.get_rank(), utils.get_world_size()
+    processes.init_distributed(CPU, world_size=1, dist_url='env://', timeout_minutes=1)
+    rank, world = processes.get_rank(), processes.get_world_size()
     generator = torch.Generator().manual_seed(0)
     images, targets = torch.randn(17, 3, 32, 32, generator=generator), torch.arange(17) % 7
     facts = {'evaluation': {}}
@@ -53,7 +56,7 @@ def main():
     for size in range(1, 18):
         loader = DataLoader(TensorDataset(images[:size], targets[:size]), batch_size=2,
                             sampler=evaluation_indices(range(size), num_replicas=world, rank=rank))
-        stats = evaluate(own, loader, device=CPU)
+        stats = evaluate(own, Batches(loader), device=CPU)
         facts['evaluation'][size] = [stats['acc1'], stats['acc5'], stats['loss']]
 
     if world <= 2:
@@ -73,7 +76,7 @@ def main():
             inner.set_grad_checkpointing(key == 'checkpointed')
             facts[key] = train(inner, images[:4], targets[:4], batch_size=4)['grad_norm']
 
-        counted = utils.wrap_for_distributed(model(), CPU, sync_bn=True)
+        counted = processes.wrap_for_distributed(model(), CPU, sync_bn=True)
         facts['exchanges'] = 0
 
         def count(state, bucket):
@@ -83,18 +86,17 @@ def main():
             return future
 
         counted.register_comm_hook(None, count)
-        train_one_epoch(counted, DistillationLoss(torch.nn.CrossEntropyLoss()),
-                        DataLoader(TensorDataset(images[:4], targets[:4]), batch_size=2),
+        train_one_epoch(counted, losses_of(counted), DataLoader(TensorDataset(images[:4], targets[:4]), batch_size=2),
                         optimizer=torch.optim.SGD(counted.parameters(), lr=1.), device=CPU, epoch=0, seed=0,
                         scaler=torch.amp.GradScaler('cpu', enabled=False), accum_iter=2)
 
-    with utils.StopRequest() as stop:
+    with signals.StopRequest() as stop:
         if rank == world - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         facts['agreed'] = stop.agreed()
 
     print(json.dumps(facts))
-    utils.end_distributed()
+    processes.end_distributed()
 
 
 if __name__ == '__main__':

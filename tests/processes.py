@@ -1,10 +1,22 @@
-"""Start a command as one or several real processes that find each other, and collect what they print."""
+"""Start a command as one or several real processes that find each other, and collect what they print.
+
+They are forked from a server that has imported the libraries, which takes longer than what most tests have them do.
+"""
+import atexit
+import multiprocessing
 import os
+import runpy
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import types
+from pathlib import Path
 
-from conftest import ROOT
+ROOT = Path(__file__).parent.parent  # not from conftest, which a program that is started does not see
+SERVER = multiprocessing.get_context('forkserver')
+SERVER.set_forkserver_preload(['torch', 'torchvision', 'timm', 'torch.utils.tensorboard'])
 
 
 def free_port() -> int:
@@ -13,19 +25,71 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+class Started:
+    """`python COMMAND` as a process, with what the tests need of subprocess.Popen.
+
+    Args:
+        command: a script, or -c and code; then its arguments.
+        environment: all of its variables.
+    """
+
+    def __init__(self, command: list, environment: dict):
+        self.out, self.err = (tempfile.NamedTemporaryFile('r') for _ in range(2))
+        self.process = SERVER.Process(target=become, args=(command, environment, self.out.name, self.err.name))
+        self.process.start()
+
+    def poll(self):
+        return self.process.exitcode
+
+    def send_signal(self, signum: int):
+        if self.poll() is None:
+            os.kill(self.process.pid, signum)
+
+    def finish(self, timeout: float) -> tuple:
+        """Exit code, stdout and stderr."""
+        self.process.join(timeout)
+        if self.poll() is None:
+            self.send_signal(signal.SIGKILL)
+            raise subprocess.TimeoutExpired('python', timeout, self.out.read(), self.err.read())
+        return self.poll(), self.out.read(), self.err.read()
+
+
+def become(command: list, environment: dict, out: str, err: str):
+    """Make a process that the server has forked one that was started by a command line."""
+    multiprocessing.set_start_method(None, force=True)  # back to Python's default
+    for name, stream in ((out, sys.stdout), (err, sys.stderr)):
+        with open(name, 'w') as file:
+            os.dup2(file.fileno(), stream.fileno())
+    os.environ.clear()
+    os.environ.update(environment)
+    import small_model  # noqa: F401  as conftest.py does
+    first, *sys.argv = command
+    libraries = [path for path in sys.path if path and not Path(path).is_relative_to(ROOT)]
+    try:
+        if first == '-c':
+            code, sys.argv[0] = sys.argv[0], '-c'
+            sys.path[:] = ['', *environment['PYTHONPATH'].split(os.pathsep), *libraries]
+            module = sys.modules['__main__'] = types.ModuleType('__main__')
+            exec(code, vars(module))
+        else:
+            sys.argv.insert(0, first)
+            sys.path[:] = [os.path.dirname(first), *environment['PYTHONPATH'].split(os.pathsep), *libraries]
+            runpy.run_path(first, run_name='__main__')
+    finally:
+        atexit._run_exitfuncs()
+
+
 def start(command: list, world: int) -> list:
     """The processes of ranks 0 to world - 1 that run `command`, each with its environment."""
     common = {**os.environ, 'WORLD_SIZE': str(world), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port()),
               'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
-    return [subprocess.Popen([sys.executable, *map(str, command)], text=True, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, env={**common, 'RANK': str(rank), 'LOCAL_RANK': str(rank)})
+    return [Started(list(map(str, command)), {**common, 'RANK': str(rank), 'LOCAL_RANK': str(rank)})
             for rank in range(world)]
 
 
 def finish(processes: list, *, timeout: float = 120) -> list:
     """(exit code, stdout, stderr) of each."""
-    results = [(*process.communicate(timeout=timeout), process.returncode) for process in processes]
-    return [(code, out, err) for out, err, code in results]
+    return [process.finish(timeout) for process in processes]
 
 
 def run(command: list, world: int) -> list:

@@ -9,10 +9,10 @@ import timm
 import torch
 from conftest import ROOT, seeded_images, seeded_model, tiny, write_folders
 
-import checkpoints
 import main as training
 import weights
 import xcit
+from run import checkpoints
 from tools.convert_checkpoint import main, model_of
 from utils import InputError, RunStopped
 
@@ -248,9 +248,9 @@ def test_existing_file_is_replaced_only_when_complete(original, tmp_path):
     target = tmp_path / 'out.pth'
     target.write_bytes(b'mine')
     script = (
-        'import resource, signal, sys; from tools.convert_checkpoint import main; import utils\n'
+        'import resource, signal, sys; from tools.convert_checkpoint import main; from run import commandline\n'
         'signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, 2 ** 20))\n'
-        'utils.run_program(lambda: main(sys.argv[1:]))')
+        'commandline.run_program(lambda: main(sys.argv[1:]))')
     result = subprocess.run([sys.executable, '-c', script, original, target, '--to', 'timm'], cwd=ROOT, text=True,
                             capture_output=True)
     assert result.returncode == RunStopped.exit_code

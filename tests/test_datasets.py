@@ -571,7 +571,7 @@ def test_batches_do_not_depend_on_workers(folders, flag):
     for workers in ('0', '2'):
         args = arguments('FOLDER', folders, '--num-workers', workers, '--batch-size', '4', '--reprob', '1', flag)
         loader = main.build_train_loader(datasets.build_dataset(args, True)[0], args, CPU)
-        loader.sampler.set_epoch(1)
+        loader.set_position(1, 0)
         epochs.append(list(loader))
     assert [len(epoch) for epoch in epochs] == [4, 4]
     for (images, targets), (images_2, targets_2) in zip(*epochs):

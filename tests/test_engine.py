@@ -7,10 +7,11 @@ import torch
 from conftest import seeded_images, seeded_model
 from torch.utils.data import DataLoader, TensorDataset
 
-import utils
 from engine import NonFiniteLoss, evaluate, train_one_epoch
+from loaders.batches import Batches
 from losses import DistillationLoss
 from main import build_model_ema, parse_args
+from run import progress
 
 CPU = torch.device('cpu')
 NANO = 'xcit_nano_12_p16'
@@ -21,9 +22,14 @@ def batches(images: torch.Tensor, targets: torch.Tensor, batch_size: int) -> Dat
 
 
 def train(model, loader, *, optimizer=None, epoch=0, criterion=None, **kwargs) -> dict:
+    criterion = criterion or DistillationLoss(torch.nn.CrossEntropyLoss())
+
+    def losses(batch):
+        images, targets = batch
+        return {'loss': criterion(images, model(images), targets)}
+
     return train_one_epoch(
-        model, criterion or DistillationLoss(torch.nn.CrossEntropyLoss()), loader,
-        optimizer=optimizer or torch.optim.SGD(model.parameters(), lr=.1),
+        model, losses, loader, optimizer=optimizer or torch.optim.SGD(model.parameters(), lr=.1),
         scaler=torch.amp.GradScaler('cpu', enabled=False), device=CPU, epoch=epoch, seed=0, **kwargs)
 
 
@@ -103,6 +109,59 @@ def test_non_finite_loss_stops_before_the_step():
     torch.testing.assert_close(weights(model), before, rtol=0, atol=0)
 
 
+def two_weights() -> torch.nn.Module:
+    """A model of two numbers: 3 and 4."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    with torch.no_grad():
+        model.weight += torch.tensor([[3., 4.]])
+    return model
+
+
+def one_step(model, losses, **kwargs) -> dict:
+    return train_one_epoch(
+        model, losses, [{'x': [torch.ones(1, 2)]}], optimizer=torch.optim.SGD(model.parameters(), lr=1.),
+        scaler=torch.amp.GradScaler('cpu', enabled=False), device=CPU, epoch=0, seed=0, **kwargs)
+
+
+def test_the_sum_of_several_losses_is_minimised():
+    """The step is that of the sum; each is averaged by its name; a figure without gradient only that."""
+    model = two_weights()
+    stats = one_step(model, lambda batch: {'a': model(batch['x'][0]).sum(), 'b': 2 * model.weight[0, 0],
+                                           'figure': torch.tensor(5.)})
+    assert model.weight.tolist() == [[3. - 1 - 2, 4. - 1]]
+    assert {name: stats[name] for name in ('loss', 'a', 'b', 'figure')} == {'loss': 13., 'a': 7., 'b': 6., 'figure': 5.}
+
+
+def test_the_loss_that_is_not_finite_is_named():
+    """Of several, the one that is not, and where."""
+    model = two_weights()
+    with pytest.raises(NonFiniteLoss, match='b is inf at iterations to 8, step 0'):
+        one_step(model, lambda batch: {'a': model.weight.sum(), 'b': torch.tensor(math.inf)}, header='Iterations to 8')
+
+
+def test_clipping_can_be_the_tasks_own():
+    """A function changes the gradients, and its norm is logged."""
+    model = two_weights()
+
+    def clip(parameters):
+        parameters[0].grad.fill_(.5)
+        return torch.tensor(7.)
+
+    assert one_step(model, lambda batch: {'loss': model.weight.sum()}, clip_grad=clip)['grad_norm'] == 7
+    assert model.weight.tolist() == [[2.5, 3.5]]
+
+
+def test_a_rate_can_change_with_every_step():
+    """`before_update` comes before the gradients, with the number of the update over all epochs."""
+    seen, model = [], two_weights()
+    train_one_epoch(
+        model, lambda batch: {'loss': model(batch).sum()}, [torch.ones(1, 2)] * 4,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.), scaler=torch.amp.GradScaler('cpu', enabled=False),
+        device=CPU, epoch=3, seed=0, accum_iter=2, before_update=seen.append)
+    assert seen == [6, 7]
+
+
 def test_frozen_part_stays_in_eval_mode():
     """--surgery's stem: its BatchNorm statistics do not move while the others' do."""
     model = seeded_model(NANO, num_classes=4)
@@ -119,7 +178,8 @@ def test_moving_average_leaves_the_initial_weights_soon():
     model_ema = build_model_ema(parse_args(['--device', 'cpu']), model)
     start = model.head.weight.detach().clone()
     loader = batches(seeded_images(40, 3, 32, 32), torch.arange(40) % 4, 2)
-    train(model, loader, optimizer=torch.optim.SGD(model.parameters(), lr=1e-3), model_ema=model_ema)
+    train(model, loader, optimizer=torch.optim.SGD(model.parameters(), lr=1e-3),
+          average=lambda updates: model_ema.update(model, step=updates))
     average = model_ema.module.head.weight
     assert (average - model.head.weight).norm() < .5 * (start - model.head.weight).norm()
 
@@ -135,7 +195,7 @@ def test_evaluation_equals_one_pass_over_all_images():
     """Accuracies and loss of uneven batches are those of all images at once; nothing is counted twice."""
     model = seeded_model(NANO, num_classes=20).eval()
     images, targets = torch.randn(11, 3, 32, 32), torch.arange(11)
-    stats = evaluate(model, batches(images, targets, 4), device=CPU)
+    stats = evaluate(model, Batches(batches(images, targets, 4)), device=CPU)
     with torch.no_grad():
         logits = model(images)
     ranks = (logits > logits.gather(1, targets[:, None])).sum(dim=1)
@@ -147,7 +207,8 @@ def test_evaluation_equals_one_pass_over_all_images():
 
 def test_evaluation_ends_with_the_originals_line(capsys):
     """`* Acc@1 81.982 Acc@5 95.814 loss 0.805`, three decimals each; fewer than 5 classes count as 5."""
-    evaluate(seeded_model(NANO, num_classes=3), batches(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]), 2), device=CPU)
+    loader = Batches(batches(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]), 2))
+    evaluate(seeded_model(NANO, num_classes=3), loader, device=CPU)
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith('* Acc@1 ')
     assert 'Acc@5 100.000 loss ' in last
@@ -178,7 +239,20 @@ def test_teacher_sees_the_same_autocast():
 def test_prefetch_changes_nothing(device, count):
     """Every batch comes once, in order, on the device."""
     loader = [[torch.full((2, 3), float(i)), torch.tensor([i, i])] for i in range(count)]
-    prefetched = list(utils.DevicePrefetch(loader, torch.device(device)))
-    assert len(prefetched) == len(utils.DevicePrefetch(loader, torch.device(device))) == count
+    prefetched = list(progress.DevicePrefetch(loader, torch.device(device)))
+    assert len(prefetched) == len(progress.DevicePrefetch(loader, torch.device(device))) == count
     for actual, expected in zip(prefetched, loader):
         assert all(a.device.type == device and torch.equal(a.cpu(), e) for a, e in zip(actual, expected))
+
+
+def test_batches_of_any_shape_are_moved_and_counted():
+    """Lists of dicts, tuples of crops, what is no tensor; images are counted as in each of them."""
+    image, meta = torch.zeros(3, 8, 8), torch.device('meta')
+    batches = {2: ([image, image], [{'boxes': torch.zeros(5, 4), 'id': 'a'}, {'boxes': torch.zeros(1, 4), 'id': 'b'}]),
+               4: ((torch.zeros(4, 3, 8, 8), torch.zeros(4, 3, 6, 6)), torch.zeros(4)),
+               3: [{'image': image}] * 3}
+    for count, batch in batches.items():
+        assert progress.count_images(batch) == count
+    moved = progress.map_tensors(batches[2], lambda tensor: tensor.to(meta))
+    assert moved[1][0]['boxes'].device == moved[0][1].device == meta
+    assert moved[1][1]['id'] == 'b'

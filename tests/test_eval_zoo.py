@@ -13,6 +13,7 @@ from conftest import ROOT, seeded_model, write_image
 
 import main as classification
 import xcit
+from run.folder import DirectoryLock
 from tools import eval_zoo
 from tools.eval_zoo import COLUMNS, deviation, main
 from utils import InputError, RunStopped
@@ -223,12 +224,8 @@ def test_other_images_are_not_mixed_in(earlier, imagenet, published, tmp_path):
 
 def test_two_runs_do_not_share_a_table(earlier, imagenet, published):
     """The second is refused while the first lives."""
-    lock = eval_zoo.utils.DirectoryLock(earlier)
-    try:
-        with pytest.raises(InputError, match='another run is writing there'):
-            main(flags(imagenet, published, earlier))
-    finally:
-        lock.release()
+    with DirectoryLock(earlier), pytest.raises(InputError, match='another run is writing there'):
+        main(flags(imagenet, published, earlier))
 
 
 # ----- bad checkpoints

@@ -1,8 +1,8 @@
 """tools/export.py: each format computes what the model does, at every size that it promises, or nothing is kept."""
 import argparse
+import functools
 import json
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import ROOT, seeded_images, seeded_model
+from processes import finish, start
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import inference
@@ -41,11 +42,13 @@ def flags(weights: Path, format_name: str, output: Path, *more: str) -> list:
 
 
 @pytest.fixture(scope='module')
-def onnx_file(weights) -> Path:
-    """NANO as the program exports it, for images of any size."""
-    path = weights.with_name('nano.onnx')
-    main(flags(weights, 'onnx', path, '--dynamic'))
-    return path
+def onnx_file(tmp_path_factory) -> Path:
+    """A small model as the program exports it, for images of any size."""
+    folder = tmp_path_factory.mktemp('onnx')
+    torch.save({'model': seeded_model('xcit_test', num_classes=3).state_dict(), 'classes': CLASSES,
+                'args': {'model': 'xcit_test', 'input_size': 64, 'full_crop': False}}, folder / 'small.pth')
+    main(flags(folder / 'small.pth', 'onnx', folder / 'small.onnx', '--dynamic'))
+    return folder / 'small.onnx'
 
 
 def shallow_model(name: str) -> torch.nn.Module:
@@ -53,12 +56,19 @@ def shallow_model(name: str) -> torch.nn.Module:
     return seeded_model(name, num_classes=3, depth=1).eval()
 
 
-def export_shallow(name: str, format_name: str, folder: Path, *, dynamic: bool, input_size: int = 64) -> Path:
-    path = folder / f'model{FORMATS[format_name][0]}'
-    loaded = LoadedModel(shallow_model(name), name, CLASSES, input_size=input_size, full_crop=False,
-                         device=torch.device('cpu'), amp_dtype=None)
-    export(loaded, argparse.Namespace(format=format_name, output=path, dynamic=dynamic, tolerance=1e-4), path)
-    return path
+@pytest.fixture(scope='module')
+def export_shallow(tmp_path_factory):
+    """Exports such a model, once in each way; gives the file, which is not to be changed."""
+
+    @functools.cache
+    def exported(name: str, format_name: str, *, dynamic: bool, input_size: int = 64) -> Path:
+        path = tmp_path_factory.mktemp('shallow') / f'model{FORMATS[format_name][0]}'
+        loaded = LoadedModel(shallow_model(name), name, CLASSES, input_size=input_size, full_crop=False,
+                             device=torch.device('cpu'), amp_dtype=None)
+        export(loaded, argparse.Namespace(format=format_name, output=path, dynamic=dynamic, tolerance=1e-4), path)
+        return path
+
+    return exported
 
 
 def load_onnx(path: Path):
@@ -101,35 +111,36 @@ def test_stem_in_training_mode_is_not_fused():
 @torch.no_grad()
 def test_program_exports_onnx(onnx_file):
     """From a training's checkpoint to a file that computes the same at sizes that the export did not see."""
-    assert_same(load_onnx(onnx_file), seeded_model(NANO, num_classes=3).eval(), SHAPES)
+    assert_same(load_onnx(onnx_file), seeded_model('xcit_test', num_classes=3).eval(), SHAPES)
 
 
 @pytest.mark.parametrize(('format_name', 'name'), [
     ('onnx', 'xcit_nano_12_p16'), ('onnx', 'xcit_tiny_12_p16'), ('onnx', 'xcit_tiny_12_p8'),
-    ('torchscript', 'xcit_nano_12_p8'), ('torchscript', 'xcit_tiny_12_p16'), ('torch-export', 'xcit_tiny_12_p16')])
+    ('torchscript', 'xcit_nano_12_p8'), ('torchscript', 'xcit_tiny_12_p16'), ('torch-export', 'xcit_nano_12_p8'),
+    ('torch-export', 'xcit_tiny_12_p16')])
 @torch.no_grad()
-def test_dynamic_file_takes_any_size(tmp_path, format_name, name):
-    """Any batch, odd images, and images that are not square; with the test above, ONNX of each kind of model."""
-    path = export_shallow(name, format_name, tmp_path, dynamic=True)
+def test_dynamic_file_takes_any_size(export_shallow, format_name, name):
+    """Any batch, odd images, and images that are not square; with the test below, ONNX of each kind of model."""
+    path = export_shallow(name, format_name, dynamic=True)
     assert_same(LOADERS[format_name](path), shallow_model(name), SHAPES)
 
 
 @pytest.mark.parametrize(('input_size', 'form'), [(64, 'plain'), (160, 'gram')])
 @torch.no_grad()
-def test_form_of_xca_in_a_file(tmp_path, input_size, form):
+def test_form_of_xca_in_a_file(export_shallow, input_size, form):
     """A file has the one that is faster at the size it is exported for, and with that takes all others."""
     model = shallow_model(NANO)
     prepare(model, input_size, 'onnx')
     assert {block.attn.form for block in model.blocks} == {form}
-    path = export_shallow(NANO, 'onnx', tmp_path, dynamic=True, input_size=input_size)
+    path = export_shallow(NANO, 'onnx', dynamic=True, input_size=input_size)
     assert_same(load_onnx(path), shallow_model(NANO), [*SHAPES, (1, 3, 168, 176)])
 
 
 @pytest.mark.parametrize('format_name', ['onnx', 'torch-export'])
 @torch.no_grad()
-def test_file_of_one_size_takes_any_batch(tmp_path, format_name):
+def test_file_of_one_size_takes_any_batch(export_shallow, format_name):
     """Without --dynamic: other batch sizes work, and another height is refused by whatever runs the file."""
-    exported = LOADERS[format_name](export_shallow(NANO, format_name, tmp_path, dynamic=False))
+    exported = LOADERS[format_name](export_shallow(NANO, format_name, dynamic=False))
     assert_same(exported, shallow_model(NANO), [(1, 3, 64, 64), (5, 3, 64, 64)])
     with pytest.raises(Exception, match='64'):
         exported(seeded_images(1, 3, 72, 64))
@@ -185,29 +196,29 @@ def test_onnx_is_valid_and_named(onnx_file):
 
 
 @pytest.mark.parametrize('format_name', ['onnx', 'torch-export'])
-def test_no_paths_of_this_machine(tmp_path, format_name):
+def test_no_paths_of_this_machine(export_shallow, format_name):
     """A file to give away says nothing of where it was made."""
-    assert str(ROOT).encode() not in export_shallow(NANO, format_name, tmp_path, dynamic=True).read_bytes()
+    assert str(ROOT).encode() not in export_shallow(NANO, format_name, dynamic=True).read_bytes()
 
 
-def test_stem_is_fused(tmp_path):
+def test_stem_is_fused(export_shallow):
     """Of the BatchNorms only LPI's is left."""
-    program = torch.export.load(export_shallow(NANO, 'torch-export', tmp_path, dynamic=False))
+    program = torch.export.load(export_shallow(NANO, 'torch-export', dynamic=False))
     assert sum('batch_norm' in str(node.target) for node in program.graph.nodes) == 1
 
 
 def test_onnx_metadata(onnx_file):
     """Classes, size, crop and normalisation come with the file."""
     entries = onnxruntime.InferenceSession(onnx_file).get_modelmeta().custom_metadata_map
-    assert {key: json.loads(value) for key, value in entries.items()} == METADATA
+    assert {key: json.loads(value) for key, value in entries.items()} == {**METADATA, 'model': 'xcit_test'}
 
 
 @pytest.mark.parametrize(('format_name', 'load', 'keyword'), [
     ('torchscript', torch.jit.load, '_extra_files'), ('torch-export', torch.export.load, 'extra_files')])
-def test_torch_metadata(tmp_path, format_name, load, keyword):
+def test_torch_metadata(export_shallow, format_name, load, keyword):
     """The same, as the extra file of the two formats of PyTorch's."""
     extra = {'metadata.json': ''}
-    load(export_shallow(NANO, format_name, tmp_path, dynamic=False), **{keyword: extra})
+    load(export_shallow(NANO, format_name, dynamic=False), **{keyword: extra})
     assert json.loads(extra['metadata.json']) == METADATA
 
 
@@ -272,26 +283,26 @@ def test_missing_package(weights, tmp_path, monkeypatch, package):
     assert message.endswith(': pip install -r requirements-export.txt')
 
 
-def run_without_onnx(*argv: str) -> subprocess.CompletedProcess:
-    """The program, where none of the three packages is installed."""
-    program = ('import sys; sys.modules.update(onnx=None, onnxscript=None, onnxruntime=None)\nimport utils\n'
-               'from tools.export import main\nutils.run_program(main)')
-    return subprocess.run([sys.executable, '-c', program, *argv], cwd=ROOT, capture_output=True, text=True)
+def run_without_onnx(*argv: str) -> tuple:
+    """Exit code, stdout and stderr of the program, where none of the three packages is installed."""
+    program = ('import sys; sys.modules.update(onnx=None, onnxscript=None, onnxruntime=None)\n'
+               'from run import commandline\nfrom tools.export import main\ncommandline.run_program(main)')
+    return finish(start(['-c', program, *argv], 1))[0]
 
 
 def test_missing_package_is_one_line(weights, tmp_path):
     """As a user sees it: exit code 2, no traceback, no file."""
-    result = run_without_onnx(*flags(weights, 'onnx', tmp_path / 'nano.onnx'))
-    assert result.returncode == 2
-    assert result.stderr.splitlines() == [result.stderr.rstrip('\n')]
+    code, _, err = run_without_onnx(*flags(weights, 'onnx', tmp_path / 'nano.onnx'))
+    assert code == 2
+    assert err.splitlines() == [err.rstrip('\n')]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_other_formats_need_no_onnx(weights, tmp_path):
     """TorchScript is exported without the three packages, and nothing is on stderr."""
     output = tmp_path / 'nano.pt'
-    result = run_without_onnx(*flags(weights, 'torchscript', output))
-    assert (result.returncode, result.stderr) == (0, '')
+    code, _, err = run_without_onnx(*flags(weights, 'torchscript', output))
+    assert (code, err) == (0, '')
     assert output.exists()
 
 

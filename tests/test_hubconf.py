@@ -11,10 +11,10 @@ import timm
 import torch
 from conftest import ROOT, seeded_images, seeded_model
 
-import checkpoints
 import hubconf
 import weights
 import xcit
+from run import checkpoints
 from utils import InputError
 
 NAME = 'xcit_nano_12_p16'

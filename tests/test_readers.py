@@ -230,10 +230,10 @@ def test_torch_reader(tmp_path):
         content = {'data': np.zeros((4, 3072), np.uint8), 'labels': [0, 1, 2, 9]}
         (folder / name).write_bytes(pickle.dumps(content))
     (folder / 'batches.meta').write_bytes(pickle.dumps({'label_names': list('abcdefghij')}))
-    code = ('import sys, torchvision, main, utils\n'
+    code = ('import sys, torchvision, main\nfrom run import commandline\n'
             'torchvision.datasets.CIFAR10._check_integrity = lambda self: True\n'  # its checksums are the real files'
             'torchvision.datasets.cifar.check_integrity = lambda *_: True\n'
-            'utils.run_program(lambda: main.main(sys.argv[1:]))')
+            'commandline.run_program(lambda: main.main(sys.argv[1:]))')
     script = tmp_path / 'train.py'
     script.write_text(code)
     run([script, *TINY, '--data-set', 'torch/cifar10', '--data-path', tmp_path, '--epochs', '1', '--output-dir',
@@ -284,13 +284,13 @@ def test_missing_package(tmp_path, data_set, package, installed):
             f'class Block(importlib.abc.MetaPathFinder):\n'
             f'    def find_spec(self, name, path, target=None):\n'
             f'        if name == {package!r} and "main" in sys.modules: raise ModuleNotFoundError(name)\n'
-            f'import main, utils\n'
+            f'import main\nfrom run import commandline\n'
             f'sys.meta_path.insert(0, Block())\n'
-            f'utils.run_program(lambda: main.main(sys.argv[1:]))')
-    done = subprocess.run([sys.executable, '-c', code, *TINY, '--data-set', data_set, '--data-path', tmp_path,
-                           '--num-classes', '2'], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert f'needs the package {package}; pip install {installed}' in done.stderr
+            f'commandline.run_program(lambda: main.main(sys.argv[1:]))')
+    (code, _, err), = finish(start(['-c', code, *TINY, '--data-set', data_set, '--data-path', tmp_path,
+                                    '--num-classes', '2'], 1))
+    assert code == 2, err
+    assert f'needs the package {package}; pip install {installed}' in err
 
 
 def test_built_in_sets_are_accepted():

@@ -1,4 +1,4 @@
-"""What the README says is true of the code."""
+"""What README and docs say is true of the code."""
 import importlib
 import itertools
 import math
@@ -11,12 +11,13 @@ import torch
 from conftest import ROOT, seeded_model, tiny
 
 import datasets
-import readers
 import run_with_submitit
 import xcit
+from loaders import readers
 from main import get_args_parser, main
 
-README = (ROOT / 'README.md').read_text()
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+README = '\n'.join(page.read_text() for page in PAGES)
 
 
 def commands(program: str = 'main.py') -> list:
@@ -72,8 +73,9 @@ def test_python_runs(block):
 @pytest.mark.parametrize('command', commands('run_with_submitit.py'))
 def test_slurm_command_parses(command):
     """So is every command of the SLURM wrapper."""
-    args = run_with_submitit.get_args_parser().parse_args(shlex.split(command))
-    assert timm.is_model(args.model)
+    job, words = run_with_submitit.get_args_parser().parse_known_args(shlex.split(command))
+    assert job.program == 'main'
+    assert timm.is_model(get_args_parser().parse_args(words).model)
 
 
 def test_model_table_is_the_codes():
@@ -132,9 +134,41 @@ def test_every_data_set_is_described():
 
 
 def test_every_difference_is_listed():
-    """The topic of each `# differs: TOPIC - ...` in the code has a place in the README's list."""
-    section = README.split('## Differences from the original', 1)[1].split('\n## ', 1)[0].lower()
-    topics = [topic for path in ROOT.glob('*.py')
-              for topic in re.findall(r'# differs: ([^-\n]*) - ', path.read_text())]
-    assert len(topics) == sum(path.read_text().count('# differs:') for path in ROOT.glob('*.py')) > 5
-    assert [topic for topic in topics if topic.lower() not in section] == []
+    """The topic of each `# differs: TOPIC - ...` in the code has a place in the list of differences."""
+    listed = (ROOT / 'docs' / 'differences.md').read_text().lower()
+    files = [path for path in ROOT.glob('**/*.py') if not {'tests', '.venv'} & set(path.relative_to(ROOT).parts)]
+    code = [path.read_text() for path in files]
+    topics = [topic for text in code for topic in re.findall(r'# differs: ([^-\n]*) - ', text)]
+    assert len(topics) == sum(text.count('# differs:') for text in code) > 5
+    assert [topic for topic in topics if topic.lower() not in listed] == []
+
+
+def test_readme_is_read_to_its_end():
+    """At most 200 lines."""
+    assert len((ROOT / 'README.md').read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize('page', [*PAGES, ROOT / 'CONTRIBUTING.md', ROOT / 'RESULTS.md'], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """To a file of the repository, and to a heading of it."""
+    for target in re.findall(r'\]\(([^)\s]+)\)', page.read_text()):
+        name, _, anchor = target.partition('#')
+        if '://' in target:
+            continue
+        file = page.parent / name if name else page
+        assert file.exists(), target
+        headings = re.findall(r'^#+ (.*)$', file.read_text(), re.MULTILINE) if anchor else []
+        slugs = [re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings]
+        assert not anchor or anchor in slugs, target
+
+
+def test_the_map_names_files_that_are_there():
+    """CONTRIBUTING has every file of run/, loaders/ and the top level, and no other."""
+    text = (ROOT / 'CONTRIBUTING.md').read_text()
+    files = [*ROOT.glob('*.py'), *ROOT.glob('run/[a-z]*.py'), *ROOT.glob('loaders/[a-z]*.py')]
+    assert [file.name for file in files if f'{file.name}`' not in text] == []
+
+
+def test_the_top_level_is_small():
+    """At most 16 Python files."""
+    assert len(list(ROOT.glob('*.py'))) <= 16

@@ -5,15 +5,37 @@ import torch
 
 import main
 from main import build_mixup, build_optimizer, build_scheduler, get_args_parser, parse_args, uses_soft_targets
+from run.commandline import respelled
+from utils import InputError
 
 # Defaults that are defects of the original, or that a device-independent program cannot have.
 CHANGED_DEFAULTS = {'model': 'xcit_small_12_p16', 'device': 'auto', 'dist_eval': True}
 
 
 def test_every_flag_of_the_original_is_there(reference):
-    """Each spelling is accepted."""
-    flags = {flag for action in get_args_parser()._actions for flag in action.option_strings}
-    assert set(reference['cli_flags']) <= flags
+    """Each spelling is accepted, word for word."""
+    takes_none = {'--eval', '--full_crop', '--dist-eval', '--model-ema', '--no-model-ema', '--model-ema-force-cpu',
+                  '--pin-mem', '--no-pin-mem', '--repeated-aug', '--no-repeated-aug', '--resplit'}
+    value = {'--device': 'cpu', '--distillation-type': 'hard', '--inat-category': 'name', '--mixup-mode': 'pair',
+             '--remode': 'const', '--sched': 'step', '--train-interpolation': 'random', '--opt-betas': '.9 .99',
+             '--cutmix-minmax': '.1 .2', '--drop-path': '.1'}
+    for flag in set(reference['cli_flags']) - {'-h', '--help'}:
+        words = [flag] if flag in takes_none else [flag, *value.get(flag, '1').split()]
+        get_args_parser().parse_args(words)
+
+
+@pytest.mark.parametrize('command', [
+    '--model xcit_small_12_p16 --batch-size 64 --drop-path 0.05 --output_dir runs/x --epochs 400',
+    '--eval --model xcit_small_12_p16 --full_crop --pretrained '
+    'https://dl.fbaipublicfiles.com/xcit/xcit_small_12_p16_224.pth',
+    '--eval --input-size 384 --model xcit_small_12_p16 --full_crop --pretrained '
+    'https://dl.fbaipublicfiles.com/xcit/xcit_small_12_p16_384_dist.pth',
+    '--model xcit_small_12_p16 --batch-size 64 --drop-path 0.05 --output_dir runs/x --epochs 400 '
+    '--distillation-type hard --teacher-model regnety_160 --teacher-path '
+    'https://dl.fbaipublicfiles.com/deit/regnety_160-a5fe301d.pth'])
+def test_commands_of_the_original(command):
+    """Those of its README, word for word."""
+    parse_args([*command.split(), '--device', 'cpu'])
 
 
 def test_defaults_are_the_originals(reference):
@@ -23,20 +45,29 @@ def test_defaults_are_the_originals(reference):
     assert {key: own[key] for key in expected} == expected
 
 
-@pytest.mark.parametrize('option', ['output-dir', 'num-workers', 'start-epoch', 'world-size', 'dist-url', 'full-crop'])
-def test_published_spellings_have_a_dashed_alias(option):
-    """Both spellings set the same value."""
-    value = {'full-crop': []}.get(option, ['3'])
-    dashed, underscored = (get_args_parser().parse_args([f'--{spelling}', *value])
-                           for spelling in (option, option.replace('-', '_')))
-    assert dashed == underscored != get_args_parser().parse_args([])
+def test_every_flag_has_two_spellings():
+    """With dashes and with underscores, in part too, `--no-...` and `--flag=value` included."""
+    for dashed, *others in (['--output-dir=x', '--output_dir=x'],
+                            ['--no-model-ema', '--no_model_ema', '--no-model_ema'],
+                            ['--warmup-epochs=3', '--warmup_epochs=3'], ['--full-crop', '--full_crop']):
+        for other in others:
+            args = get_args_parser().parse_args([other])
+            assert args == get_args_parser().parse_args([dashed]) != get_args_parser().parse_args([])
+
+
+def test_values_keep_their_spelling():
+    """Only options are respelled, and nothing after `--`; abbreviations are not accepted."""
+    assert get_args_parser().parse_args(['--output_dir', 'a_b-c', '--data_path=--x_y']).data_path == '--x_y'
+    with pytest.raises(InputError, match='unrecognized arguments: --out'):
+        get_args_parser().parse_args(['--out', 'x'])
+    assert respelled('--no_such_flag', {}) == '--no_such_flag'
 
 
 def test_learning_rates_equal_the_originals(reference, monkeypatch):
     """The rate that each epoch is trained with, for every command line of the reference."""
     for expected in reference['lr']:
         args = parse_args([*expected['argv'], '--batch-size', str(expected['batch_size']), '--device', 'cpu'])
-        monkeypatch.setattr(main.utils, 'get_world_size', lambda expected=expected: expected['world_size'])
+        monkeypatch.setattr(main.processes, 'get_world_size', lambda expected=expected: expected['world_size'])
         optimizer = build_optimizer(args, torch.nn.Linear(2, 2))
         scheduler = build_scheduler(args, optimizer)
         used = []

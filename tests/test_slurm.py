@@ -197,6 +197,51 @@ def test_help_names_the_flags_of_both(capsys):
     assert 'must be on a file system that all nodes share; %j is the job\'s id (default: ./runs/%j)' in text
 
 
+@pytest.mark.parametrize('command', [
+    # its README
+    '--partition P --nodes 2 --ngpus 8 --model xcit_small_12_p16 --batch-size 64 --drop-path 0.05 --job_dir {} '
+    '--epochs 400',
+    # and all other flags of its program
+    '--ngpus 8 --nodes 2 --timeout 2800 --job_dir {} --partition learnfair --use_volta32 --comment icml'])
+def test_commands_of_the_original(command, tmp_path, capsys):
+    """Word for word."""
+    assert main(['--dry-run', *command.format(tmp_path / 'jobs').split()]) == 0
+    script = capsys.readouterr().out
+    assert '--nodes=2' in script
+    assert '--gpus-per-node=8' in script
+    assert ('--constraint=volta32gb' in script) == ('volta32' in command)
+
+
+def test_program_can_be_another(tmp_path, data, capsys):
+    """--program MODULE: its flags are checked, and the script says what each process runs."""
+    flags = ['--program', 'tests.rotation_training', '--dry-run', '--ngpus', '0', '--job-dir', str(tmp_path / 'jobs'),
+             '--data_path', str(data / 'train')]
+    assert main([*flags, '--iterations', '7']) == 0
+    script = capsys.readouterr().out
+    assert 'job-name=tests.rotation_training\n' in script
+    assert f'python -u -m tests.rotation_training --data_path {data}/train --iterations 7 --device cpu' in script
+    with pytest.raises(InputError, match='--iterations'):
+        main([*flags, '--iterations', '0'])
+
+
+@pytest.mark.parametrize(('program', 'message'), [
+    ('dino.trian', 'no such module'), ('../x', 'no such module'), ('utils', 'has no parse_args and main')])
+def test_program_that_is_none(program, message):
+    """Names that are no program's, before anything is submitted."""
+    with pytest.raises(InputError, match=f'--program {program}: {message}'):
+        main(['--program', program, '--dry-run'])
+
+
+def test_help_shows_both(capsys):
+    """The job's flags and the program's."""
+    with pytest.raises(SystemExit) as ended:
+        main(['--help'])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert '--partition NAME' in out
+    assert '--warmup-epochs N' in out
+
+
 def test_gpu_flags_do_not_need_a_gpu_here(capsys):
     """The machine from which a job is submitted often has no GPU."""
     assert main(['--ngpus', '8', '--device', 'cuda', '--amp', 'fp16', '--dry-run']) == 0
@@ -248,7 +293,9 @@ def test_dry_run_prints_what_is_submitted(finished, data, capsys):
     """Line by line the script in the job's directory."""
     _, _, base = finished
     assert main(job_flags(data, base, '--dry-run')) == 0
-    assert capsys.readouterr().out.strip() == next(base.glob('*/*_submission.sh')).read_text().strip()
+    script, command = capsys.readouterr().out.split('\n# Each process runs: ')
+    assert script.strip() == next(base.glob('*/*_submission.sh')).read_text().strip()
+    assert command.startswith(f'python -u {ROOT / "main.py"} --model')
 
 
 # ----- time limit and preemption

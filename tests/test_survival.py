@@ -2,7 +2,6 @@
 import json
 import math
 import os
-import random
 import resource
 import signal
 import subprocess
@@ -12,15 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, tiny, write_folders
+from conftest import ROOT, tiniest, tiny, write_folders
 from processes import finish, start
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import checkpoints
 import datasets
 import utils
 from main import main
-from training import Keeper
+from run import checkpoints, signals
+from run.training import Run
 from utils import InputError, RunStopped
 
 STEPS = 4  # of an epoch of the runs below
@@ -34,7 +32,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope='module')
 def flags(data) -> list:
     """A run of 3 epochs with everything random that there is."""
-    return tiny(data, '--epochs', '3', '--drop-path', '.3', '--drop', '.1', '--no-repeated-aug')
+    return tiniest(data, '--epochs', '3', '--drop-path', '.3', '--drop', '.1', '--no-repeated-aug')
 
 
 @pytest.fixture(scope='module')
@@ -68,14 +66,14 @@ def assert_same_run(run: Path, other: Path):
 def interrupt_main(argv: list, signum: int, look: int, monkeypatch) -> utils.Interrupted:
     """Run in this process, and send it a signal just before it looks for one for the `look`-th time."""
     looks = iter(range(1, 1000))
-    agreed = utils.StopRequest.agreed
+    agreed = signals.StopRequest.agreed
 
     def agreed_after_signal(self):
         if next(looks) == look:
             os.kill(os.getpid(), signum)
         return agreed(self)
 
-    monkeypatch.setattr(utils.StopRequest, 'agreed', agreed_after_signal)
+    monkeypatch.setattr(signals.StopRequest, 'agreed', agreed_after_signal)
     with pytest.raises(utils.Interrupted) as caught:
         main(argv)
     monkeypatch.undo()
@@ -85,8 +83,6 @@ def interrupt_main(argv: list, signum: int, look: int, monkeypatch) -> utils.Int
 # ----- signals
 
 @pytest.mark.parametrize(('signum', 'look', 'epoch', 'step'), [
-    (signal.SIGTERM, 1, -1, 1),  # the first step of all
-    (signal.SIGINT, STEPS, -1, STEPS),  # the last step of an epoch: its evaluation is still to do
     (signal.SIGUSR1, STEPS + 2, -1, STEPS),  # in the evaluation
     (signal.SIGUSR2, STEPS + 4 + 3, 0, 3),  # in the second epoch
 ], ids=lambda value: getattr(value, 'name', None))
@@ -108,14 +104,14 @@ def test_signal_between_accumulated_batches_waits_for_the_step(flags, tmp_path, 
 
 def test_handlers_are_put_back(flags, tmp_path, monkeypatch):
     """A program that calls main() keeps its own handlers."""
-    before = [signal.getsignal(signum) for signum in utils.StopRequest.SIGNALS]
+    before = [signal.getsignal(signum) for signum in signals.StopRequest.SIGNALS]
     interrupt_main([*flags, '--output-dir', str(tmp_path)], signal.SIGTERM, 1, monkeypatch)
-    assert [signal.getsignal(signum) for signum in utils.StopRequest.SIGNALS] == before
+    assert [signal.getsignal(signum) for signum in signals.StopRequest.SIGNALS] == before
 
 
 def test_second_interrupt_does_not_wait():
     """Ctrl-C twice is KeyboardInterrupt at once."""
-    with pytest.raises(KeyboardInterrupt), utils.StopRequest():  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), signals.StopRequest():  # noqa: PT012
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -172,73 +168,26 @@ def test_save_every(flags, tmp_path, monkeypatch):
     assert saved == [(-1, 3), (0, 0), (0, 3), (1, 0)]
 
 
-# ----- kill -9
-
-def kill_until_done(command: list, world: int, kills: int, seed: int, run: Path) -> int:
-    """Start the command again and again; kill all processes at a random moment the first `kills` times.
-
-    Returns:
-        How many of the kills found all processes alive.
-    """
-    chance = random.Random(seed)
-    done = 0
-    for attempt in range(kills + 1):
-        processes = start(command, world)
-        if attempt < kills:
-            before, began = newest(run), time.monotonic()
-            # Most kills should hit the training, some the start: the delay counts from the first sign of life, or not.
-            while (attempt % 5 != 4 and newest(run) == before and all(p.poll() is None for p in processes)
-                   and time.monotonic() < began + 60):
-                time.sleep(.02)
-            time.sleep(chance.uniform(0, 2))
-            for process in processes:
-                process.kill()
-            done += all(code == -signal.SIGKILL for code, _, _ in finish(processes))
-        else:
-            results = finish(processes)
-            assert [code for code, _, _ in results] == [0] * world, results
-    return done
-
-
-def newest(run: Path) -> float:
-    return max((path.stat().st_mtime for path in run.glob('checkpoint*')), default=0.)
-
-
-@pytest.mark.parametrize(('world', 'kills'), [
-    (1, 3), (2, 2),
-    pytest.param(1, 20, marks=pytest.mark.slow), pytest.param(2, 20, marks=pytest.mark.slow)])
-def test_kill_at_random_moments(data, tmp_path, world, kills):
-    """Restarted until it is done, a killed training ends with bitwise the weights of an undisturbed one."""
-    epochs = str(4 if kills < 20 else 40)
-    command = [ROOT / 'main.py', *tiny(data, '--epochs', epochs, '--save-every', '1', '--resume', 'auto',
-                                       '--drop-path', '.3', '--batch-size', '2', '--num-workers', '2')]
-    undisturbed, killed = tmp_path / 'undisturbed', tmp_path / 'killed'
-    kill_until_done([*command, '--output-dir', undisturbed], world, 0, 0, undisturbed)
-    assert kill_until_done([*command, '--output-dir', killed], world, kills, kills, killed) >= .8 * kills
-    assert_same_run(killed, undisturbed)
-    assert [line['epoch'] for line in log_lines(killed)] == list(range(int(epochs)))
-    events = EventAccumulator(str(killed / 'tb'), size_guidance={'scalars': 0, 'images': 0}).Reload()
-    assert [event.step for event in events.Scalars('test/acc1')] == list(range(int(epochs)))
-    assert len(events.Images('train/images')) == 1
-
+# ----- several processes
 
 SIGNALS_RANK_1 = (
-    'import os, signal, sys, main, utils\n'
-    'agreed, looks = utils.StopRequest.agreed, []\n'
+    'import os, signal, sys, main\n'
+    'from run import commandline, signals\n'
+    'agreed, looks = signals.StopRequest.agreed, []\n'
     'def look(self):\n'
     '    looks.append(0)\n'
     '    if os.environ["RANK"] == "1" and len(looks) == int(os.environ["LOOK"]):\n'
     '        os.kill(os.getpid(), signal.SIGTERM)\n'
     '    return agreed(self)\n'
-    'utils.StopRequest.agreed = look\n'
-    'utils.run_program(lambda: main.main(sys.argv[1:]))\n')
+    'signals.StopRequest.agreed = look\n'
+    'commandline.run_program(lambda: main.main(sys.argv[1:]))\n')
 
 
 def test_two_processes_stop_twice_in_evaluation(data, tmp_path, monkeypatch):
     """A signal to one of two processes stops both, stored, also in an evaluation that had been stopped before."""
     script = tmp_path / 'signals_rank_1.py'
     script.write_text(SIGNALS_RANK_1)
-    command = [script, *tiny(data, '--no-repeated-aug', '--batch-size', '2', '--epochs', '1', '--resume', 'auto',
+    command = [script, *tiniest(data, '--no-repeated-aug', '--batch-size', '2', '--epochs', '1', '--resume', 'auto',
                              '--output-dir', tmp_path / 'run')]
     for look in STEPS + 1, 1:
         monkeypatch.setenv('LOOK', str(look))
@@ -251,7 +200,7 @@ def test_number_of_processes_may_change_within_an_epoch(data, tmp_path, monkeypa
     """Stopped in the middle of an epoch of two processes and finished by one: its mean loss is about the same."""
     script = tmp_path / 'signals_rank_1.py'
     script.write_text(SIGNALS_RANK_1)
-    flags = tiny(data, '--no-repeated-aug', '--epochs', '1', '--model-ema-decay', '0', '--lr', '1e-12',
+    flags = tiniest(data, '--no-repeated-aug', '--epochs', '1', '--model-ema-decay', '0', '--lr', '1e-12',
                  '--warmup-lr', '0', '--min-lr', '0')
     stats = main([*flags, '--output-dir', str(tmp_path / 'alone')])
     monkeypatch.setenv('LOOK', str(STEPS // 2))
@@ -263,9 +212,10 @@ def test_number_of_processes_may_change_within_an_epoch(data, tmp_path, monkeypa
 
 
 OWN_FOLDER = (
-    'import os, sys, main, utils\n'
+    'import os, sys, main\n'
+    'from run import commandline, signals\n'
     'os.chdir(sys.argv[1 + int(os.environ["RANK"])])\n'
-    'utils.run_program(lambda: main.main(sys.argv[3:]))\n')
+    'commandline.run_program(lambda: main.main(sys.argv[3:]))\n')
 
 
 def test_processes_that_see_different_checkpoints_refuse(data, tmp_path):
@@ -273,11 +223,11 @@ def test_processes_that_see_different_checkpoints_refuse(data, tmp_path):
     folders = [tmp_path / 'node0', tmp_path / 'node1']
     script = tmp_path / 'own_folder.py'
     script.write_text(OWN_FOLDER)
-    for folder, epochs in zip(folders, '12'):
-        folder.mkdir()
-        main(tiny(data, '--epochs', epochs, '--output-dir', str(folder / 'run')))
-    results = finish(start([script, *folders, *tiny(data, '--epochs', '3', '--output-dir', 'run', '--resume', 'auto')],
-                           2))
+    for node, epochs in zip(folders, '12'):
+        node.mkdir()
+        main(tiniest(data, '--epochs', epochs, '--output-dir', str(node / 'run')))
+    results = finish(start([script, *folders, *tiniest(data, '--epochs', '3', '--batch-size', '2', '--output-dir',
+                                                      'run', '--resume', 'auto')], 2))
     assert [code for code, _, _ in results] == [2, 2], results
     assert 'must be on a file system that all nodes share' in results[0][2]
 
@@ -287,11 +237,11 @@ def test_process_that_sees_no_checkpoint_refuses(data, tmp_path):
     folders = [tmp_path / 'node0', tmp_path / 'node1']
     script = tmp_path / 'own_folder.py'
     script.write_text(OWN_FOLDER)
-    for folder in folders:
-        folder.mkdir()
-    main(tiny(data, '--epochs', '1', '--output-dir', str(folders[0] / 'run')))
-    results = finish(start([script, *folders, *tiny(data, '--epochs', '3', '--output-dir', 'run', '--resume', 'auto')],
-                           2))
+    for node in folders:
+        node.mkdir()
+    main(tiniest(data, '--epochs', '1', '--output-dir', str(folders[0] / 'run')))
+    results = finish(start([script, *folders, *tiniest(data, '--epochs', '3', '--batch-size', '2', '--output-dir',
+                                                      'run', '--resume', 'auto')], 2))
     assert [code for code, _, _ in results] == [2, 2], results
     assert 'must be on a file system that all nodes share' in results[0][2]
 
@@ -314,14 +264,15 @@ def test_elastic_restart_goes_on(data, tmp_path):
     """torchrun --max-restarts starts the group again after a rank died, and --resume auto goes on."""
     script = tmp_path / 'dies_once.py'
     script.write_text(
-        'import os, sys, main, utils\n'
-        'agreed, looks = utils.StopRequest.agreed, []\n'
+        'import os, sys, main\n'
+        'from run import commandline, signals\n'
+        'agreed, looks = signals.StopRequest.agreed, []\n'
         'def die_once(self):\n'
         '    looks.append(0)\n'
         '    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1" and len(looks) == 3:\n'
         '        os.kill(os.getpid(), 9)\n'
         '    return agreed(self)\n'
-        'utils.StopRequest.agreed = die_once\n'
+        'signals.StopRequest.agreed = die_once\n'
         'main.main(sys.argv[1:])\n')
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=1',
                script, *tiny(data, '--epochs', '1', '--save-every', '1', '--batch-size', '2'), '--resume', 'auto',
@@ -364,42 +315,13 @@ def test_truncation_is_noticed(tmp_path, length):
         checkpoints.load_checkpoint(path, '--resume')
 
 
-@pytest.mark.parametrize('damage', ['flip', 'truncate', 'delete'])
-def test_damaged_checkpoint_gives_way_to_the_one_before(flags, whole, tmp_path, capsys, damage):
-    """--resume auto takes the previous one, says which and why, and reaches bitwise the same weights."""
-    run = tmp_path / 'run'
-    main([*flags, '--epochs', '2', '--output-dir', str(run)])
-    path = run / 'checkpoint.pth'
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content if damage == 'flip' else content[:-1000])
-    if damage == 'delete':  # as a crash between the two renames leaves it
-        path.unlink()
-    capsys.readouterr()
-    main([*flags, '--epochs', '3', '--output-dir', str(run), '--resume', 'auto'])
-    out = capsys.readouterr().out
-    assert f'{run}/checkpoint_previous.pth: goes on at epoch 1, step 0' in out
-    assert damage == 'delete' or f'{path}: damaged, truncated' in out
-    assert (run / 'checkpoint_damaged.pth').exists() == (damage != 'delete')
-    assert [line['epoch'] for line in log_lines(run)] == [0, 1, 2]
-
-
-def test_nothing_intact_is_no_fresh_start(flags, tmp_path):
-    """With both checkpoints damaged --resume auto refuses, and changes nothing."""
-    for name in ('checkpoint.pth', 'checkpoint_previous.pth'):
-        (tmp_path / name).write_bytes(b'damaged')
-    with pytest.raises(InputError, match='damaged, truncated'):
-        main([*flags, '--output-dir', str(tmp_path), '--resume', 'auto'])
-    assert {path.name for path in tmp_path.iterdir()} == {'.lock', 'checkpoint.pth', 'checkpoint_previous.pth'}
-
-
 def test_full_disk_leaves_the_last_checkpoint(flags, whole, tmp_path):
     """A checkpoint that can't be written ends the run in one line; the files before it are intact."""
     run = tmp_path / 'run'
     main([*flags, '--epochs', '1', '--output-dir', str(run)])
     before = {name: (run / name).read_bytes() for name in ('checkpoint.pth', 'best_model.pth')}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 17, hard))
     try:
         with pytest.raises(RunStopped, match="can't be written"):
             main([*flags, '--output-dir', str(run), '--resume', 'auto'])
@@ -414,7 +336,7 @@ def test_full_disk_leaves_the_last_checkpoint(flags, whole, tmp_path):
 def test_full_disk_under_save_every(flags, tmp_path):
     """A checkpoint that is written beside the training and can't be ends the run too, at the next one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 17, hard))
     try:
         with pytest.raises(RunStopped, match=r"checkpoint\.pth can't be written"):
             main([*flags, '--save-every', '1', '--output-dir', str(tmp_path)])
@@ -425,16 +347,16 @@ def test_full_disk_under_save_every(flags, tmp_path):
 
 def test_stored_state_is_that_of_its_step(flags, tmp_path, monkeypatch):
     """What is written beside the training does not see the steps that follow."""
-    write, stored = Keeper.write, []
+    write, stored = Run.write, []
 
     def slowly(self, content):
         time.sleep(.5)  # some steps
         stored.append(content)
         write(self, content)
 
-    monkeypatch.setattr(Keeper, 'write', slowly)
+    monkeypatch.setattr(Run, 'write', slowly)
     main([*flags, '--epochs', '1', '--save-every', '1', '--output-dir', str(tmp_path / 'a')])
-    monkeypatch.setattr(Keeper, 'write', write)
+    monkeypatch.setattr(Run, 'write', write)
     interrupt_main([*flags, '--output-dir', str(tmp_path / 'b')], signal.SIGTERM, 2, monkeypatch)
     for key in ('step', 'model', 'model_ema', 'optimizer'):
         torch.testing.assert_close(stored[1][key], state(tmp_path / 'b')[key], rtol=0, atol=0)
@@ -455,22 +377,13 @@ def test_full_disk_leaves_other_files(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['args.json']
 
 
-# ----- two runs, bad images
-
-def test_second_run_in_a_directory_is_refused(flags, tmp_path):
-    """As long as a run writes there; the holder is named, and its files are left alone."""
-    with (utils.DirectoryLock(tmp_path),
-          pytest.raises(InputError, match=f'another run is writing there \\(process {os.getpid()} on ')):
-        main([*flags, '--output-dir', str(tmp_path)])
-    assert [path.name for path in tmp_path.iterdir()] == ['.lock']
-    assert math.isfinite(main([*flags, '--epochs', '1', '--output-dir', str(tmp_path)])['train_loss'])
-
+# ----- bad images
 
 def test_bad_image_is_skipped_in_training_only(tmp_path, flags):
     """--skip-bad-images trains past an unreadable image; evaluation stops at one all the same."""
     broken = write_folders(tmp_path / 'data')
     (broken / 'train' / 'cat' / '1.png').write_bytes(b'')
-    argv = [*tiny(broken, '--epochs', '1', '--no-repeated-aug'), '--skip-bad-images', '1']
+    argv = [*tiniest(broken, '--epochs', '1', '--no-repeated-aug'), '--skip-bad-images', '1']
     assert math.isfinite(main(argv)['train_loss'])
     (broken / 'val' / 'cat' / '1.png').write_bytes(b'')
     with pytest.raises(datasets.UnreadableImage, match=r'val/cat/1\.png'):

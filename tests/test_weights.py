@@ -19,10 +19,10 @@ from conftest import ROOT, seeded_images, seeded_model, tiny, write_folders
 from processes import free_port
 from servers import downloads, serve
 
-import checkpoints
 import main
 import weights
 import xcit
+from run import checkpoints
 from utils import InputError
 
 NAME, CLASSES = 'xcit_nano_12_p16', 3

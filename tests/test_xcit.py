@@ -357,7 +357,7 @@ def test_features_only():
 @torch.no_grad()
 def test_torchscript_and_export_agree_with_eager():
     """The scripted and the exported model (dynamic batch, height and width) compute the same at another size."""
-    model = seeded_model('xcit_nano_12_p8', num_classes=10).eval()
+    model = seeded_model('xcit_nano_12_p8', num_classes=10, depth=2).eval()
     images = torch.randn(1, 3, 70, 45)
     expected = model(images)
     torch.testing.assert_close(torch.jit.script(model)(images), expected)
@@ -400,7 +400,7 @@ def test_bf16_autocast_stays_close():
 def test_one_graph_under_autocast(device, training):
     """The compiler takes the whole model as one graph; torch 2.11 cut it wherever autocast was asked for."""
     torch._dynamo.reset()
-    model = timm.create_model('xcit_nano_12_p16', num_classes=2).to(device).train(training)
+    model = timm.create_model(NANO, num_classes=2, depth=2).to(device).train(training)
     compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
     with torch.set_grad_enabled(training), torch.autocast(device, torch.bfloat16):
         assert compiled(torch.randn(2, 3, 48, 48, device=device)).shape == (2, 2)

@@ -36,11 +36,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import datasets
 import inference
 import linear
-import main as training_program
+import main as classification
 import utils
 import xca
 import xcit
-from utils import COUNT, COUNT_OR_0, InputError, notice
+from loaders.batches import build_train_loader
+from run import commandline, folder, logs, processes
+from run.commandline import COUNT, COUNT_OR_0
+from run.processes import notice
+from utils import InputError, similar
 
 PRECISIONS = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 TIMM = 'timm:'  # in front of a model's name: timm's implementation of XCiT
@@ -73,15 +77,15 @@ def model_name(text: str) -> str:
     name = text.removeprefix(TIMM)
     if name not in xcit.MODELS if text.startswith(TIMM) else not timm.is_model(name):
         names = xcit.MODELS + timm.list_models()
-        raise argparse.ArgumentTypeError(f'no model {text}{training_program.similar(name, names)}')
+        raise argparse.ArgumentTypeError(f'no model {text}{similar(name, names)}')
     return text
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = utils.Parser('python -m tools.benchmark', description=__doc__, allow_abbrev=False,
+    parser = commandline.Parser('python -m tools.benchmark', description=__doc__,
                           formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_subparsers(dest='what', required=True, metavar='{speed,scaling,compare,xca,linear,data}')
-    command = functools.partial(what.add_parser, allow_abbrev=False,
+    command = functools.partial(what.add_parser,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     speed = command('speed', help='time, memory and operations of one model')
@@ -241,7 +245,7 @@ def _peak_memory(step: Callable, device: torch.device) -> Optional[float]:
             step()
             return (torch.cuda.max_memory_allocated(device) - before) / 2 ** 20
         if device.type == 'cpu' and platform.system() == 'Linux':
-            utils.set_malloc(mmap_threshold=2 ** 17, trim_threshold=2 ** 17)  # memory that is freed does not count
+            processes.set_malloc(mmap_threshold=2 ** 17, trim_threshold=2 ** 17)  # memory that is freed does not count
             step()
             ctypes.CDLL(None).malloc_trim(0)
             Path('/proc/self/clear_refs').write_text('5')  # the peak starts again from here
@@ -254,7 +258,7 @@ def _peak_memory(step: Callable, device: torch.device) -> Optional[float]:
     except (OSError, AttributeError):  # containers may forbid it; other C libraries have no malloc_trim
         pass
     finally:
-        utils.set_malloc(mmap_threshold=2 ** 25, trim_threshold=2 ** 26)  # where glibc's own rule ends up
+        processes.set_malloc(mmap_threshold=2 ** 25, trim_threshold=2 ** 26)  # where glibc's own rule ends up
     return None
 
 
@@ -342,7 +346,7 @@ def build_step(name: str, resolution: Tuple[int, int], batch_size: int, *, train
     if not training:
         return infer
     if device.type == 'cpu':
-        utils.keep_freed_memory()  # as main.py does
+        processes.keep_freed_memory()  # as main.py does
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     targets = torch.randint(1000, (batch_size,), device=device)
 
@@ -629,14 +633,14 @@ def data(args, device: torch.device) -> dict:
 
 
 def loading(args, folder: Path) -> dict:
-    flags = training_program.get_args_parser().parse_args(
+    flags = classification.get_args_parser().parse_args(
         ['--num-workers', str(args.num_workers), '--batch-size', '32', '--no-repeated-aug'])
     cpu = torch.device('cpu')
     transform = datasets.build_train_transform(flags)
     dataset = datasets.ClassFolders(folder, transform)
     if len(dataset) < flags.batch_size:
         raise InputError(f'--data-path {folder}: has {len(dataset)} images, fewer than a batch of {flags.batch_size}')
-    ours = training_program.build_train_loader(dataset, flags, cpu)
+    ours = build_train_loader(dataset, flags, cpu)
     theirs = create_loader(
         ImageDataset(str(folder)), input_size=(3, 224, 224), batch_size=flags.batch_size, is_training=True,
         use_prefetcher=False, num_workers=args.num_workers, persistent_workers=args.num_workers > 0,
@@ -687,7 +691,7 @@ def main(argv: Optional[list] = None):
     args = get_args_parser().parse_args(argv)
     check_effect(args)
     on_cpu = args.what in ('linear', 'data')
-    device = torch.device('cpu') if on_cpu else utils.choose_device(args.device)
+    device = torch.device('cpu') if on_cpu else processes.choose_device(args.device)
     if not on_cpu and args.precision == 'fp16' and device.type == 'cpu':
         raise InputError('--precision fp16: is not for CPUs; allowed: fp32, bf16')
     if args.what == 'linear' and not linear.has_onednn():
@@ -695,13 +699,13 @@ def main(argv: Optional[list] = None):
     if args.what == 'scaling':
         if not utils.is_installed('matplotlib'):
             raise InputError('scaling: needs matplotlib: pip install -r requirements-benchmark.txt')
-        utils.check_output_dir(str(args.output_dir))
+        folder.check_output_dir(str(args.output_dir))
         with utils.writing(args.output_dir):
             args.output_dir.mkdir(parents=True, exist_ok=True)
     where = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{device.type}, {os.cpu_count()} cores'
     notice(f'{datetime.date.today()}: python -m tools.benchmark {" ".join(sys.argv[1:] if argv is None else argv)}')
     notice(f'{where}, {torch.get_num_threads()} threads; '
-           + ', '.join(f'{name} {version}' for name, version in utils.environment().items()))
+           + ', '.join(f'{name} {version}' for name, version in logs.environment().items()))
     return (against_timm if is_two_sided(args) else COMMANDS[args.what])(args, device)
 
 
@@ -709,4 +713,4 @@ COMMANDS = {'speed': speed, 'scaling': scaling, 'compare': compare, 'xca': atten
             'data': data}
 
 if __name__ == '__main__':
-    utils.run_program(main)
+    commandline.run_program(main)

@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 import datasets
 import inference
-import training
-import utils
 import weights
 import xcit
-from main import AMP_DTYPES, build_amp_dtype, check_model
-from utils import COUNT, COUNT_OR_0, InputError, RunStopped
+from run import flags, processes, signals
+from run.commandline import COUNT, COUNT_OR_0
+from run.resume import trained_with
+from utils import InputError, RunStopped
+from weights import check_model
 
 
 @dataclasses.dataclass
@@ -68,15 +69,15 @@ def add_square_arguments(parser: argparse.ArgumentParser):
     group = parser.add_argument_group('images')
     group.add_argument('--input-size', type=COUNT, metavar='PIXELS',
                        help='side of the square images; if unset, as the model was evaluated')
-    group.add_argument('--full-crop', '--full_crop', action=argparse.BooleanOptionalAction,
+    group.add_argument('--full-crop', action=argparse.BooleanOptionalAction,
                        help='use the whole shorter side of an image instead of 0.875 of it; if unset, as the model was '
                        'evaluated')
 
 
 def add_device_arguments(parser: argparse.ArgumentParser):
     group = parser.add_argument_group('device')
-    group.add_argument('--device', default='auto', help='auto (cuda, mps or cpu, the first there is) or a device')
-    group.add_argument('--amp', choices=list(AMP_DTYPES), help='autocast type; fp16 on cuda and off elsewhere if unset')
+    flags.add_device_flag(group)
+    flags.add_amp_flag(group)
 
 
 def load_model(args, *, fuse: bool = True) -> LoadedModel:
@@ -88,14 +89,12 @@ def load_model(args, *, fuse: bool = True) -> LoadedModel:
     Raises:
         InputError: there is no such model or device, or the weights are not the model's.
     """
-    device = utils.choose_device(args.device)
-    if args.amp == 'fp16' and device.type != 'cuda':
-        raise InputError(f'--amp fp16: needs cuda, and the device is {device.type}; allowed: bf16, off')
+    device = flags.choose_device(args)
     if args.model:
         check_model('--model', args.model)
     weights.check_exists(args.pretrained, '--pretrained', args.model or '')
     given = weights.read(args.pretrained, '--pretrained', args.model or '', use_ema=args.use_ema)
-    trained = training.trained_with(given.checkpoint)
+    trained = trained_with(given.checkpoint)
     published = weights.published(args.model or '', args.pretrained) or weights.published_as(args.pretrained)
     name = args.model or (published and published.model) or model_of_training(trained)
     if name is None:
@@ -112,7 +111,7 @@ def load_model(args, *, fuse: bool = True) -> LoadedModel:
         model.to(device), name, names_in_words(given, model),
         input_size=args.input_size or own_size,
         full_crop=own_crop == 1. if args.full_crop is None else args.full_crop,
-        device=device, amp_dtype=build_amp_dtype(args, device))
+        device=device, amp_dtype=flags.amp_dtype(args, device))
 
 
 def model_of_training(trained: dict) -> Optional[str]:
@@ -196,8 +195,8 @@ def batches(paths: List[Path], loaded: LoadedModel, *, batch_size: int, num_work
     if not datasets.resizes_for_evaluation(loaded):
         batch_size = 1  # the images keep their sizes, and need not be alike
     loader = DataLoader(ImageFiles(paths, loaded.transform), batch_size=batch_size, collate_fn=list,
-                        num_workers=utils.usable_workers(num_workers), worker_init_fn=utils.WorkerSignals())
-    with tqdm(total=len(paths), unit=' images', disable=not utils.shows_bar()) as bar:
+                        num_workers=processes.usable_workers(num_workers), worker_init_fn=signals.WorkerSignals())
+    with tqdm(total=len(paths), unit=' images', disable=not processes.shows_bar()) as bar:
         for samples in loader:
             unreadable += [image for image, _ in samples if isinstance(image, datasets.UnreadableImage)]
             readable = [(image, index) for image, index in samples if isinstance(image, torch.Tensor)]

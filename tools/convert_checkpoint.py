@@ -10,18 +10,20 @@ from typing import Optional
 
 import torch
 
-import checkpoints
 import utils
 import weights
 import xcit
-from main import check_model
-from utils import InputError, Parser, notice
+from run import checkpoints, commandline
+from run.commandline import Parser
+from run.processes import notice
+from utils import InputError
+from weights import check_model
 
 SUFFIXES = ('.pth', '.safetensors')
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser('python -m tools.convert_checkpoint', description=__doc__, allow_abbrev=False,
+    parser = Parser('python -m tools.convert_checkpoint', description=__doc__,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('source', metavar='IN', help='weights: path, URL, hf-hub:NAME, or with --model a tag')
     parser.add_argument('target', metavar='OUT', type=Path, help=f'file to write: {" or ".join(SUFFIXES)}')
@@ -86,4 +88,4 @@ def main(argv: Optional[list] = None) -> dict:
 
 
 if __name__ == '__main__':
-    utils.run_program(main)
+    commandline.run_program(main)

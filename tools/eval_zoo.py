@@ -16,8 +16,10 @@ import datasets
 import main as classification
 import utils
 import xcit
-from main import AMP_DTYPES
-from utils import COUNT, COUNT_OR_0, InputError, Parser, RunStopped, notice
+from run import commandline, flags, folder
+from run.commandline import COUNT, COUNT_OR_0, Parser
+from run.processes import notice
+from utils import InputError, RunStopped
 
 ZOO = [published for published in xcit.ZOO.values() if published.num_classes]  # DINO's backbones have no head
 TAGS = list(dict.fromkeys(published.tag for published in ZOO))
@@ -31,7 +33,7 @@ COLUMNS = ('model', 'tag', 'resolution', 'crop', 'published_top1', 'top1', 'top5
 # Arguments
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser('python -m tools.eval_zoo', description=__doc__, allow_abbrev=False,
+    parser = Parser('python -m tools.eval_zoo', description=__doc__,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--data-path', required=True, metavar='DIR', help='ImageNet: val/ with its class folders')
     parser.add_argument('--models', nargs='+', choices=xcit.MODELS, metavar='NAME',
@@ -44,9 +46,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--batch-size', default=64, type=COUNT, metavar='IMAGES',
                         help='as for main.py, which evaluates 1.5 times as many at once')
     parser.add_argument('--num-workers', default=10, type=COUNT_OR_0, metavar='N', help='as for main.py')
-    parser.add_argument('--device', default='auto', help='auto (cuda, mps or cpu, the first there is) or a device')
-    parser.add_argument('--amp', choices=list(AMP_DTYPES),
-                        help='autocast type; fp16 on cuda and off elsewhere if unset')
+    flags.add_device_flag(parser)
+    flags.add_amp_flag(parser)
     return parser
 
 
@@ -170,10 +171,10 @@ def measure(args, published: xcit.Published, images: int) -> dict:
 
 def setting(args, published: xcit.Published) -> dict:
     """What else a row depends on: where the weights come from, and what they are run with."""
-    device = utils.choose_device(args.device)
+    device = flags.choose_device(args)
     file = args.checkpoints and (args.checkpoints / Path(published.url).name).resolve()
     return {'weights': str(file or published.url), 'device': str(device),
-            'dtype': str(classification.build_amp_dtype(args, device) or torch.float32)}
+            'dtype': str(flags.amp_dtype(args, device) or torch.float32)}
 
 
 def is_current(args, published: xcit.Published, row: Optional[dict]) -> bool:
@@ -204,7 +205,7 @@ def main(argv: Optional[list] = None) -> List[dict]:
     if images != VAL_IMAGES:
         notice(f'--data-path {args.data_path}: {images} images, not the {VAL_IMAGES} of the published accuracies')
     table = args.output_dir / 'zoo.csv'
-    with utils.DirectoryLock(args.output_dir):
+    with folder.DirectoryLock(args.output_dir):
         rows = read_rows(table)
         check_same_images(rows.values(), table, data_path=data_path(args), images=images)
         left = [p for p in chosen(args) if not is_current(args, p, rows.get(f'{p.model}.{p.tag}'))]
@@ -223,4 +224,4 @@ def main(argv: Optional[list] = None) -> List[dict]:
 
 
 if __name__ == '__main__':
-    utils.run_program(main)
+    commandline.run_program(main)

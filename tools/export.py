@@ -20,9 +20,12 @@ import datasets
 import inference
 import utils
 import xcit
-from main import check_input_size
+from run import commandline
+from run.commandline import NON_NEGATIVE
+from run.processes import notice
 from tools import common
-from utils import NON_NEGATIVE, InputError, RunStopped, first_line, notice
+from utils import InputError, RunStopped, first_line
+from weights import check_input_size
 
 ONNX_PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 OPSET = 20  # torch.onnx's own choice; newer ones are read by fewer runtimes
@@ -33,7 +36,7 @@ METADATA = 'metadata.json'
 # Arguments
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = utils.Parser('python -m tools.export', description=__doc__, allow_abbrev=False,
+    parser = commandline.Parser('python -m tools.export', description=__doc__,
                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     common.add_weights_arguments(parser)
     common.add_square_arguments(parser)
@@ -248,4 +251,4 @@ def export(loaded: common.LoadedModel, args, path: Path) -> Dict[tuple, float]:
 
 
 if __name__ == '__main__':
-    utils.run_program(main)
+    commandline.run_program(main)

@@ -14,14 +14,16 @@ import torch
 
 import utils
 import xcit
+from run import commandline, processes
+from run.commandline import COUNT_OR_0, Parser
 from tools import common
-from utils import COUNT_OR_0, InputError, Parser
+from utils import InputError
 
 POOLS = ('token', 'avg')
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser('python -m tools.extract_features', description=__doc__, allow_abbrev=False,
+    parser = Parser('python -m tools.extract_features', description=__doc__,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('data', nargs='+', metavar='DATA', help='folders of images, with their subfolders, or files')
     parser.add_argument('--output', required=True, metavar='FILE', help='.npz or .safetensors')
@@ -98,10 +100,10 @@ def main(argv: Optional[list] = None) -> dict:
         names['classes'], labels = labelled
         arrays['labels'] = np.array(labels)[places]
     write(output, arrays, names)
-    utils.notice(f'{output}: features {features.shape} of {len(places)} of {len(paths)} images'
+    processes.notice(f'{output}: features {features.shape} of {len(places)} of {len(paths)} images'
                  + (f', {len(names["classes"])} classes' if labelled else ''))
     return {**arrays, **names}
 
 
 if __name__ == '__main__':
-    utils.run_program(main)
+    commandline.run_program(main)

@@ -12,13 +12,14 @@ from typing import List, Optional
 
 import torch
 
-import utils
+from run import commandline
+from run.commandline import COUNT, Parser
 from tools import common
-from utils import COUNT, InputError, Parser
+from utils import InputError
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser('python -m tools.predict', description=__doc__, allow_abbrev=False,
+    parser = Parser('python -m tools.predict', description=__doc__,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='image files, and folders with all that is in them')
     parser.add_argument('--topk', default=5, type=COUNT, metavar='K', help='classes to name for each picture')
@@ -67,4 +68,4 @@ def main(argv: Optional[list] = None) -> List[List[dict]]:
 
 
 if __name__ == '__main__':
-    utils.run_program(main)
+    commandline.run_program(main)

@@ -20,8 +20,11 @@ from tqdm import tqdm
 
 import utils
 import xcit
+from run import commandline, folder, processes
+from run.commandline import COUNT, Parser
+from run.processes import notice
 from tools import common
-from utils import COUNT, InputError, Parser, RunStopped, first_line, notice
+from utils import InputError, RunStopped, first_line
 
 PERCENTILES = (1, 99)  # of a map's values: what gets the darkest and the brightest colour
 SMOOTHING = .95  # of a video's colour scale: the part that each frame keeps of the scale before
@@ -36,7 +39,7 @@ INFERNO = ('000004 0b0724 210c4a 3d0965 57106e 71196e 8a226a a32c61 bc3754 d2464
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(
-        'python -m tools.visualize_attention', description=__doc__, allow_abbrev=False,
+        'python -m tools.visualize_attention', description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog='Colours run from black (little) over red to light yellow (much), from the 1st to the 99th percentile '
         'of each map, so that single patches can\'t darken the rest. Each map thus has its own scale, whose ends the '
@@ -47,7 +50,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument('--video', type=Path, metavar='FILE',
                        help='instead of images: writes STEM_attention.mp4, each frame beside its mean attention; needs '
                        'PyAV (requirements-video.txt)')
-    group.add_argument('--output-dir', '--output_dir', required=True, metavar='DIR', help='where the maps go')
+    group.add_argument('--output-dir', required=True, metavar='DIR', help='where the maps go')
     group.add_argument('--input-size', default=1024, type=COUNT, metavar='PIXELS',
                        help='longer side that a picture is scaled to, up or down; it keeps its shape, uncropped')
     common.add_weights_arguments(parser)
@@ -80,7 +83,7 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
         raise InputError('--save-raw: has no effect with --video')
     if args.model:
         check_xcit(args.model)
-    utils.check_output_dir(args.output_dir)
+    folder.check_output_dir(args.output_dir)
     return args
 
 
@@ -349,7 +352,7 @@ def draw_pictures(args) -> List[Path]:
     attention = build_attention(args)
     check_inputs_are_kept(paths, [file for stem in stems for file in output_files(stem, attention.heads)])
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    for path, stem in zip(tqdm(paths, unit=' images', disable=not utils.shows_bar()), stems):
+    for path, stem in zip(tqdm(paths, unit=' images', disable=not processes.shows_bar()), stems):
         draw_picture(attention, scale_to(common.load_upright(path), args.input_size), stem, save_raw=args.save_raw)
     for path, stem in zip(paths, stems):
         notice(f'{path}: {map_path(stem, "sheet")}')
@@ -449,7 +452,8 @@ def draw_video(args) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with utils.whole_file(path) as unfinished, open_video(args.video) as container:
         stream = container.streams.video[0]
-        bar = tqdm(read_frames(container), total=stream.frames or None, unit=' frames', disable=not utils.shows_bar())
+        bar = tqdm(read_frames(container), total=stream.frames or None, unit=' frames',
+                   disable=not processes.shows_bar())
         write_video(unfinished, draw_frames(attention, bar, args.input_size), stream)
     notice(f'{args.video}: {path}')
     return path
@@ -462,4 +466,4 @@ def main(argv: Optional[list] = None):
 
 
 if __name__ == '__main__':
-    utils.run_program(main)
+    commandline.run_program(main)

@@ -19,7 +19,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from utils import InputError, RunStopped, first_line, is_main_process, shows_bar, sync_to_disk
+from run.processes import is_main_process, shows_bar
+from utils import InputError, RunStopped, first_line, sync_to_disk
 
 try:
     import fcntl

@@ -4,21 +4,19 @@ The first two give samples by their number, and so all that the built-in data se
 repeated augmentation, and a training that goes on in the middle of an epoch sees other images in the rest of it.
 """
 import importlib
-import itertools
-import numbers
 import sys
 from pathlib import Path
-from typing import Callable, Iterator, List, Optional, Tuple
+from typing import Optional, Tuple
 
-import torch
 from PIL import Image
 from timm.data import create_dataset
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
-import utils
-from utils import InputError, UnreadableImage, notice
+from loaders.streams import Stream, check_label, names_of
+from utils import InputError, UnreadableImage, abridge, first_line, is_installed
 
+ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {'hfds': 'datasets', 'wds': 'webdataset', 'tfds': 'tensorflow_datasets', 'torch': 'torchvision'}  # they need
 INSTALL = {'tfds': 'tensorflow tensorflow-datasets'}  # what pip is to install; else what the requirements file names
 STREAMS = ('wds', 'tfds')
@@ -56,11 +54,11 @@ def build_dataset(args, is_train: bool) -> Tuple[Dataset, int]:
     except InputError:
         raise
     except Exception as error:  # of whichever library reads it; timm has no better for one that is missing
-        if not utils.is_installed(PACKAGES[prefix]):
+        if not is_installed(PACKAGES[prefix]):
             raise InputError(f'--data-set {args.data_set}: needs the package {PACKAGES[prefix]}; pip install '
                              f'{INSTALL.get(prefix, "-r requirements-readers.txt")}') from None
         raise InputError(f'--data-set {args.data_set}: timm can\'t read its split {split} with --data-path '
-                         f'{args.data_path} ({type(error).__name__}: {utils.first_line(error)})') from None
+                         f'{args.data_path} ({type(error).__name__}: {first_line(error)})') from None
     if prefix in STREAMS:
         files = len(source.reader.split_info.filenames) if prefix == 'wds' else None
         dataset = Stream(source, seed=args.seed, is_train=is_train, files=files)
@@ -82,7 +80,7 @@ def import_hugging_face_datasets():
     Raises:
         InputError: it is not installed.
     """
-    own, here = sys.modules['datasets'], Path(__file__).parent.resolve()
+    own, here = sys.modules['datasets'], ROOT
     if not is_file_of(own, here):
         return
     paths = sys.path[:]
@@ -134,7 +132,7 @@ def check_shards(reader, split: str):
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
         raise InputError(f'split {split}: {len(missing)} of {len(files)} files are not there: '
-                         f'{utils.abridge(missing, 3)}')
+                         f'{abridge(missing, 3)}')
     if not reader.num_samples:
         raise InputError(f'split {split}: its number of images is not known; add it, as in "{split}|1000"')
     shard = webdataset.DataPipeline(webdataset.SimpleShardList([str(files[0])]), webdataset.tarfile_to_samples())
@@ -145,24 +143,13 @@ def check_shards(reader, split: str):
                          f'{", ".join(f".{key}" for key in sample) or "none"}')
 
 
-def check_label(label, num_classes: int) -> int:
-    """A class index, or InputError."""
-    if not isinstance(label, numbers.Integral) or not 0 <= label < num_classes:
-        raise InputError(f'an image has the label {label!r}: must be a number from 0 to {num_classes - 1}')
-    return int(label)
+def means_hugging_face_datasets() -> bool:
+    """Whether `import datasets` is Hugging Face's package now."""
+    return 'datasets' in sys.modules and not is_file_of(sys.modules['datasets'], ROOT)
 
 
 def is_file_of(module, folder: Path) -> bool:
     return Path(getattr(module, '__file__', None) or '/').resolve().parent == folder
-
-
-def names_of(source) -> List[str]:
-    """The classes' names in the order of their indices, if the data set knows them."""
-    names = getattr(source, 'classes', None) or getattr(source, 'all_categories', None)  # torchvision's; iNaturalist's
-    if names:  # ImageNet's are tuples of synonyms
-        return [name if isinstance(name, str) else ', '.join(name) for name in names]
-    index = getattr(getattr(source, 'reader', None), 'class_to_idx', None) or {}
-    return [str(name) for name in sorted(index, key=index.get)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,114 +174,5 @@ class Readable(Dataset):
                 image, target = self.source[index]
                 image = image.convert('RGB')
         except Exception as error:  # Pillow has many
-            raise UnreadableImage(f'unreadable image number {index}: {utils.first_line(error)}') from None
+            raise UnreadableImage(f'unreadable image number {index}: {first_line(error)}') from None
         return self.transform(image) if self.transform else image, check_label(target, len(self.classes))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Streams
-
-class Stream(IterableDataset):
-    """A reader of timm that gives one sample after another, in an order of its own.
-
-    Args:
-        source: timm's data set.
-        seed: with the epoch, the process and the position it decides the augmentation.
-        is_train: each process gets other samples by timm's rules, some of them twice; else all of them exactly once.
-        files: of the split, if each can be read by one process only.
-    """
-
-    def __init__(self, source: IterableDataset, *, seed: int, is_train: bool, files: Optional[int]):
-        self.source, self.seed, self.is_train, self.files = source, seed, is_train, files
-        self.transform = None
-        self.classes = names_of(source)
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # known to loading processes that are running
-        if not is_train:  # every process reads all of it, and keeps its share: timm's own division repeats samples
-            source.reader.dist_rank, source.reader.dist_num_replicas = 0, 1
-
-    def __len__(self) -> int:
-        """Samples of all processes together, as the data set's description says."""
-        return self.source.reader.num_samples
-
-    def __iter__(self) -> Iterator[tuple]:
-        worker = get_worker_info()
-        rank, world = utils.get_rank(), utils.get_world_size()
-        for position, (image, target) in enumerate(self.source):
-            if not self.is_train and position % world != rank:
-                continue
-            if self.is_train:
-                utils.seed_everything(self.seed, int(self.epoch), rank, worker.id if worker else 0, position)
-            yield self.transform(image.convert('RGB')), check_label(target, len(self.classes))
-
-    def refuse_losses(self, images: int):
-        """timm's readers leave unreadable images out; raises InputError where an evaluation has lost some."""
-        if images != len(self):
-            raise InputError(f'{images} images of {len(self)} that the data set should have could be evaluated')
-
-
-class StreamLoader:
-    """Batches of a stream; in training, equally many on every process.
-
-    Args:
-        loader: of a `Stream`; in training its processes start anew each epoch, so that their seeds are the epoch's.
-        steps: batches of an epoch in training; in evaluation, about as many as there will be.
-    """
-
-    def __init__(self, loader: DataLoader, steps: int):
-        self.loader, self.steps, self.first = loader, steps, 0
-
-    def set_epoch(self, epoch: int, first_step: int):
-        self.first = first_step
-        dataset, reader = self.loader.dataset, self.loader.dataset.source.reader
-        dataset.epoch.fill_(epoch)
-        dataset.source.set_epoch(epoch)
-        seed = utils.derive_seed(dataset.seed, epoch, utils.get_rank()) % 2 ** 62
-        self.loader.generator.manual_seed(seed)  # of timm's shuffling, which else ran on, or were the same each epoch
-        reader.worker_seed, reader.ds = seed, None  # without loading processes
-        if 0 < first_step < self.steps:
-            notice('A stream can\'t be entered in its middle: the rest of this epoch has about the same images')
-
-    def __len__(self) -> int:
-        return self.steps - self.first
-
-    def __iter__(self) -> Iterator:
-        if not self.loader.dataset.is_train:
-            return iter(self.loader)
-        return itertools.islice(self.passes(), len(self))
-
-    def passes(self) -> Iterator:
-        """Batches of one pass after another; raises InputError where a pass has none."""
-        while True:
-            batches = 0
-            for batch in self.loader:
-                batches += 1
-                yield batch
-            if not batches:
-                raise InputError('--data-set: no batch of readable samples comes from the stream')
-
-
-def build_loader(dataset: Stream, args, *, batch_size: int, build: Callable[..., DataLoader]) -> StreamLoader:
-    """A loader of a stream.
-
-    Args:
-        build: makes a DataLoader of a data set; takes the number of loading processes and DataLoader's options.
-
-    Raises:
-        InputError: there is less than a batch, or less than a file, for each process.
-    """
-    world, workers = utils.get_world_size(), utils.usable_workers(args.num_workers)
-    if dataset.files is not None:
-        if dataset.is_train and dataset.files < world:
-            raise InputError(f'--data-set {args.data_set}: its {dataset.files} files can\'t be shared by {world} '
-                             f'processes')
-        workers = min(workers, dataset.files // world if dataset.is_train else dataset.files)
-    steps = len(dataset) // (batch_size * world)
-    if dataset.is_train and not steps:
-        raise InputError(f'--batch-size {batch_size}: an epoch has {len(dataset) // world} images for each process, '
-                         f'less than one batch')
-    if dataset.is_train and args.accum_iter > steps:
-        raise InputError(f'--accum-iter {args.accum_iter}: an epoch has {steps} batches')
-    dataset.source.set_loader_cfg(num_workers=workers)
-    loader = build(dataset, workers=workers, persistent=not dataset.is_train, batch_size=batch_size,
-                   drop_last=dataset.is_train, generator=torch.Generator())
-    return StreamLoader(loader, steps if dataset.is_train else -(-len(dataset) // (batch_size * world)))

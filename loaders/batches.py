@@ -1,0 +1,148 @@
+"""Loaders of batches: of a training, in any position of it; and of an evaluation, each image once.
+
+What all of them have:
+    len(loader)                 batches that are left of the epoch; of an evaluation by a stream, about
+    set_position(epoch, step)   the next iteration gives what follows `step` batches of this epoch
+    counts_batches              whether every process knows how many batches each other has
+    images_evaluated(count)     how many different images `count` results of all processes are of; raises InputError
+                                where some are lost
+    first_images(count)         images (count, 3, img_h, img_w) of the position, to be looked at; None where that is not
+                                possible
+"""
+import functools
+import itertools
+from typing import Callable, Iterator, Optional, Union
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import datasets
+import samplers
+from loaders import readers, streams
+from run.position import Iterations
+from run.processes import get_rank, get_world_size, notice, usable_workers
+from run.signals import WorkerSignals
+from utils import InputError
+
+
+class Batches:
+    """Batches of samples that have numbers.
+
+    Args:
+        loader: in training, with a sampler that has `set_epoch(epoch, first)` as `samplers.TrainingSampler` does.
+        shared: in evaluation, whether the processes share the images, or each has all of them.
+    """
+    counts_batches = True
+
+    def __init__(self, loader: DataLoader, *, shared: bool = True):
+        self.loader, self.shared = loader, shared
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator:
+        return iter(self.loader)
+
+    def set_position(self, epoch: int, step: int):
+        self.loader.sampler.set_epoch(epoch, first=step * self.loader.batch_size)
+
+    def images_evaluated(self, count: int) -> int:
+        return count if self.shared else count // get_world_size()
+
+    def first_images(self, count: int) -> Optional[torch.Tensor]:
+        keys = itertools.islice(self.loader.sampler, min(count, self.loader.batch_size))
+        return torch.stack([self.loader.dataset[key][0] for key in keys])
+
+
+class Rounds:
+    """Batches of a training that is counted in iterations: as many as there are from one evaluation to the next.
+
+    It goes through the data again and again, whose epochs need not end where a round does.
+
+    Args:
+        loader: of an epoch.
+        position: what the training is counted by.
+    """
+
+    def __init__(self, loader: Union[Batches, streams.StreamLoader], position: Iterations):
+        self.loader = loader
+        self.per_round = position.every * position.accum_iter
+        self.total = position.iterations * position.accum_iter
+        loader.set_position(0, 0)
+        self.per_epoch = len(loader)
+        self.set_position(0, 0)
+
+    def __len__(self) -> int:
+        return max(0, min(self.total, (self.number + 1) * self.per_round) - self.first)
+
+    def set_position(self, number: int, step: int):
+        self.number, self.first = number, number * self.per_round + step
+
+    def __iter__(self) -> Iterator:
+        return itertools.islice(self.from_first_on(), len(self))
+
+    def from_first_on(self) -> Iterator:
+        epoch, step = divmod(self.first, self.per_epoch)
+        while True:
+            self.loader.set_position(epoch, step)
+            yield from self.loader
+            epoch, step = epoch + 1, 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Builders
+
+def build_loader(dataset: Dataset, args, device: torch.device, *, workers: Optional[int] = None,
+                 persistent: bool = True, **kwargs) -> DataLoader:
+    """torch's loader with the flags of run.flags.add_loader_flags; `kwargs` are its own."""
+    workers = usable_workers(args.num_workers) if workers is None else workers
+    # Where `import datasets` means Hugging Face's package, a fresh process would not find datasets.py.
+    context = 'fork' if workers and readers.means_hugging_face_datasets() else None
+    return DataLoader(dataset, num_workers=workers, persistent_workers=persistent and workers > 0,
+                      worker_init_fn=WorkerSignals(), multiprocessing_context=context,
+                      pin_memory=args.pin_mem and device.type == 'cuda', **kwargs)
+
+
+def build_train_loader(dataset: Dataset, args, device: torch.device, *, collate_fn: Callable = datasets.collate
+                       ) -> Union[Batches, streams.StreamLoader]:
+    """Batches of `--batch-size` for this process.
+
+    Raises:
+        InputError: an epoch has less than a batch, or less than a step of the optimizer.
+    """
+    repeated_aug = getattr(args, 'repeated_aug', False)
+    if isinstance(dataset, streams.Stream):
+        if repeated_aug:
+            notice(f'--data-set {args.data_set} is a stream: no repeated augmentation')
+        loader = streams.build_loader(dataset, args, batch_size=args.batch_size, build=functools.partial(
+            build_loader, args=args, device=device, collate_fn=collate_fn))
+        images = len(dataset) // get_world_size()
+    else:
+        sampler = samplers.TrainingSampler(dataset, repeated_aug=repeated_aug, seed=args.seed,
+                                           num_replicas=get_world_size(), rank=get_rank())
+        images = len(sampler)
+        if repeated_aug and len(dataset) < samplers.GROUP:
+            notice(f'Repeated augmentation: {len(dataset)} images are less than a group of {samplers.GROUP}; '
+                   f'an epoch has {images} samples')
+        loader = Batches(build_loader(
+            datasets.SeededSamples(dataset, most_bad=args.skip_bad_images), args, device, sampler=sampler,
+            batch_size=args.batch_size, drop_last=True, collate_fn=collate_fn))
+    if not len(loader):
+        raise InputError(f'--batch-size {args.batch_size}: an epoch has {images} images for each process, less than '
+                         f'one batch')
+    if args.accum_iter > len(loader):
+        raise InputError(f'--accum-iter {args.accum_iter}: an epoch has {len(loader)} batches')
+    return loader
+
+
+def build_eval_loader(dataset: Dataset, args, device: torch.device, *, collate_fn: Callable = datasets.collate
+                      ) -> Union[Batches, streams.StreamLoader]:
+    """Batches of 1.5 times `--batch-size`, each image for one process (--no-dist-eval: for each process)."""
+    batch_size = int(1.5 * args.batch_size)
+    if isinstance(dataset, streams.Stream):
+        return streams.build_loader(dataset, args, batch_size=batch_size, build=functools.partial(
+            build_loader, args=args, device=device, collate_fn=collate_fn))
+    replicas, rank = (get_world_size(), get_rank()) if args.dist_eval else (1, 0)
+    return Batches(build_loader(
+        dataset, args, device, sampler=samplers.evaluation_indices(dataset, num_replicas=replicas, rank=rank),
+        batch_size=batch_size, collate_fn=collate_fn), shared=args.dist_eval)

@@ -1,0 +1,81 @@
+"""Command lines: the parser of every program, types of numbers, and how a program ends."""
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Optional
+
+from utils import InputError, RunStopped
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with InputError for exit and traceback, and with every option under two spellings.
+
+    `--job-dir` and `--job_dir` are one option, however it was added; help shows the spelling that it was added with.
+    Abbreviations are not accepted.
+    """
+
+    def __init__(self, *args, allow_abbrev: bool = False, **kwargs):
+        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+
+    def error(self, message: str):
+        raise InputError(message)
+
+    def parse_known_args(self, args: Optional[list] = None, namespace: Optional[argparse.Namespace] = None):
+        own = {option.replace('_', '-'): option for action in self._actions for option in action.option_strings}
+        words = list(sys.argv[1:] if args is None else args)
+        end = words.index('--') if '--' in words else len(words)  # after it there are no options
+        words[:end] = [respelled(word, own) for word in words[:end]]
+        return super().parse_known_args(words, namespace)
+
+
+def respelled(word: str, options: dict) -> str:
+    """An option as it was added, where it was given with other dashes and underscores; any other word as it is.
+
+    Args:
+        word: of a command line; `--option=value` too.
+        options: the spelling that each option was added with, by the one with dashes only.
+    """
+    name, equals, value = word.partition('=')
+    return options.get(name.replace('_', '-'), name) + equals + value if name.startswith('--') else word
+
+
+def number(kind: type, low, high=None, *, above: bool = False):
+    """An argparse type: a number of `kind` from `low` (or `above` it) to `high`."""
+    allowed = f'{"an integer" if kind is int else "a number"} {">" if above else ">="} {low}'
+    allowed += '' if high is None else f' and <= {high}'
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float('nan')
+        if not (value > low if above else value >= low) or value == float('inf') or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f'{text!r} is not allowed: it must be {allowed}')
+        return value
+
+    return parse
+
+
+COUNT = number(int, 1)
+COUNT_OR_0 = number(int, 0)
+FRACTION = number(float, 0, 1)
+NON_NEGATIVE = number(float, 0)
+POSITIVE = number(float, 0, above=True)
+
+
+def run_program(main):
+    """Run a program's `main()`; what stops it for a known reason is one line on stderr, and the exit code.
+
+    2: the user's input; 128 + n: signal n; 1: anything else.
+    """
+    try:
+        main()
+    except (InputError, RunStopped) as error:
+        rank = os.environ.get('RANK', '0')
+        where = '' if rank == '0' else f' (rank {rank})'
+        print(f'{Path(sys.argv[0]).name}: error{where}: {error}', file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

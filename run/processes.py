@@ -1,0 +1,251 @@
+"""Processes and devices: the only file that calls `torch.distributed`.
+
+Every helper for several processes has a safe answer for one.
+"""
+import contextlib
+import ctypes
+import datetime
+import os
+import sys
+from typing import Callable, Iterator, Optional
+
+import torch
+import torch.distributed as dist
+
+from utils import InputError, Interrupted, RunStopped, first_line
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def get_rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def is_main_process() -> bool:
+    return get_rank() == 0
+
+
+def reduce_over_processes(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+    """Elementwise sum (or another reduction) of a CPU tensor over all processes."""
+    if is_distributed():
+        values = values.clone()
+        dist.all_reduce(values, op)
+    return values
+
+
+def sum_over_processes(sums: dict) -> dict:
+    """The totals of all processes' `sums`, value by value."""
+    return dict(zip(sums, reduce_over_processes(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()))
+
+
+def max_over_processes(value: int) -> int:
+    """The largest of the processes' values, on every process."""
+    return int(reduce_over_processes(torch.tensor(value), dist.ReduceOp.MAX)) if is_distributed() else value
+
+
+def wait_for_all():
+    """Return when all processes have come here."""
+    max_over_processes(0)
+
+
+def on_main_process(decide: Callable[[], str]) -> str:
+    """What `decide()` returns on the main process, the only one to call it; its InputError is every process's."""
+    decision, error = '', ''
+    if is_main_process():
+        try:
+            decision = decide()
+        except InputError as caught:
+            error = str(caught)
+    if is_distributed():
+        told = [decision, error]
+        dist.broadcast_object_list(told, src=0, device=torch.device('cpu'))
+        decision, error = told
+    if error:
+        raise InputError(error)
+    return decision
+
+
+def init_distributed(device: torch.device, *, world_size: int, dist_url: str, timeout_minutes: float) -> torch.device:
+    """Join the other processes where a launcher, such as torchrun, has set the environment.
+
+    Args:
+        device: the kind of device, e.g. `cuda`.
+        world_size: the number of processes, where the environment doesn't say it.
+        dist_url: where the processes meet; `env://` reads MASTER_ADDR and MASTER_PORT.
+        timeout_minutes: how long a process waits for the others before it gives up.
+
+    Returns:
+        This process's own device.
+
+    Raises:
+        InputError: the environment is set in part, or to what can't be.
+        RunStopped: the processes can't meet.
+    """
+    needed = ['RANK'] + ['WORLD_SIZE'] * (world_size == 1) + ['MASTER_ADDR', 'MASTER_PORT'] * (dist_url == 'env://')
+    given = [name for name in ('RANK', 'WORLD_SIZE') if name in os.environ]
+    missing = [name for name in needed if name not in os.environ]
+    if not given and world_size == 1:
+        return device
+    if missing:
+        raise InputError(f'{", ".join(given) or f"--world-size {world_size}"} is set, but {", ".join(missing)} is not: '
+                         f'start the processes with torchrun, or set all of them')
+    world_size = integer_from_environment('WORLD_SIZE', low=1, default=world_size)
+    rank = integer_from_environment('RANK', high=world_size - 1)
+    if device.type == 'cuda' and device.index is None:
+        local_rank = integer_from_environment('LOCAL_RANK', high=torch.cuda.device_count() - 1, default=0)
+        device = torch.device('cuda', local_rank)
+        torch.cuda.set_device(device)
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    meeting = {'init_method': dist_url}
+    port = integer_from_environment('MASTER_PORT', low=1, high=65535) if dist_url == 'env://' else None
+    # Small messages about the run go by gloo on GPUs too: they need not wait for what the GPUs are computing.
+    backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
+    try:
+        if dist_url == 'env://' and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+            # torchrun's store outlives a restart of the processes (--max-restarts), with the addresses of the dead ones
+            store = dist.TCPStore(os.environ['MASTER_ADDR'], port, is_master=False, timeout=timeout)
+            meeting = {'store': dist.PrefixStore(f'restart_{os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)}
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **meeting)
+    except (dist.DistError, ValueError, OSError) as error:
+        where = dist_url if port is None else f'{os.environ["MASTER_ADDR"]}:{port}'
+        raise RunStopped(f'the processes can\'t meet at {where} ({first_line(error)})') from None
+    return device
+
+
+def integer_from_environment(name: str, *, low: int = 0, high: Optional[int] = None, default: Optional[int] = None
+                             ) -> int:
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal() or int(value) < low or (high is not None and int(value) > high):
+        raise InputError(f'{name}={value} in the environment: must be an integer from {low} on'
+                         + ('' if high is None else f' to {high}'))
+    return int(value)
+
+
+def wrap_for_distributed(model: torch.nn.Module, device: torch.device, *, sync_bn: bool) -> torch.nn.Module:
+    """DistributedDataParallel where there are several processes, with BatchNorm synchronised over several GPUs."""
+    if not is_distributed():
+        return model
+    if device.type != 'cuda':
+        notice('BatchNorm is not synchronised: each process normalises with its own batch (only CUDA can do that)')
+        return torch.nn.parallel.DistributedDataParallel(model)
+    if sync_bn:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index])
+
+
+def without_sync(model: torch.nn.Module):
+    """A context in which DistributedDataParallel leaves the gradients of this process alone."""
+    return model.no_sync() if is_wrapped(model) else contextlib.nullcontext()
+
+
+def is_wrapped(model: torch.nn.Module) -> bool:
+    return isinstance(model, torch.nn.parallel.DistributedDataParallel)
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside DistributedDataParallel."""
+    return model.module if is_wrapped(model) else model
+
+
+def broadcast_buffers(model: torch.nn.Module):
+    """Give every process the main one's BatchNorm statistics, which differ where they are not synchronised."""
+    if is_distributed():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def end_distributed():
+    if is_distributed():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def joined(args, *, trains: bool = True) -> Iterator[torch.device]:
+    """A context for a program's work among its processes; gives this process's device.
+
+    Args:
+        args: the flags of run.flags.add_run_flags and add_distributed_flags.
+        trains: prepare for a training, which keeps the memory that it frees.
+    """
+    set_deterministic(args.deterministic)
+    device = init_distributed(choose_device(args.device), world_size=args.world_size, dist_url=args.dist_url,
+                              timeout_minutes=args.dist_timeout)
+    if device.type == 'cpu' and trains:
+        keep_freed_memory()
+    try:
+        yield device
+    except Interrupted:
+        end_distributed()
+        raise  # of any other error the processes know nothing: leaving the group could wait for them
+    end_distributed()
+
+
+def set_deterministic(deterministic: bool):
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` (cuda, then mps, then cpu) or a device's name -> the device.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    available = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
+    here = [kind for kind, there in available.items() if there]
+    try:
+        device = torch.device(here[0] if name == 'auto' else name)
+    except RuntimeError:
+        raise InputError(f'--device {name}: no such device; allowed: auto, cuda, cuda:N, mps, cpu') from None
+    if not available.get(device.type):
+        raise InputError(f'--device {name}: not available on this machine, which has: {", ".join(here)}')
+    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f'--device {name}: this machine has {torch.cuda.device_count()} GPU(s), counted from 0')
+    return device
+
+
+def usable_workers(wanted: int) -> int:
+    """So many data-loading processes, but not more than there are cores for this process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return min(wanted, cores)
+
+
+def keep_freed_memory():
+    """Let a process that trains on a CPU keep memory that it frees, where the C library is glibc.
+
+    Otherwise each step may hand its activations back to the system and get them again page by page, zeroed, which takes
+    up to a fifth of its time. Inference, whose steps need little, is better off with the default: it holds less.
+    """
+    set_malloc(mmap_threshold=2 ** 30, trim_threshold=2 ** 31 - 1)
+
+
+def set_malloc(*, mmap_threshold: int, trim_threshold: int):
+    """Bytes from which on an allocation is a mapping of its own, and of freed memory that is kept; see mallopt(3)."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+    mallopt(M_MMAP_THRESHOLD, mmap_threshold) or mallopt(M_MMAP_THRESHOLD, 2 ** 25)  # the most that old versions take
+    mallopt(M_TRIM_THRESHOLD, trim_threshold)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What one process says for all
+
+def notice(*words):
+    """Print on the main process only."""
+    if is_main_process():
+        print(*words, flush=True)
+
+
+def shows_bar() -> bool:
+    return is_main_process() and sys.stderr.isatty()

@@ -1,0 +1,61 @@
+"""Signals that ask a run to stop: noted in the main process, left to it by those that load data."""
+import atexit
+import multiprocessing
+import os
+import signal
+import threading
+
+from run.processes import max_over_processes
+
+
+class StopRequest:
+    """Notes the signals that ask a run to stop, so that it can do so between two steps.
+
+    Use as a context; a second SIGINT (Ctrl-C) interrupts at once.
+    """
+    SIGNALS = tuple(s for s in signal.Signals if s.name in ('SIGTERM', 'SIGINT', 'SIGUSR1', 'SIGUSR2'))
+
+    def __init__(self):
+        self.signum = 0
+
+    def __enter__(self):
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self.previous = {signum: signal.signal(signum, self._note) for signum in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, _frame):
+        if self.signum and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signum = self.signum or signum
+
+    def agreed(self) -> int:
+        """The signal that any process has got, 0 for none; all processes must ask at the same step."""
+        return max_over_processes(self.signum)
+
+
+class WorkerSignals:
+    """For data-loading workers (`worker_init_fn`): leave signals to the main process, until that one exits.
+
+    A cluster signals every process of a job; without its workers a run could not finish the step that it is at.
+    """
+
+    def __init__(self):
+        self.exiting = multiprocessing.Value('b', False, lock=False)  # shared with the workers
+        atexit.register(self._allow_termination)  # runs before multiprocessing's own, which terminates and joins them
+
+    def _allow_termination(self):
+        self.exiting.value = True
+
+    def _terminate(self, _signum: int, _frame):
+        if self.exiting.value:
+            os._exit(0)
+
+    def __call__(self, _worker_id: int):
+        for signum in StopRequest.SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._terminate)

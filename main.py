@@ -112,7 +112,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help='smallest and largest side of the patch; turns cutmix on, and its alpha off')
     group.add_argument('--mixup-prob', default=1., type=FRACTION, help='probability of either')
     group.add_argument('--mixup-switch-prob', default=.5, type=FRACTION, help='probability of cutmix where both are on')
-    group.add_argument('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'], help='what is drawn anew')
+    group.add_argument('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'], help='what has its own mix')
 
     group = parser.add_argument_group('distillation')
     group.add_argument('--distillation-type', default='none', choices=DISTILLATION_TYPES,

@@ -32,7 +32,7 @@ def add_run_flags(group):
 
 
 def add_device_flag(group):
-    group.add_argument('--device', default='auto', help='auto (cuda, mps or cpu, the first there is) or a device')
+    group.add_argument('--device', default='auto', help='auto (the first of cuda, mps and cpu that works) or a device')
 
 
 def add_amp_flag(group):

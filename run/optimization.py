@@ -13,7 +13,7 @@ def build_optimizer(args, model: torch.nn.Module, *, lr: float) -> torch.optim.O
     """timm's optimizer `--opt` of the model's trainable parameters, vectors without decay.
 
     Args:
-        lr: the peak learning rate, scaled to the images of a step if it is to be.
+        lr: the peak learning rate, already scaled to the images of a step, where a program scales it.
 
     Raises:
         InputError: timm can't build it here.

@@ -43,6 +43,7 @@ import xcit
 from loaders.batches import build_train_loader
 from run import commandline, folder, logs, processes
 from run.commandline import COUNT, COUNT_OR_0
+from run.flags import add_device_flag
 from run.processes import notice
 from utils import InputError, similar
 
@@ -105,7 +106,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     compare = command('compare', help='several models side by side')
     compare.add_argument('--models', type=model_name, nargs='+',
                          default=['xcit_small_12_p16', TIMM + 'xcit_small_12_p16', *OTHERS],
-                         help='the ratios are to the second')
+                         help='ratios are to the second of them')
     compare.add_argument('--resolution', type=size, default=(224, 224), metavar='PIXELS|HxW', help='of the images')
     compare.add_argument('--batch-size', type=COUNT, default=8, metavar='IMAGES', help='of a step')
     instead = compare.add_mutually_exclusive_group()
@@ -135,8 +136,9 @@ def get_args_parser() -> argparse.ArgumentParser:
                                default='default', help='of torch.compile; the last two use CUDA graphs')
         parser_of.add_argument('--xca', choices=xca.FORMS, default='auto', help='form of XCA, of the models here')
     for parser_of in (speed, scaling, compare, alone):
-        parser_of.add_argument('--precision', choices=list(PRECISIONS), default='fp32', help='autocast, but for fp32')
-        parser_of.add_argument('--device', default='auto', help='auto (cuda, mps, cpu: the first there is) or a device')
+        parser_of.add_argument('--precision', choices=list(PRECISIONS), default='fp32',
+                               help='autocast type; fp32: no autocast')
+        add_device_flag(parser_of)
         parser_of.add_argument('--rounds', type=COUNT, default=7, metavar='N', help='of which the median counts')
 
     data = command('data', help='images/s of one core that loads training images')

@@ -84,7 +84,7 @@ def load_model(args, *, fuse: bool = True) -> LoadedModel:
     """Build the model that the flags above describe, with as many classes as its weights have.
 
     A program that does not offer one of them sets it by `parser.set_defaults`. An XCiT is prepared for inference, see
-    inference.py, but for `fuse=False`.
+    inference.py, unless `fuse` is False.
 
     Raises:
         InputError: there is no such model or device, or the weights are not the model's.

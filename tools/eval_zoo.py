@@ -52,7 +52,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def evaluation_flags(args, published: xcit.Published) -> list:
-    """main.py's command line for a checkpoint, but for the weights."""
+    """main.py's command line for a checkpoint, without the weights."""
     return ['--eval', '--model', published.model, '--input-size', str(published.resolution),
             '--full-crop' if published.crop == 1. else '--no-full-crop', '--data-path', args.data_path,
             '--batch-size', str(args.batch_size), '--num-workers', str(args.num_workers), '--device', args.device,

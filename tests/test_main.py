@@ -410,7 +410,8 @@ def test_seed_decides_the_run(tmp_path, folders):
 
 def test_importing_does_nothing(tmp_path):
     """Importing every module prints nothing, parses nothing and writes nothing."""
-    names = [path.stem for path in ROOT.glob('*.py')] + [f'tools.{path.stem}' for path in (ROOT / 'tools').glob('*.py')]
+    names = [path.stem for path in ROOT.glob('*.py')]
+    names += [f'{name}.{path.stem}' for name in ('run', 'loaders', 'tools') for path in (ROOT / name).glob('*.py')]
     modules = ', '.join(name for name in names if not name.endswith('__init__'))
     result = subprocess.run([sys.executable, '-c', f'import {modules}', '--no-such-flag'], cwd=tmp_path,
                             env={'PYTHONPATH': str(ROOT), 'PATH': ''}, capture_output=True, text=True)

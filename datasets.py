@@ -450,3 +450,7 @@ class CleanHalfErasing:
     def __call__(self, samples: list) -> List[torch.Tensor]:
         images, targets = collate(samples)
         return [self.erase(images), targets]  # the last sample's seed decides what is erased
+
+
+def build_train_collate(args) -> Callable[[list], List[torch.Tensor]]:
+    return CleanHalfErasing(args) if args.resplit else collate

@@ -16,6 +16,7 @@ from run.progress import DevicePrefetch, Progress
 from utils import RunStopped, seed_everything
 
 Clip = Callable[[list], torch.Tensor]
+RESERVED = {'loss', 'grad_norm', 'lr', 'images_per_s', 'data_s', 'memory_mb'}  # what an epoch's figures are called
 
 
 class NonFiniteLoss(RunStopped):
@@ -41,7 +42,7 @@ def train_one_epoch(
             one are only averaged and logged. Called under autocast, with the random generators seeded.
         loader: yields batches of tensors, nested in lists, tuples and dicts in any way.
         epoch: counted from 0; with `seed` and the step it decides everything random in `losses`.
-        scaler: scales the loss under fp16; other precisions need none.
+        scaler: scales the loss; needed under fp16.
         amp_dtype: autocast type; None: full precision.
         accum_iter: batches whose gradients make one step of the optimizer.
         clip_grad: largest gradient norm; or a function that changes the parameters' gradients, and returns their norm;
@@ -73,6 +74,8 @@ def train_one_epoch(
     first_update = epoch * updates_per_epoch if first_update is None else first_update
     progress = Progress(DevicePrefetch(loader, device), header, device, first_step=first_step)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if amp_dtype == torch.float16 and scaler is None:
+        raise ValueError('amp_dtype is float16: it needs a scaler (run.flags.build_scaler)')
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     clip = clip_grad if callable(clip_grad) else by_global_norm(clip_grad)
     sums = dict(sums or {'loss': 0., 'grad_norm': 0.})
@@ -130,6 +133,10 @@ def train_one_epoch(
 def total(losses: dict) -> torch.Tensor:
     """The sum of the losses that have a gradient."""
     minimised = [value for value in losses.values() if value.requires_grad]
+    if not minimised:
+        raise ValueError(f'none of the losses ({", ".join(losses)}) has a gradient')
+    if taken := RESERVED & losses.keys() if len(losses) > 1 else ():
+        raise ValueError(f'{", ".join(sorted(taken))}: a figure of the epoch has this name; call the loss otherwise')
     loss = minimised[0]
     for value in minimised[1:]:
         loss = loss + value
@@ -184,11 +191,10 @@ def evaluate(model: nn.Module, loader: Iterable, *, device: torch.device, amp_dt
     for _ in range(most_batches - len(loader)):
         after_batch()
     count, top1, top5, loss = processes.reduce_over_processes(totals).tolist()
-    stats = {'acc1': 100 * top1 / count, 'acc5': 100 * top5 / count, 'loss': loss / count,
-             'images': loader.images_evaluated(int(count)), 'resolution': resolution,
-             'images_per_s': progress.stats()['images_per_s']}
-    notice(f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}')
-    return stats
+    acc1, acc5, loss = 100 * top1 / count, 100 * top5 / count, loss / count
+    notice(f'* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}')
+    return {'acc1': acc1, 'acc5': acc5, 'loss': loss, 'images': loader.images_evaluated(int(count)),
+            'resolution': resolution, 'images_per_s': progress.stats()['images_per_s']}
 
 
 def skip():

@@ -157,6 +157,7 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     datasets.check_data_set(args)
     flags.check_run_flags(args)
     flags.check_optimizer_flags(args)
+    flags.check_schedule_flags(args)
     flags.check_pair('--cutmix-minmax', args.cutmix_minmax)
     if args.xca != 'auto' and args.model.partition('.')[0] not in xcit.MODELS:
         raise InputError(f'--xca {args.xca}: is for the XCiT models, and {args.model} is none')
@@ -312,7 +313,8 @@ def train(args, device: torch.device) -> dict:
     if not args.skip_bad_images:
         datasets.probe_images(dataset_train)
     datasets.probe_images(dataset_val, same_size=not datasets.resizes_for_evaluation(args))
-    train_loader = build_train_loader(dataset_train, args, device)
+    train_loader = build_train_loader(dataset_train, args, device,
+                                      collate_fn=datasets.build_train_collate(args))
     eval_loader = build_eval_loader(dataset_val, args, device)
 
     amp_dtype = flags.amp_dtype(args, device)
@@ -322,7 +324,7 @@ def train(args, device: torch.device) -> dict:
     mixup = build_mixup(args, num_classes)
     optimizer = build_optimizer(args, model)
     scheduler = build_scheduler(args, optimizer)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
+    scaler = flags.build_scaler(args, device)
     accuracy = parts.Metrics(last=0., best=0., best_ema=0.)
     run = build_run(args, model, model_ema, optimizer, scheduler, scaler, accuracy, datasets.class_names(dataset_train))
     derived = {'device': str(device), 'amp_dtype': str(amp_dtype), 'processes': processes.get_world_size(),
@@ -349,7 +351,7 @@ def train(args, device: torch.device) -> dict:
             show_first_images(args, run, train_loader)
             for epoch in run.rounds(train_loader):
                 train_stats = train_one_epoch(
-                    ddp_model, losses, train_loader, optimizer=optimizer, scaler=scaler, clip_grad=args.clip_grad,
+                    ddp_model, losses, train_loader, optimizer=optimizer, clip_grad=args.clip_grad,
                     frozen=frozen_part(args, model),
                     average=None if model_ema is None else lambda updates: model_ema.update(model, step=updates),
                     **run.options(epoch, device))

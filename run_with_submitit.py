@@ -54,21 +54,21 @@ class Task:
     """What each process of the job does: run one rank of a program as its child, which can end without ending the job.
 
     Args:
-        program: its module, e.g. `main` or `dino.train`.
-        argv: its command line.
+        argv: the program's command line.
         output_dir: its --output-dir; %j stands for the job's id.
         patience_s: seconds that the training has to save its state.
         resumes: whether a job that is started again goes on from the newest checkpoint.
         environment: variables to set (None: to remove).
         restarts: how often the job was requeued, where the cluster doesn't count.
+        program: its module, e.g. `main` or `dino.train`.
     """
-    program: str
     argv: List[str]
     output_dir: str
     patience_s: float
     resumes: bool
     environment: dict
     restarts: int = 0
+    program: str = 'main'  # jobs that were submitted before there were others don't say
 
     def __post_init__(self):
         self.child = None
@@ -123,7 +123,7 @@ class Task:
         """The processes meet on the first node; each sees all GPUs of its node, and takes that of LOCAL_RANK."""
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         changes = {**self.environment, **({'MASTER_ADDR': '127.0.0.1'} if job.name() == 'local' else {})}
-        if '.' in self.program:  # or Python (3.11 on) looks for its package where the job was submitted
+        if '.' in self.program:  # else Python looks for its package where the job was submitted, as 3.10 still does
             changes['PYTHONSAFEPATH'] = '1'
         environment = {name: value for name, value in os.environ.items() if name not in changes}
         return {**environment, **{name: value for name, value in changes.items() if value is not None}}
@@ -353,8 +353,10 @@ def load_program(name: str):
     if not all(word.isidentifier() for word in name.split('.')) or not path.is_file():
         raise refusal(f'--program {name}: no such module in {ROOT}; main is the default')
     module = importlib.import_module(name)
-    if not all(hasattr(module, function) for function in ('parse_args', 'main')):
+    if not all(hasattr(module, function) for function in ('parse_args', 'main')) or name == Path(__file__).stem:
         raise refusal(f'--program {name}: has no parse_args and main, and so can\'t be run')
+    if "__name__ == '__main__'" not in path.read_text():
+        raise refusal(f'--program {name}: does nothing when it is run (it has no if __name__ == \'__main__\')')
     return module
 
 
@@ -430,8 +432,8 @@ def make_task(args, program_argv: list, output_dir: str) -> Task:
     environment = {'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', str(args.cpus_per_task))}
     if args.cluster == 'local':
         environment['CUDA_VISIBLE_DEVICES'] = gpus  # submitit would set it to 0, 1, ...
-    return Task(args.program, program_argv, output_dir, patience_s=.75 * signal_delay(args), resumes=not args.eval,
-                environment=environment)
+    return Task(program_argv, output_dir, patience_s=.75 * signal_delay(args), resumes=not args.eval,
+                environment=environment, program=args.program)
 
 
 def slurm_parameters(args) -> dict:

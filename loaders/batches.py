@@ -1,6 +1,6 @@
 """Loaders of batches: of a training, in any position of it; and of an evaluation, each image once.
 
-What all of them have:
+What all of them have (of a training in rounds, `Rounds` has the first two):
     len(loader)                 batches that are left of the epoch; of an evaluation by a stream, about
     set_position(epoch, step)   the next iteration gives what follows `step` batches of this epoch
     counts_batches              whether every process knows how many batches each other has
@@ -70,6 +70,7 @@ class Rounds:
         self.total = position.iterations * position.accum_iter
         loader.set_position(0, 0)
         self.per_epoch = len(loader)
+        self.batches, self.at = None, 0  # an iterator that goes on from one round to the next, and where it is
         self.set_position(0, 0)
 
     def __len__(self) -> int:
@@ -79,7 +80,12 @@ class Rounds:
         self.number, self.first = number, number * self.per_round + step
 
     def __iter__(self) -> Iterator:
-        return itertools.islice(self.from_first_on(), len(self))
+        left = len(self)
+        if self.batches is None or self.at != self.first:
+            self.batches, self.at = self.from_first_on(), self.first
+        for batch in itertools.islice(self.batches, left):
+            self.at += 1
+            yield batch
 
     def from_first_on(self) -> Iterator:
         epoch, step = divmod(self.first, self.per_epoch)

@@ -43,7 +43,6 @@ class Stream(IterableDataset):
             yield self.transform(image.convert('RGB')), check_label(target, len(self.classes))
 
 
-
 class StreamLoader:
     """Batches of a stream; in training, equally many on every process. Its methods are those of loaders.batches.
 

@@ -149,10 +149,14 @@ def check_run_flags(args) -> argparse.Namespace:
 
 
 def check_optimizer_flags(args):
-    """Of add_optimizer_flags and add_schedule_flags."""
+    """Of add_optimizer_flags."""
     if args.opt.lower().split('_')[-1] not in list_optimizers():
         raise InputError(f'--opt {args.opt}: timm has no such optimizer{similar(args.opt, list_optimizers())}')
     check_pair('--opt-betas', args.opt_betas)
+
+
+def check_schedule_flags(args):
+    """Of add_schedule_flags."""
     if args.lr_noise is not None and args.sched == 'plateau':
         raise InputError('--lr-noise: has no effect with --sched plateau')
     if args.sched == 'plateau' and args.decay_rate >= 1:
@@ -183,6 +187,11 @@ def choose_device(args) -> torch.device:
 
 def amp_dtype(args, device: torch.device) -> Optional[torch.dtype]:
     return AMP_DTYPES[args.amp or ('fp16' if device.type == 'cuda' else 'off')]
+
+
+def build_scaler(args, device: torch.device) -> torch.amp.GradScaler:
+    """What scales the loss under fp16; it does nothing in other precisions."""
+    return torch.amp.GradScaler(device.type, enabled=amp_dtype(args, device) == torch.float16)
 
 
 def images_per_batch(args) -> int:

@@ -1,4 +1,6 @@
 """Optimizer and learning rate schedule, as the shared flags describe them; both are timm's."""
+import argparse
+
 import torch
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
@@ -19,7 +21,7 @@ def build_optimizer(args, model: torch.nn.Module, *, lr: float) -> torch.optim.O
         InputError: timm can't build it here.
     """
     try:
-        kwargs = {**optimizer_kwargs(args), 'lr': lr}
+        kwargs = optimizer_kwargs(argparse.Namespace(**{**vars(args), 'lr': lr}))
         if args.opt.lower() in FUSED_OPTIMIZERS:
             kwargs['fused'] = True
         return create_optimizer_v2(model, **kwargs)

@@ -20,6 +20,7 @@ class Epochs:
     unit = 'epoch'
     flag = 'epochs'
     required = ('epoch',)  # what a checkpoint to go on from must say
+    fixed = ()  # flags that may not change
 
     def __init__(self, total: int, *, first: int = 0):
         self.total, self.done, self.step = total, first - 1, 0
@@ -67,6 +68,7 @@ class Iterations:
     unit = 'iteration'
     flag = 'iterations'
     required = ('iteration', 'rounds')
+    fixed = ('every',)
 
     def __init__(self, args):
         self.iterations, self.every, self.accum_iter = args.iterations, args.every, args.accum_iter
@@ -90,7 +92,7 @@ class Iterations:
         return (self.done + 1) * self.every + 1
 
     def name(self, number: int) -> str:
-        return f'Iterations to {min((number + 1) * self.every, self.iterations)}'
+        return f'Iterations {number * self.every + 1} to {min((number + 1) * self.every, self.iterations)}'
 
     def __str__(self) -> str:
         return f'iteration {self.count()}'
@@ -104,6 +106,6 @@ class Iterations:
         left = iteration - rounds * self.every
         if iteration >= self.iterations and rounds >= self.total:
             rounds, left = self.total, 0
-        elif not 0 <= left <= self.every:  # --every was another one
+        elif left < 0:  # the last round was shorter, and --iterations is larger now
             rounds, left = divmod(iteration, self.every)
         self.done, self.step = rounds - 1, left * self.accum_iter

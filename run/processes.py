@@ -12,7 +12,7 @@ from typing import Callable, Iterator, Optional
 import torch
 import torch.distributed as dist
 
-from utils import InputError, Interrupted, RunStopped, first_line
+from utils import InputError, Interrupted, RunStopped, first_line, seed_everything
 
 
 def is_distributed() -> bool:
@@ -167,13 +167,14 @@ def end_distributed():
 
 @contextlib.contextmanager
 def joined(args, *, trains: bool = True) -> Iterator[torch.device]:
-    """A context for a program's work among its processes; gives this process's device.
+    """A context for a program's work among its processes, seeded by --seed; gives this process's device.
 
     Args:
         args: the flags of run.flags.add_run_flags and add_distributed_flags.
         trains: prepare for a training, which keeps the memory that it frees.
     """
     set_deterministic(args.deterministic)
+    seed_everything(args.seed)
     device = init_distributed(choose_device(args.device), world_size=args.world_size, dist_url=args.dist_url,
                               timeout_minutes=args.dist_timeout)
     if device.type == 'cpu' and trains:

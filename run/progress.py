@@ -107,7 +107,7 @@ def map_tensors(batch, change):
     if isinstance(batch, torch.Tensor):
         return change(batch)
     if isinstance(batch, dict):
-        return type(batch)((key, map_tensors(value, change)) for key, value in batch.items())
+        return {key: map_tensors(value, change) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, '_fields'):  # a named tuple
         return type(batch)(*(map_tensors(value, change) for value in batch))
     if isinstance(batch, (list, tuple)):
@@ -123,7 +123,7 @@ def count_images(batch) -> int:
     if isinstance(batch, torch.Tensor):
         return len(batch)
     if isinstance(batch, dict):
-        return count_images(next(iter(batch.values()), ()))
+        return next(filter(None, map(count_images, batch.values())), 0)
     if isinstance(batch, (list, tuple)) and len(batch):
         one_each = isinstance(batch[0], dict) or (isinstance(batch[0], torch.Tensor) and batch[0].ndim == 3)
         return len(batch) if one_each else count_images(batch[0])

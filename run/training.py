@@ -5,6 +5,8 @@ The program keeps its loop:
     run = Run(args, Epochs(args.epochs), {'model': model, 'optimizer': parts.Optimizer(optimizer)})
     with run.locked():
         run.resume()
+        if run.is_over():
+            return
         with run.started(derived):
             for epoch in run.rounds(loader):
                 stats = engine.train_one_epoch(model, losses, loader, ..., **run.options(epoch, device))
@@ -28,7 +30,7 @@ from run.position import Epochs, Iterations
 from run.processes import get_world_size, is_main_process, max_over_processes, notice, sum_over_processes, wait_for_all
 from run.resume import NOT_SHARED, goes_on_in_place, load_for_resume, trained_with
 from run.signals import StopRequest
-from utils import InputError, Interrupted, write_json
+from utils import InputError, Interrupted, first_line, write_json
 
 
 class Run:
@@ -50,6 +52,8 @@ class Run:
     def __init__(self, args, position: Union[Epochs, Iterations], parts: dict, *, optional: tuple = (),
                  fixed: tuple = ()):
         self.args, self.position, self.parts, self.optional, self.fixed = args, position, parts, optional, fixed
+        if taken := parts.keys() & {*position.state_dict(), 'averages', 'batch', 'args'}:
+            raise ValueError(f'{", ".join(sorted(taken))}: a checkpoint has this key already; call the part otherwise')
         self.sums, self.log, self.stop = {}, None, StopRequest()
         self.folder = Path(args.output_dir) if args.output_dir else None
         self.writing: Optional[threading.Thread] = None
@@ -102,7 +106,7 @@ class Run:
     def started(self, derived: dict) -> Iterator['Run']:
         """A context for the loop: its log is open, and a signal ends it between two steps, stored.
 
-        But for the lock, nothing before this has written anything.
+        Before this, nothing but the lock has been written.
 
         Args:
             derived: what follows from the flags and the data, for args.json.
@@ -126,8 +130,9 @@ class Run:
             yield number
 
     def options(self, number: int, device: torch.device) -> dict:
-        """What engine.train_one_epoch has to know of the position and of the shared flags."""
+        """What engine.train_one_epoch has to know of the position and of the shared flags; and the part `scaler`."""
         return dict(device=device, amp_dtype=amp_dtype(self.args, device), epoch=number, seed=self.args.seed,
+                    scaler=self.parts.get('scaler'),
                     accum_iter=self.args.accum_iter, header=self.position.name(number),
                     first_update=self.position.updates_before(number), first_step=self.step, sums=self.sums,
                     after_update=self.after_update)
@@ -137,7 +142,7 @@ class Run:
 
         Args:
             stats: for the log.
-            best: whether this is the best so far, and to be kept as best_model.pth.
+            best: whether this is the best so far, and to be kept as best_model.pth; the same on all processes.
             summary: of the round, for the line that is printed.
 
         Raises:
@@ -240,16 +245,18 @@ class Run:
             InputError: it lacks something, or is of another training.
         """
         parts = {name: part for name, part in self.parts.items() if part is not None}
-        lacking = {name for name in parts if checkpoint.get(name) in (None, {})}
+        lacking = {name for name in parts if checkpoint.get(name) is None}
         self.refuse_other_settings(checkpoint, source)
         for name, part in parts.items():
-            if name not in lacking:
+            if name not in lacking and checkpoint[name] != {}:  # a scaler that was not needed
                 try:
                     part.load_state_dict(checkpoint[name])
                 except InputError as error:
                     raise InputError(f'{source}: {error}') from None
+                except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise InputError(f'{source}: its {name} is of another training ({first_line(error)})') from None
         needed = [name for name in (*parts, *self.position.required)
-                  if name not in checkpoint and name not in self.optional]
+                  if (name in lacking or name not in checkpoint) and name not in self.optional]
         if needed:
             raise InputError(f'{source}: has no {" and no ".join(needed)} to go on with; to start from its weights, '
                              f'use --pretrained')
@@ -261,7 +268,7 @@ class Run:
 
     def refuse_other_settings(self, checkpoint: dict, source: str):
         before = trained_with(checkpoint)
-        for name in self.fixed:
+        for name in (*self.fixed, *self.position.fixed):
             now = getattr(self.args, name)
             if before.get(name, now) != now:
                 raise InputError(f'{source}: was trained with --{name.replace("_", "-")} {before[name]}, not {now}')

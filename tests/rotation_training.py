@@ -18,13 +18,13 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     with processes.joined(args) as device:
-        torch.manual_seed(args.seed)
         data = datasets.ClassFolders(args.data_path, datasets.ToNormalizedTensor())
         model = xcit.xcit_nano_12_p16(num_classes=4, depth=2, drop_path_rate=.3).to(device)
         wrapped = processes.wrap_for_distributed(model, device, sync_bn=args.sync_bn)
         optimizer = torch.optim.SGD(model.parameters(), lr=.01, momentum=.9)
         eager = parts.Metrics(left=1.)  # a part of its own: what is learnt becomes less
-        run = training.Run(args, position.Iterations(args), dict(model=model, optimizer=optimizer, eager=eager))
+        run = training.Run(args, position.Iterations(args), dict(
+            model=model, optimizer=optimizer, eager=eager, scaler=flags.build_scaler(args, device)))
         loader = Rounds(build_train_loader(data, args, device), run.position)
         def losses(batch):
             turn, eager['left'] = torch.randint(4, (1,), device=device), eager['left'] * .9

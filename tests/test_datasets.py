@@ -570,7 +570,8 @@ def test_batches_do_not_depend_on_workers(folders, flag):
     epochs = []
     for workers in ('0', '2'):
         args = arguments('FOLDER', folders, '--num-workers', workers, '--batch-size', '4', '--reprob', '1', flag)
-        loader = main.build_train_loader(datasets.build_dataset(args, True)[0], args, CPU)
+        loader = main.build_train_loader(datasets.build_dataset(args, True)[0], args, CPU,
+                                         collate_fn=datasets.build_train_collate(args))
         loader.set_position(1, 0)
         epochs.append(list(loader))
     assert [len(epoch) for epoch in epochs] == [4, 4]

@@ -121,7 +121,7 @@ def two_weights() -> torch.nn.Module:
 def one_step(model, losses, **kwargs) -> dict:
     return train_one_epoch(
         model, losses, [{'x': [torch.ones(1, 2)]}], optimizer=torch.optim.SGD(model.parameters(), lr=1.),
-        scaler=torch.amp.GradScaler('cpu', enabled=False), device=CPU, epoch=0, seed=0, **kwargs)
+        device=CPU, epoch=0, seed=0, **kwargs)
 
 
 def test_the_sum_of_several_losses_is_minimised():
@@ -133,11 +133,24 @@ def test_the_sum_of_several_losses_is_minimised():
     assert {name: stats[name] for name in ('loss', 'a', 'b', 'figure')} == {'loss': 13., 'a': 7., 'b': 6., 'figure': 5.}
 
 
+@pytest.mark.parametrize(('losses', 'options', 'message'), [
+    (lambda weight: {'a': weight, 'lr': weight}, {}, 'lr: a figure of the epoch has this name'),
+    (lambda weight: {'a': weight, 'loss': weight}, {}, 'loss: a figure of the epoch has this name'),
+    (lambda weight: {'a': weight.detach()}, {}, r'none of the losses \(a\) has a gradient'),
+    (lambda weight: {'a': weight}, {'amp_dtype': torch.float16, 'scaler': None}, 'needs a scaler')])
+def test_what_a_task_can_do_wrong_is_told(losses, options, message):
+    """Before the weights change."""
+    model = two_weights()
+    with pytest.raises(ValueError, match=message):
+        one_step(model, lambda batch: losses(model.weight.sum()), **options)
+
+
 def test_the_loss_that_is_not_finite_is_named():
     """Of several, the one that is not, and where."""
     model = two_weights()
-    with pytest.raises(NonFiniteLoss, match='b is inf at iterations to 8, step 0'):
-        one_step(model, lambda batch: {'a': model.weight.sum(), 'b': torch.tensor(math.inf)}, header='Iterations to 8')
+    with pytest.raises(NonFiniteLoss, match='b is inf at iterations 5 to 8, step 0'):
+        one_step(model, lambda batch: {'a': model.weight.sum(), 'b': torch.tensor(math.inf)},
+                 header='Iterations 5 to 8')
 
 
 def test_clipping_can_be_the_tasks_own():
@@ -250,7 +263,8 @@ def test_batches_of_any_shape_are_moved_and_counted():
     image, meta = torch.zeros(3, 8, 8), torch.device('meta')
     batches = {2: ([image, image], [{'boxes': torch.zeros(5, 4), 'id': 'a'}, {'boxes': torch.zeros(1, 4), 'id': 'b'}]),
                4: ((torch.zeros(4, 3, 8, 8), torch.zeros(4, 3, 6, 6)), torch.zeros(4)),
-               3: [{'image': image}] * 3}
+               3: [{'image': image}] * 3,
+               5: {'id': list('abcde'), 'image': torch.zeros(5, 3, 8, 8)}}
     for count, batch in batches.items():
         assert progress.count_images(batch) == count
     moved = progress.map_tensors(batches[2], lambda tensor: tensor.to(meta))

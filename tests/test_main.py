@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, tiniest, write_folders
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import datasets
 from main import build_optimizer, build_run, build_scheduler, build_teacher, main, parse_args
 from run import checkpoints
 from run.parts import Metrics
@@ -346,6 +347,20 @@ def test_option_trains(folders, more):
     stats = main(tiniest(folders, '--epochs', '1', *more))
     assert math.isfinite(stats['train_loss'])
     assert ('test_ema_acc1' in stats) == ('--no-model-ema' not in more)
+
+
+@pytest.mark.parametrize('flag', ['--resplit', '--no-resplit'])
+def test_resplit_reaches_the_batches(folders, monkeypatch, flag):
+    """With it every training batch is erased as a whole, without it none."""
+    erased, erase = [], datasets.CleanHalfErasing.__call__
+
+    def noted(self, samples):
+        erased.append(len(samples))
+        return erase(self, samples)
+
+    monkeypatch.setattr(datasets.CleanHalfErasing, '__call__', noted)
+    main(tiniest(folders, '--epochs', '1', '--no-repeated-aug', flag))
+    assert erased == ([4] * 4 if flag == '--resplit' else [])
 
 
 def test_pretrained_head_of_other_classes_is_left_out(tmp_path, folders, trained, capsys):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from processes import finish, run, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
+from loaders.batches import Rounds
 from run import folder, parts, signals
 from run.position import Epochs, Iterations
 from utils import InputError, Interrupted, RunStopped
@@ -260,6 +262,19 @@ def test_checkpoint_that_lacks_a_part_is_refused(program, whole, tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parametrize(('change', 'message'), [
+    ({'model': {'weight': torch.ones(1)}}, "not this model's|its model is of another training"),
+    ({'optimizer': {'state': {}, 'param_groups': []}}, 'its optimizer is'),
+    ({'optimizer': None}, 'has no optimizer to go on with')], ids=['model', 'optimizer', 'none'])
+def test_checkpoint_of_another_training_is_refused(program, whole, tmp_path, change, message):
+    """In one line, and no folder is left."""
+    torch.save({**state(whole), **change}, tmp_path / 'other.pth')
+    with pytest.raises(InputError, match=message) as caught:
+        program(tmp_path / 'run', '--resume', str(tmp_path / 'other.pth'))
+    assert '\n' not in str(caught.value)
+    assert not (tmp_path / 'run').exists()
+
+
 @pytest.mark.parametrize('mistake', [
     ['--data-path', '/nowhere'], ['--batch-size', '1000'], ['--resume', '/nowhere/checkpoint.pth'], ['--no-such-flag'],
     ['--device', 'cuda:99'], ['--amp', 'fp16'], ['--stop-after-epochs', '-1'], ['--seed', 'x']], ids=' '.join)
@@ -312,6 +327,34 @@ def test_iterations_keep_their_place():
     position.finish(2)
     other.load_state_dict(position.state_dict())
     assert (position.count(), list(other.rounds_left())) == (10, [])
+
+
+def test_rounds_go_through_the_data_once():
+    """Rounds of 4, 4 and 2 of epochs with 5 batches: a round goes on where the last one ended, without a restart."""
+    class Loader:
+        def __init__(self):
+            self.starts = []
+
+        def set_position(self, epoch, step):
+            self.epoch, self.step = epoch, step
+
+        def __len__(self):
+            return 5 - self.step
+
+        def __iter__(self):
+            self.starts.append((self.epoch, self.step))
+            yield from ((self.epoch, i) for i in range(self.step, 5))
+
+    loader = Loader()
+    rounds = Rounds(loader, Iterations(Namespace(iterations=10, every=4, accum_iter=1)))
+    found = []
+    for number in range(3):
+        rounds.set_position(number, 0)
+        found.append(list(rounds))
+    assert found == [[(0, 0), (0, 1), (0, 2), (0, 3)], [(0, 4), (1, 0), (1, 1), (1, 2)], [(1, 3), (1, 4)]]
+    assert loader.starts == [(0, 0), (1, 0)]
+    rounds.set_position(1, 2)
+    assert (len(rounds), list(rounds)) == (2, [(1, 1), (1, 2)])
 
 
 def test_a_run_of_one_kind_is_not_gone_on_with_by_the_other():

@@ -319,6 +319,8 @@ def train(args, device: torch.device) -> dict:
 
     amp_dtype = flags.amp_dtype(args, device)
     model = build_model(args, num_classes, new_head=True).to(device)
+    if isinstance(model, xcit.Xcit):
+        xcit.speed_up_training(model)
     model_ema = build_model_ema(args, model)
     criterion = build_criterion(args, num_classes, device)
     mixup = build_mixup(args, num_classes)
@@ -453,6 +455,8 @@ def evaluate_only(args, device: torch.device) -> dict:
     if checkpoint is not None and checkpoint.get('classes') not in (None, datasets.class_names(dataset)):
         notice(f'{source}: was trained on classes of other names, or in another order, than these')
     loader = build_eval_loader(dataset, args, device)
+    if isinstance(model, xcit.Xcit):
+        xcit.fuse(model.eval())
     if args.compile:
         model.compile(mode=args.compile_mode)
     stats = evaluate(model.to(device), loader, device=device, amp_dtype=flags.amp_dtype(args, device))

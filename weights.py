@@ -11,6 +11,7 @@ import torch
 from timm.models import load_state_dict_from_hf
 
 import xcit
+import xcit_zoo
 from run import checkpoints
 from run.processes import notice
 from utils import InputError, abridge, first_line, similar
@@ -67,25 +68,25 @@ def check_input_size(args, model: torch.nn.Module):
 
 def tags(model_name: str) -> List[str]:
     """The tags of a model's published checkpoints, e.g. 'fb_in1k'."""
-    return [published.tag for published in xcit.ZOO.values() if published.model == model_name.split('.')[0]]
+    return [published.tag for published in xcit_zoo.ZOO.values() if published.model == model_name.split('.')[0]]
 
 
-def published(model_name: str, tag: str) -> Optional[xcit.Published]:
+def published(model_name: str, tag: str) -> Optional[xcit_zoo.Published]:
     """The published checkpoint that a tag, alone or after its model's name, means for a model; None if none.
 
     Args:
         model_name: '' for any, where the tag has a model's name.
     """
-    found = xcit.ZOO.get(tag) or xcit.ZOO.get(f'{model_name.split(".")[0]}.{tag}')
+    found = xcit_zoo.ZOO.get(tag) or xcit_zoo.ZOO.get(f'{model_name.split(".")[0]}.{tag}')
     return found if found and model_name.split('.')[0] in ('', found.model) else None
 
 
-def published_as(given: str) -> Optional[xcit.Published]:
+def published_as(given: str) -> Optional[xcit_zoo.Published]:
     """The published checkpoint that a full name, an address or a file's name means, None if it is none of them."""
     name = Path(given).name
-    if given in xcit.ZOO:
-        return xcit.ZOO[given]
-    return next((entry for entry in xcit.ZOO.values()
+    if given in xcit_zoo.ZOO:
+        return xcit_zoo.ZOO[given]
+    return next((entry for entry in xcit_zoo.ZOO.values()
                  if given == f'{HUB}{entry.hf_hub_id}' or name == Path(entry.url).name), None)
 
 
@@ -98,8 +99,8 @@ def check_exists(given: str, flag: str, model_name: str):
     if published(model_name, given) or given.startswith(HUB) or checkpoints.is_url(given) or Path(given).exists():
         return
     allowed = f'; tags of {model_name}: {", ".join(tags(model_name))}' if tags(model_name) else ''
-    if not model_name and given in {entry.tag for entry in xcit.ZOO.values()}:
-        allowed = f'; as a tag it needs its model\'s name before it, as in {next(iter(xcit.ZOO)).split(".")[0]}.{given}'
+    if not model_name and given in {entry.tag for entry in xcit_zoo.ZOO.values()}:
+        allowed = f'; as a tag it needs its model\'s name before it, as in {next(iter(xcit_zoo.ZOO)).split(".")[0]}.{given}'
     raise InputError(f'{flag} {given}: no such file{allowed}')
 
 
@@ -125,7 +126,7 @@ def read(given: str, flag: str, model_name: str = '', *, use_ema: bool = False) 
     return extract(content, f'{flag} {given}', use_ema=use_ema)
 
 
-def read_published(checkpoint: xcit.Published, flag: str) -> dict:
+def read_published(checkpoint: xcit_zoo.Published, flag: str) -> dict:
     """The file of a published checkpoint, from either home; nothing is downloaded that is on this machine already."""
     if checkpoint.hf_hub_id:
         cached = huggingface_hub.try_to_load_from_cache(checkpoint.hf_hub_id, HUB_FILE)
@@ -179,7 +180,7 @@ def extract(checkpoint: dict, source: str, *, use_ema: bool = False) -> Weights:
     Raises:
         InputError: there are none.
     """
-    entries = AVERAGES if use_ema else xcit.ENTRIES
+    entries = AVERAGES if use_ema else xcit_zoo.ENTRIES
     entry = next((name for name in entries if isinstance(checkpoint.get(name), dict)), None)
     if use_ema and entry is None:
         raise InputError(f'{source}: holds no moving average (--use-ema); it has: {abridge(list(checkpoint))}')
@@ -188,10 +189,10 @@ def extract(checkpoint: dict, source: str, *, use_ema: bool = False) -> Weights:
             isinstance(key, str) for key in tensors):
         raise InputError(about(source, f'no weights under \'model\'; the file has: {abridge(list(checkpoint))}'))
     found = ['a bare state dict' if entry is None else f'\'{entry}\'']
-    tensors, removed = xcit.strip_prefixes(tensors)
+    tensors, removed = xcit_zoo.strip_prefixes(tensors)
     found += [f'names without {" and ".join(removed)}'] if removed else []
-    if xcit.has_timm_names(tensors):
-        tensors = xcit.from_timm_names(tensors)
+    if xcit_zoo.has_timm_names(tensors):
+        tensors = xcit_zoo.from_timm_names(tensors)
         found.append('timm\'s names')
     if isinstance(checkpoint.get('epoch'), int):
         found.append(f'of epoch {checkpoint["epoch"]}')
@@ -210,7 +211,7 @@ def num_classes(name: str, given: Weights) -> int:
 
 def named_for(model: torch.nn.Module, weights: Weights) -> dict:
     """The weights under the model's own names: timm's, if it is timm's XCiT."""
-    return xcit.to_timm_names(weights.tensors) if xcit.has_timm_names(model.state_dict()) else weights.tensors
+    return xcit_zoo.to_timm_names(weights.tensors) if xcit_zoo.has_timm_names(model.state_dict()) else weights.tensors
 
 
 def head_keys(model: torch.nn.Module) -> List[str]:

@@ -2,31 +2,29 @@
 
 Paper: https://arxiv.org/abs/2106.09681. Importing this file registers the 14 models of `SIZES` x {p16, p8} with
 timm; `timm.create_model('xcit_small_12_p16')` then builds one. Module and parameter names are those of the published
-checkpoints, which load strictly.
+checkpoints, which load strictly. Cross-covariance attention itself, equation 4, is in xca.py, and the table of published
+weights in xcit_zoo.py.
 
 Shapes: `B` batch, `N = H*W` tokens, `C` channels, `H, W` token grid (never pixels), `h` heads, `d = C//h`,
-`K` classes. Images are `(B, 3, img_h, img_w)` in pixels; any size works, the grid is `ceil(pixels / patch)`.
+`K` classes. Images are `(B, in_chans, img_h, img_w)` in pixels; any size works, the grid is `ceil(pixels / patch)`.
 """
-import contextlib
-import dataclasses
+import functools
 import math
-import re
-from typing import ClassVar, Iterator, List, Optional, Tuple, Union
+from typing import List, Optional, Tuple, Union
 
 import torch
+import torch.fx
 import torch.nn as nn
-import torch.nn.functional as F
-import torch.utils.checkpoint
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath, Mlp, get_act_layer, get_norm_layer, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 
-from linear import has_hooks, in_transform, is_linear
-from mlp import Mlp
-from xca import FORMS, XCA, at_least_float32, without_autocast
+import xcit_zoo
+from xca import XCA
+from xcit_fuse import fuse
+from xcit_timm import TimmModel, checkpoint_block
+from xcit_train import speed_up_training
 
-__all__ = ['Xcit']  # timm adds the name of each registered model
+__all__ = ['Xcit', 'fuse', 'speed_up_training']  # timm adds the name of each registered model
 
 # The 14 models: each row below with patch 16 and with patch 8. `tokens_norm`: see ClassAttentionBlock.
 SIZES = {
@@ -38,8 +36,8 @@ SIZES = {
     'medium_24': dict(embed_dim=512, depth=24, num_heads=8, eta=1e-5, tokens_norm=True),
     'large_24': dict(embed_dim=768, depth=24, num_heads=16, eta=1e-5, tokens_norm=True),
 }
-PATCH_SIZES = (16, 8)
-GLOBAL_POOLS = ('token', 'avg', '')
+MODELS = [f'xcit_{size}_p{patch}' for patch in (16, 8) for size in SIZES]
+STEM_CONVOLUTIONS = {16: 4, 8: 3}  # by patch size
 
 
 class PositionalEncodingFourier(nn.Module):
@@ -48,67 +46,35 @@ class PositionalEncodingFourier(nn.Module):
     Source: paper section 3.3; original xcit.py, PositionalEncodingFourier.
     """
 
-    def __init__(self, dim: int, hidden_dim: int = 32, temperature: float = 10000.):
+    def __init__(self, dim: int, hidden_dim: int = 32, temperature: float = 10000., device=None, dtype=None):
         super().__init__()
-        self.token_projection = nn.Conv2d(2 * hidden_dim, dim, kernel_size=1)
+        self.token_projection = nn.Conv2d(2 * hidden_dim, dim, kernel_size=1, device=device, dtype=dtype)
         self.hidden_dim = hidden_dim
         self.temperature = temperature
 
-    def axis_features(self, length: int) -> torch.Tensor:
-        """Features of the coordinates 1..length of one axis, scaled to (0, 2 pi]: (length, hidden_dim), float32."""
-        # Float32 whatever the weights' type: half precision cannot tell neighbouring coordinates of a large grid apart.
-        device = self.token_projection.weight.device
-        position = torch.arange(1, length + 1, dtype=torch.float32, device=device) / (length + 1e-6) * (2 * math.pi)
-        exponent = torch.arange(0, self.hidden_dim, 2, dtype=torch.float32, device=device) / self.hidden_dim
-        angle = position[:, None] / self.temperature ** exponent  # (length, hidden_dim / 2)
-        return torch.stack((angle.sin(), angle.cos()), dim=2).flatten(1)  # sin and cos interleaved
-
     def forward(self, H: int, W: int) -> torch.Tensor:
-        """Encoding of an H x W grid: (1, C, H, W) in channels_last, of the weights' type."""
-        if not torch.jit.is_scripting():
-            if not self.is_plain():
-                return self.definition(H, W)
-            # Not in half precision under autocast: float32 LayerScale makes tokens float32 in the first block anyway.
-            with without_autocast(self.token_projection.weight.device):
-                return self.by_axis(H, W)
-        return self.by_axis(H, W)
-
-    def by_axis(self, H: int, W: int) -> torch.Tensor:
-        # The projection of (y, x) is that of y and that of x: H + W rows are projected, and not H * W. A convolution
-        # would also let the compiler compile anew for larger grids, since on CPUs its size decides what computes it.
-        weight, bias = self.token_projection.weight, self.token_projection.bias
-        dtype = at_least_float32(weight.dtype)
-        weight_y, weight_x = weight.flatten(1).to(dtype).chunk(2, dim=1)
-        y = F.linear(self.axis_features(H).to(dtype), weight_y, None if bias is None else bias.to(dtype))
-        x = F.linear(self.axis_features(W).to(dtype), weight_x)
-        return (y[:, None] + x).to(weight.dtype).permute(2, 0, 1)[None]
-
-    @torch.jit.unused
-    def is_plain(self) -> bool:
-        """Whether weight and bias of `token_projection` are all there is, and not an adapter as well, say."""
-        return type(self.token_projection) is nn.Conv2d and not has_hooks(self.token_projection)
-
-    @torch.jit.unused
-    def definition(self, H: int, W: int) -> torch.Tensor:
-        """The same by calling `token_projection`, under autocast in half precision."""
-        y = self.axis_features(H)[:, None].expand(-1, W, -1)
-        x = self.axis_features(W)[None].expand(H, -1, -1)
-        features = torch.cat((y, x), dim=2).permute(2, 0, 1)[None]  # (1, 2 * hidden_dim, H, W)
-        return self.token_projection(features.to(self.token_projection.weight.dtype))
+        """Encoding of an H x W grid: (1, C, H, W)."""
+        weight = self.token_projection.weight
+        y = axis_features(H, self.hidden_dim, self.temperature, weight)[:, None].expand(-1, W, -1)
+        x = axis_features(W, self.hidden_dim, self.temperature, weight)[None].expand(H, -1, -1)
+        return self.token_projection(torch.cat((y, x), dim=2).permute(2, 0, 1)[None])
 
 
-def channels_last(x: torch.Tensor) -> torch.Tensor:
-    """Images (B, in_chans, img_h, img_w) in that layout."""
-    if not torch.jit.is_scripting() and in_transform():  # where memory is not that of what is seen
-        return x
-    return x.contiguous(memory_format=torch.channels_last)
+@torch.fx.wrap  # one operation to torch.fx, which can't trace arange
+def axis_features(length: int, dim: int, temperature: float, like: torch.Tensor) -> torch.Tensor:
+    """Features of the coordinates 1..length of one axis, scaled to (0, 2 pi]: (length, dim), on `like`'s device."""
+    # Float32 whatever the type: half precision cannot tell neighbouring coordinates of a large grid apart.
+    position = torch.arange(1, length + 1, dtype=torch.float32, device=like.device) / (length + 1e-6) * (2 * math.pi)
+    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=like.device) / dim
+    angle = position[:, None] / temperature ** exponent  # (length, dim / 2)
+    return torch.stack((angle.sin(), angle.cos()), dim=2).flatten(1).to(like.dtype)  # sin and cos interleaved
 
 
-def conv3x3(in_chans: int, out_chans: int) -> nn.Sequential:
+def conv3x3(in_chans: int, out_chans: int, device=None, dtype=None) -> nn.Sequential:
     """Stride-2 3x3 convolution and BatchNorm: one halving of the resolution."""
     return nn.Sequential(
-        nn.Conv2d(in_chans, out_chans, kernel_size=3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(out_chans))
+        nn.Conv2d(in_chans, out_chans, kernel_size=3, stride=2, padding=1, bias=False, device=device, dtype=dtype),
+        nn.BatchNorm2d(out_chans, device=device, dtype=dtype))
 
 
 class ConvPatchEmbed(nn.Module):
@@ -117,21 +83,22 @@ class ConvPatchEmbed(nn.Module):
     Source: paper section 3.3 (following LeViT); original xcit.py, ConvPatchEmbed.
     """
 
-    def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
+    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, act_layer=nn.GELU, device=None,
+                 dtype=None):
         super().__init__()
-        halvings = PATCH_HALVINGS[patch_size]
-        widths = [in_chans] + [embed_dim // 2 ** i for i in reversed(range(halvings))]
+        # What timm's users read; images may have any other size.
+        self.img_size, self.patch_size = to_2tuple(img_size), patch_size
+        self.num_patches = math.prod(-(-side // patch_size) for side in self.img_size)
+        convolutions = STEM_CONVOLUTIONS[patch_size]
+        widths = [in_chans] + [embed_dim // 2 ** i for i in reversed(range(convolutions))]
         layers: List[nn.Module] = []
         for in_width, out_width in zip(widths, widths[1:]):
-            layers += [conv3x3(in_width, out_width), nn.GELU()]
+            layers += [conv3x3(in_width, out_width, device, dtype), act_layer()]
         self.proj = nn.Sequential(*layers[:-1])  # the last convolution has no activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in_chans, img_h, img_w) -> (B, C, H, W) in channels_last."""
-        return self.proj(channels_last(x))
-
-
-PATCH_HALVINGS = {16: 4, 8: 3}
+        """(B, in_chans, img_h, img_w) -> (B, C, H, W) in channels_last: in memory as tokens lie, see LPI."""
+        return self.proj(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
 
 
 class LPI(nn.Module):
@@ -140,12 +107,12 @@ class LPI(nn.Module):
     Source: paper section 3.2; original xcit.py, LPI.
     """
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, act_layer=nn.GELU, device=None, dtype=None):
         super().__init__()
-        self.conv1 = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
-        self.act = nn.GELU()
-        self.bn = nn.BatchNorm2d(dim)
-        self.conv2 = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
+        self.conv1 = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, device=device, dtype=dtype)
+        self.act = act_layer()
+        self.bn = nn.BatchNorm2d(dim, device=device, dtype=dtype)
+        self.conv2 = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, device=device, dtype=dtype)
         # As tokens (B, N, C) lie in memory they are a grid (B, C, H, W) in channels_last; with weights that are marked
         # so, too, nothing is copied.
         self.to(memory_format=torch.channels_last)
@@ -159,133 +126,95 @@ class LPI(nn.Module):
 class XCABlock(nn.Module):
     """XCA, LPI and MLP, each normalised before, scaled (LayerScale) and dropped (stochastic depth) after."""
 
-    def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float, qkv_bias: bool, drop: float, attn_drop: float,
-                 drop_path: float, eta: float):
+    def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float, qkv_bias: bool, proj_drop: float,
+                 attn_drop: float, drop_path: float, eta: float, act_layer, norm_layer, device=None, dtype=None):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = XCA(dim, num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=drop)
+        dd = {'device': device, 'dtype': dtype}
+        self.norm1 = norm_layer(dim, **dd)
+        self.attn = XCA(dim, num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
         self.drop_path = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
-        self.norm3 = nn.LayerNorm(dim, eps=1e-6)
-        self.local_mp = LPI(dim)
-        self.gamma1 = nn.Parameter(eta * torch.ones(dim))
-        self.gamma2 = nn.Parameter(eta * torch.ones(dim))
-        self.gamma3 = nn.Parameter(eta * torch.ones(dim))
+        self.norm2 = norm_layer(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
+        self.norm3 = norm_layer(dim, **dd)
+        self.local_mp = LPI(dim, act_layer, **dd)
+        self.gamma1 = nn.Parameter(eta * torch.ones(dim, **dd))
+        self.gamma2 = nn.Parameter(eta * torch.ones(dim, **dd))
+        self.gamma3 = nn.Parameter(eta * torch.ones(dim, **dd))
 
     def forward(self, x: torch.Tensor, H: int, W: int) -> torch.Tensor:
-        x = self.add(x, self.gamma1, self.attn(self.norm1(x)))
+        x = x + self.drop_path(self.gamma1 * self.attn(self.norm1(x)))
         # faithful: 3 comes before 2; the published weights need this order (original xcit.py, XCABlock)
-        x = self.add(x, self.gamma3, self.local_mp(self.norm3(x), H, W))
-        x = self.add(x, self.gamma2, self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.gamma3 * self.local_mp(self.norm3(x), H, W))
+        x = x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x)))
         return x
-
-    def add(self, x: torch.Tensor, gamma: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-        """x + drop_path(gamma * branch), in one pass over the tokens: it is gamma that is dropped."""
-        gamma = self.drop_path(gamma.expand(x.shape[0], 1, -1))
-        if branch.dtype != gamma.dtype:  # autocast would have addcmul keep a second branch, in float32
-            return x + gamma * branch
-        return torch.addcmul(x, gamma, branch)
 
 
 class ClassAttention(nn.Module):
-    """Attention of the CLS token over all tokens.
+    """Attention of the CLS token over all tokens: softmax(q kᵀ / √d) v, with the CLS token's q.
 
     Source: CaiT (https://arxiv.org/abs/2103.17239) section 3; original xcit.py, ClassAttention.
     """
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, attn_drop: float = 0., proj_drop: float = 0.):
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True, attn_drop: float = 0.,
+                 proj_drop: float = 0., device=None, dtype=None):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias, device=device, dtype=dtype)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def attention_weights(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 1 + N, C), CLS first -> how much CLS attends to each token, (B, h, 1 + N); a head's sum is 1."""
-        if not torch.jit.is_scripting() and not self.is_plain():
-            return self.definition(x)[0]
-        B, _, C = x.shape
+    def weights_and_values(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """(B, 1 + N, C), CLS first -> attention of CLS (B, h, 1, 1 + N), values (B, h, 1 + N, d)."""
+        B, tokens, C = x.shape
         h, d = self.num_heads, C // self.num_heads
-        # The published weights hold q, k and v in one matrix.
-        bias_q = None if self.qkv.bias is None else self.qkv.bias[:C]
-        q = F.linear(x[:, 0], self.qkv.weight[:C], bias_q).view(B, h, 1, d) / math.sqrt(d)
-        # There is one query: (x W_kᵀ) q is computed as x (W_kᵀ q), without any keys. Their bias would add the same to
-        # the scores of all tokens, which softmax does not see.
-        q = (q @ self.qkv.weight[C:2 * C].view(h, d, C)).flatten(1, 2)  # (B, h, C)
-        return (q @ x.transpose(1, 2)).softmax(dim=-1)
+        q, k, v = self.qkv(x).reshape(B, tokens, 3, h, d).permute(2, 0, 3, 1, 4).unbind(0)
+        return (q[:, :, :1] / d ** .5 @ k.transpose(2, 3)).softmax(dim=-1), v
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 1 + N, C), CLS first -> the new CLS token, (B, 1, C)."""
-        B, _, C = x.shape
-        h, d = self.num_heads, C // self.num_heads
-        if not torch.jit.is_scripting() and not self.is_plain():
-            return self.proj_drop(self.proj(self.definition(x)[1].view(B, 1, C)))
-        attn = self.attn_drop(self.attention_weights(x))
-        # Likewise without values of all tokens: the weighted mean of tokens first, then its values.
-        cls = (attn @ x).unsqueeze(2) @ self.qkv.weight[2 * C:].view(h, d, C).transpose(1, 2)  # (B, h, 1, d)
-        if self.qkv.bias is not None:
-            cls = cls + attn.sum(dim=-1)[:, :, None, None] * self.qkv.bias[2 * C:].view(h, 1, d)
-        return self.proj_drop(self.proj(cls.view(B, 1, C)))
+        attn, v = self.weights_and_values(x)
+        cls = self.attn_drop(attn) @ v  # (B, h, 1, d)
+        return self.proj_drop(self.proj(cls.transpose(1, 2).flatten(2)))
 
-    @torch.jit.unused
-    def is_plain(self) -> bool:
-        """Whether weight and bias of `qkv` are all there is, and not an adapter as well, say."""
-        return is_linear(self.qkv)
-
-    @torch.jit.unused
-    def definition(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """With keys and values of all tokens, by calling `qkv`.
-
-        (B, 1 + N, C) -> attention weights (B, h, 1 + N), and the heads' outputs for CLS (B, h, d).
-        """
-        B, tokens, C = x.shape
-        h, d = self.num_heads, C // self.num_heads
-        q, k, v = self.qkv(x).view(B, tokens, 3, h, d).permute(2, 0, 3, 1, 4)
-        attn = (q[:, :, :1] / math.sqrt(d) @ k.transpose(2, 3)).softmax(dim=-1)
-        return attn[:, :, 0], (self.attn_drop(attn) @ v)[:, :, 0]
+    def attention_weights(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, 1 + N, C), CLS first -> how much CLS attends to each token, (B, h, 1 + N); a head's sum is 1."""
+        return self.weights_and_values(x)[0][:, :, 0]
 
 
 class ClassAttentionBlock(nn.Module):
     """Class attention and an MLP on the CLS token; the patches pass through, but not unchanged (see forward)."""
 
-    def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float, qkv_bias: bool, drop: float, attn_drop: float,
-                 eta: float, tokens_norm: bool):
+    def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float, qkv_bias: bool, proj_drop: float,
+                 attn_drop: float, eta: float, tokens_norm: bool, act_layer, norm_layer, device=None, dtype=None):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = ClassAttention(dim, num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=drop)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
-        self.gamma1 = nn.Parameter(eta * torch.ones(dim))
-        self.gamma2 = nn.Parameter(eta * torch.ones(dim))
+        dd = {'device': device, 'dtype': dtype}
+        self.norm1 = norm_layer(dim, **dd)
+        self.attn = ClassAttention(dim, num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
+        self.norm2 = norm_layer(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
+        self.gamma1 = nn.Parameter(eta * torch.ones(dim, **dd))
+        self.gamma2 = nn.Parameter(eta * torch.ones(dim, **dd))
         self.tokens_norm = tokens_norm
 
-    def forward(self, x: torch.Tensor, cls_only: bool = False) -> torch.Tensor:
-        """(B, 1 + N, C), CLS first -> the same; with `cls_only` what becomes of CLS, (B, 1, C)."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, 1 + N, C), CLS first -> the same."""
         normed = self.norm1(x)
-        cls = self.new_cls(x, normed)
-        return cls if cls_only else torch.cat((cls, self.new_patches(x[:, 1:], normed[:, 1:])), dim=1)
-
-    def new_cls(self, x: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
-        """All tokens (B, 1 + N, C), as they are and normalised -> (B, 1, C)."""
-        # differs: nano models - the original writes the CLS row in place, which breaks the backward pass
-        cls = self.norm2(x[:, :1] + self.gamma1 * self.attn(normed))
-        return cls + self.gamma2 * self.mlp(cls)
-
-    def new_patches(self, x: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
-        """Patches (B, N, C), as they are and normalised -> (B, N, C)."""
         # faithful: the patches add their own scaled LayerNorm here, where attention was meant for the CLS token
         # alone (original xcit.py, ClassAttentionBlock)
-        x = torch.addcmul(x, self.gamma1, normed)
+        x = x + self.gamma1 * torch.cat((self.attn(normed), normed[:, 1:]), dim=1)
+        # differs: nano models (tokens_norm=False) - the original writes the CLS row in place, which breaks backward
+        x = self.norm2(x) if self.tokens_norm else torch.cat((self.norm2(x[:, :1]), x[:, 1:]), dim=1)
+        cls, patches = x[:, :1], x[:, 1:]
         # faithful: the residual doubles the patches (original xcit.py, ClassAttentionBlock)
-        return 2 * (self.norm2(x) if self.tokens_norm else x)
+        return torch.cat((cls + self.gamma2 * self.mlp(cls), patches + patches), dim=1)
 
 
-class Xcit(nn.Module):
+class Xcit(TimmModel):
     """Patch stem and positional encoding, `depth` XCA blocks, class-attention blocks, linear head.
 
     Args:
+        img_size: pixels, only for who asks the model (`patch_embed.img_size`, `.num_patches`): any size works.
         patch_size: 16 or 8 pixels.
         in_chans: channels of the image.
         num_classes: K; 0 leaves the head out.
@@ -296,11 +225,18 @@ class Xcit(nn.Module):
         mlp_ratio: hidden width of the MLPs, in units of C.
         qkv_bias: whether the q, k, v projections have a bias.
         drop_rate: dropout after the positional encoding, after each attention's projection and in the MLPs, fraction.
+            timm's own XCiT drops before the head instead.
+        pos_drop_rate: dropout after the positional encoding, if it is another one.
+        proj_drop_rate: dropout after each attention's projection and in the MLPs, if it is another one.
         attn_drop_rate: dropout of attention weights, fraction.
         drop_path_rate: stochastic depth of the XCA blocks, fraction.
+        act_layer: activation of stem, LPI and MLPs, a class or timm's name; None: GELU.
+        norm_layer: normalisation of tokens, a class or timm's name; None: LayerNorm. BatchNorms stay what they are.
         cls_attn_layers: number of class-attention blocks.
+        use_pos_embed: whether there is a positional encoding.
         eta: initial value of LayerScale.
         tokens_norm: whether class-attention blocks normalise all tokens or only CLS.
+        device, dtype: of the parameters, as in torch.
 
     Raises:
         ValueError: an argument outside what is listed above.
@@ -308,6 +244,7 @@ class Xcit(nn.Module):
 
     def __init__(
             self,
+            img_size: Union[int, Tuple[int, int]] = 224,
             patch_size: int = 16,
             in_chans: int = 3,
             num_classes: int = 1000,
@@ -318,123 +255,94 @@ class Xcit(nn.Module):
             mlp_ratio: float = 4.,
             qkv_bias: bool = True,
             drop_rate: float = 0.,
+            pos_drop_rate: Optional[float] = None,
+            proj_drop_rate: Optional[float] = None,
             attn_drop_rate: float = 0.,
             drop_path_rate: float = 0.,
+            act_layer=None,
+            norm_layer=None,
             cls_attn_layers: int = 2,
+            use_pos_embed: bool = True,
             eta: float = 1.,
             tokens_norm: bool = True,
+            device=None,
+            dtype=None,
     ):
         super().__init__()
-        check_global_pool(global_pool)
-        if patch_size not in PATCH_HALVINGS:
-            raise ValueError(f'patch_size {patch_size} is not one of {sorted(PATCH_HALVINGS)}')
+        dd = {'device': device, 'dtype': dtype}
+        if patch_size not in STEM_CONVOLUTIONS:
+            raise ValueError(f'patch_size {patch_size} is not one of {sorted(STEM_CONVOLUTIONS)}')
         if embed_dim % num_heads:
             raise ValueError(f'embed_dim {embed_dim} is not a multiple of num_heads {num_heads}')
+        if not isinstance(drop_path_rate, (int, float)):
+            raise ValueError(f'drop_path_rate {drop_path_rate} is not allowed: it is one number for all blocks')
         self.num_classes = num_classes
-        self.global_pool = global_pool
+        self.in_chans = in_chans
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens = 1
         self.grad_checkpointing = False
 
-        self.patch_embed = ConvPatchEmbed(patch_size, in_chans, embed_dim)
-        self.pos_embeder = PositionalEncodingFourier(embed_dim)  # sic: the published name
-        self.pos_drop = nn.Dropout(drop_rate)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        block_args = dict(mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, drop=drop_rate, attn_drop=attn_drop_rate, eta=eta)
+        # faithful: one rate for dropout everywhere but before the head (original xcit.py, XCiT.__init__)
+        proj_drop = drop_rate if proj_drop_rate is None else proj_drop_rate
+        act_layer = get_act_layer(act_layer) or nn.GELU
+        norm_layer = get_norm_layer(norm_layer) or functools.partial(nn.LayerNorm, eps=1e-6)
+        block_args = dict(mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, proj_drop=proj_drop, attn_drop=attn_drop_rate,
+                          eta=eta, act_layer=act_layer, norm_layer=norm_layer, **dd)
+
+        self.patch_embed = ConvPatchEmbed(img_size, patch_size, in_chans, embed_dim, act_layer, **dd)
+        self.pos_embeder = PositionalEncodingFourier(embed_dim, **dd) if use_pos_embed else None  # sic: published name
+        self.pos_drop = nn.Dropout(drop_rate if pos_drop_rate is None else pos_drop_rate)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **dd))
         # faithful: the drop-path rate does not grow with depth (original xcit.py, XCiT.__init__)
         self.blocks = nn.ModuleList([
             XCABlock(embed_dim, num_heads, drop_path=drop_path_rate, **block_args) for _ in range(depth)])
         self.cls_attn_blocks = nn.ModuleList([
             ClassAttentionBlock(embed_dim, num_heads, tokens_norm=tokens_norm, **block_args)
             for _ in range(cls_attn_layers)])
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
+        self.norm = norm_layer(embed_dim, **dd)
+        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.set_global_pool(global_pool)
         self.feature_info = [
             dict(num_chs=embed_dim, reduction=patch_size, module=f'blocks.{i}') for i in range(depth)]
 
         trunc_normal_(self.cls_token, std=.02)
-        self.apply(self._init_weights)
+        self.apply(self.init_linear)
 
-    def _init_weights(self, module: nn.Module):
+    @staticmethod
+    def init_linear(module: nn.Module):
         if isinstance(module, nn.Linear):  # convolutions and norms keep PyTorch's own initial values
             trunc_normal_(module.weight, std=.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    __jit_unused_properties__: ClassVar[List[str]] = ['xca_form']
-
-    @property
-    def xca_form(self) -> str:
-        """How XCA is computed: 'auto', 'plain' or 'gram', see `xca.XCA`. Assigned, it is that of all blocks.
-
-        Raises:
-            ValueError: there is no such form.
-        """
-        return self.blocks[0].attn.form
-
-    @xca_form.setter
-    def xca_form(self, form: str):
-        if form not in FORMS:
-            raise ValueError(f'form {form!r} is not one of {FORMS}')
-        for block in self.blocks:
-            block.attn.form = form
-
-    @torch.jit.ignore
-    def no_weight_decay(self):
-        return {'cls_token'}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False):
-        return dict(
-            stem=r'^cls_token|^pos_embeder|^patch_embed',
-            blocks=r'^blocks\.(\d+)',
-            cls_attn_blocks=[(r'^cls_attn_blocks\.(\d+)', None), (r'^norm', (99999,))])  # timm: with the one before
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True):
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None):
-        """Replace the head by a fresh one of `num_classes` (0: none), and the pooling where given."""
-        if global_pool is not None:
-            check_global_pool(global_pool)
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
-        self._init_weights(head)
-        self.head = head.to(device=self.cls_token.device, dtype=self.cls_token.dtype)
-
     def forward_patches(self, x: torch.Tensor) -> Tuple[torch.Tensor, int, int]:
         """Image -> tokens with position (B, N, C), H, W."""
         x = self.patch_embed(x)
         H, W = x.shape[-2:]
-        x = x + self.pos_embeder(H, W)
+        if self.pos_embeder is not None:
+            x = x + self.pos_embeder(H, W)
         return self.pos_drop(x.flatten(2).transpose(1, 2)), H, W
 
-    def forward_cls(self, x: torch.Tensor, cls_only: bool = False) -> torch.Tensor:
-        """Patch tokens (B, N, C) -> normalised tokens with the CLS token in front, (B, 1 + N, C), or CLS (B, 1, C)."""
-        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
-        for i, block in enumerate(self.cls_attn_blocks):
-            last = cls_only and i + 1 == len(self.cls_attn_blocks)
+    def forward_cls(self, x: torch.Tensor) -> torch.Tensor:
+        """Patch tokens (B, N, C) -> normalised tokens with the CLS token in front, (B, 1 + N, C)."""
+        if self.cls_token is not None:
+            x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+        for block in self.cls_attn_blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint_block(block, x, last)
+                x = checkpoint_block(block, x)
             else:
-                x = block(x, last)
+                x = block(x)
         return self.norm(x)
 
-    def forward_features(self, x: torch.Tensor, cls_only: bool = False) -> torch.Tensor:
-        """Image (B, in_chans, img_h, img_w) -> normalised tokens (B, 1 + N, C), CLS first, or CLS alone (B, 1, C)."""
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Image (B, in_chans, img_h, img_w) -> normalised tokens (B, 1 + N, C), CLS first."""
         x, H, W = self.forward_patches(x)
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint_block(block, x, H, W)
             else:
                 x = block(x, H, W)
-        return self.forward_cls(x, cls_only)
+        return self.forward_cls(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Tokens (B, 1 + N, C) -> logits (B, K), or what the head would see (`pre_logits`)."""
@@ -445,253 +353,24 @@ class Xcit(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(x, cls_only=self.global_pool == 'token'))
-
-    @torch.jit.ignore
-    def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
-    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
-        """Outputs of chosen XCA blocks, as timm's models give them.
-
-        Args:
-            x: (B, in_chans, img_h, img_w).
-            indices: the last n blocks if a number, all if None, or a list of block numbers (negative: from the end).
-            norm: apply the final LayerNorm to each.
-            stop_early: leave out the blocks after the last one chosen (with `intermediates_only`).
-            output_fmt: 'NCHW' for (B, C, H, W), 'NLC' for (B, N, C).
-            intermediates_only: return the list alone.
-
-        Returns:
-            The list, or the pair (normalised tokens (B, 1 + N, C), list).
-        """
-        if output_fmt not in ('NCHW', 'NLC'):
-            raise ValueError(f"output_fmt {output_fmt!r} is not one of 'NCHW', 'NLC'")
-        wanted, last = feature_take_indices(len(self.blocks), indices)
-        blocks = self.blocks[:last + 1] if stop_early and intermediates_only else self.blocks
-        x, H, W = self.forward_patches(x)
-        intermediates = []
-        for i, block in enumerate(blocks):
-            x = checkpoint_block(block, x, H, W) if self.grad_checkpointing else block(x, H, W)
-            if i in wanted:
-                tokens = self.norm(x) if norm else x
-                if output_fmt == 'NCHW':
-                    tokens = tokens.transpose(1, 2).unflatten(2, (H, W)).contiguous()
-                intermediates.append(tokens)
-        if intermediates_only:
-            return intermediates
-        return self.forward_cls(x), intermediates
-
-    @torch.jit.ignore
-    def prune_intermediate_layers(
-            self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True):
-        """Delete the layers that the chosen intermediates don't need; returns the block numbers chosen."""
-        wanted, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[:last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.cls_attn_blocks = nn.ModuleList()
-            self.reset_classifier(0)
-        return wanted
-
-
-def check_global_pool(global_pool: str):
-    if global_pool not in GLOBAL_POOLS:
-        raise ValueError(f'global_pool {global_pool!r} is not one of {GLOBAL_POOLS}')
-
-
-@contextlib.contextmanager
-def frozen_batchnorm_statistics(module: nn.Module):
-    """Let the BatchNorms in `module` normalise with the batch's statistics without recording them."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
-    for m in norms:
-        m.momentum = 0.
-    try:
-        yield
-    finally:
-        for m, (momentum, num_batches_tracked) in zip(norms, before):
-            m.momentum = momentum
-            m.num_batches_tracked.copy_(num_batches_tracked)
-
-
-def checkpoint_block(block: nn.Module, *args) -> torch.Tensor:
-    """Run a block without keeping its activations; the backward pass computes them again."""
-    # The second run must not enter the batch into BatchNorm's running statistics once more. A compiled block needs
-    # (and takes) no context: the compiler repeats the arithmetic alone, not the update of the statistics.
-    contexts = {} if torch.compiler.is_compiling() else dict(
-        context_fn=lambda: (contextlib.nullcontext(), frozen_batchnorm_statistics(block)))
-    return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, **contexts)
+        return self.forward_head(self.forward_features(x))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Published weights
+# timm's registry
 
-# Published top-1 on ImageNet-1k, percent, crop 1.0: at 224 pixels, at 224 with distillation, at 384 with distillation
-PUBLISHED_TOP1 = {
-    'nano_12': {16: (69.9, 72.2, 75.4), 8: (73.8, 76.3, 77.8)},
-    'tiny_12': {16: (77.1, 78.6, 80.9), 8: (79.7, 81.2, 82.4)},
-    'tiny_24': {16: (79.4, 80.4, 82.6), 8: (81.9, 82.6, 83.7)},
-    'small_12': {16: (82.0, 83.3, 84.7), 8: (83.4, 84.2, 85.1)},
-    'small_24': {16: (82.6, 83.9, 85.1), 8: (83.9, 84.9, 85.6)},
-    'medium_24': {16: (82.7, 84.3, 85.4), 8: (83.7, 85.1, 85.8)},
-    'large_24': {16: (82.9, 84.9, 85.8), 8: (84.4, 85.4, 86.0)},
-}
-# Of the backbones trained without labels (DINO): k-NN, linear
-PUBLISHED_DINO_TOP1 = {
-    'small_12': {16: (76.0, 77.8), 8: (77.1, 79.2)},
-    'medium_24': {16: (76.4, 78.8), 8: (77.9, 80.3)},
-}
+default_cfgs = generate_default_cfgs(xcit_zoo.timm_cfgs())
 
 
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """A published checkpoint, for images normalised with ImageNet's mean and standard deviation.
-
-    Args:
-        model: name of the model, e.g. 'xcit_small_12_p16'.
-        tag: of these weights, e.g. 'fb_dist_in1k_384'.
-        url: the authors' file.
-        hf_hub_id: repository of timm's copy on the Hugging Face hub, if there is one.
-        resolution: pixels, at which the accuracy was measured.
-        num_classes: 0 for a backbone.
-        distilled: trained with a teacher.
-        top1: on ImageNet-1k, percent; of a backbone by a linear classifier.
-        knn: of a backbone by its nearest neighbours.
-    """
-    model: str
-    tag: str
-    url: str
-    hf_hub_id: Optional[str]
-    resolution: int
-    num_classes: int
-    distilled: bool
-    top1: float
-    knn: Optional[float] = None
-    crop: float = 1.
-
-
-def _published() -> Iterator[Published]:
-    files = 'https://dl.fbaipublicfiles.com/xcit/'
-    for patch in PATCH_SIZES:
-        for size in SIZES:
-            name = f'xcit_{size}_p{patch}'
-            top1 = PUBLISHED_TOP1[size][patch]
-            for tag, suffix, resolution, distilled, accuracy in (
-                    ('fb_in1k', '224', 224, False, top1[0]), ('fb_dist_in1k', '224_dist', 224, True, top1[1]),
-                    ('fb_dist_in1k_384', '384_dist', 384, True, top1[2])):
-                copy = f'timm/{name}_{resolution}.{tag.removesuffix("_384")}'
-                yield Published(name, tag, f'{files}{name}_{suffix}.pth', copy, resolution, 1000, distilled, accuracy)
-            if size in PUBLISHED_DINO_TOP1:
-                knn, linear = PUBLISHED_DINO_TOP1[size][patch]
-                url = f'{files}xcit_{size}_cp{patch}_dino.pth'
-                yield Published(name, 'fb_dino', url, None, 224, 0, False, linear, knn)
-
-
-ZOO = {f'{published.model}.{published.tag}': published for published in _published()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What files hold, timm's naming and registry
-
-ENTRIES = ('model', 'state_dict', 'teacher')  # under which files keep weights: published and ours, many others, DINO
-
-
-def strip_prefixes(weights: dict) -> Tuple[dict, List[str]]:
-    """Names without what wrappers put in front of them; and which these were."""
-    removed = []
-    if any('_orig_mod.' in key for key in weights):  # torch.compile, of the whole or of parts
-        weights, removed = {key.replace('_orig_mod.', ''): value for key, value in weights.items()}, ['_orig_mod.']
-    if weights and all(key.startswith('module.') for key in weights):  # DistributedDataParallel
-        weights = {key.removeprefix('module.'): value for key, value in weights.items()}
-        removed.append('module.')
-    prefix = 'backbone.'  # DINO, whose projection head ('head.') is no part of the model
-    if any(key.startswith(prefix) for key in weights):
-        weights = {key.removeprefix(prefix): value for key, value in weights.items() if not key.startswith('head.')}
-        removed.append(prefix)
-    return weights, removed
-
-
-def has_timm_names(weights: dict) -> bool:
-    """Whether weights are named as in timm's own XCiT, which calls two things otherwise."""
-    return any(key.startswith('pos_embed.') or re.fullmatch(TIMM_CLASS_ATTENTION, key) for key in weights)
-
-
-TIMM_CLASS_ATTENTION = r'(cls_attn_blocks\.\d+\.attn\.)([qkv])\.(weight|bias)'
-
-
-def from_timm_names(weights: dict) -> dict:
-    """timm's naming -> the published one: `pos_embeder`, and one `qkv` in class attention."""
-    published = {}
-    for key, value in weights.items():
-        split = re.fullmatch(TIMM_CLASS_ATTENTION, key)
-        parts = [f'{split[1]}{part}.{split[3]}' for part in 'qkv'] if split else []
-        if split is None or not all(part in weights for part in parts):
-            published[re.sub(r'^pos_embed\.', 'pos_embeder.', key)] = value
-        elif split[2] == 'q':
-            published[f'{split[1]}qkv.{split[3]}'] = torch.cat([weights[part] for part in parts])
-    return published
-
-
-def to_timm_names(weights: dict) -> dict:
-    """The published naming -> timm's."""
-    renamed = {}
-    for key, value in weights.items():
-        joined = re.fullmatch(r'(cls_attn_blocks\.\d+\.attn\.)qkv\.(weight|bias)', key)
-        if joined is None:
-            renamed[re.sub(r'^pos_embeder\.', 'pos_embed.', key)] = value
-        else:
-            for part, third in zip('qkv', value.chunk(3)):
-                renamed[f'{joined[1]}{part}.{joined[2]}'] = third.clone()
-    return renamed
-
-
-def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
-    """What timm loads from a file, in whichever format XCiT weights come.
-
-    Raises:
-        ValueError: weights are missing or left over; where the head is for other classes, timm itself would not tell.
-    """
-    weights = next((state_dict[name] for name in ENTRIES if isinstance(state_dict.get(name), dict)), state_dict)
-    weights, _ = strip_prefixes(weights)
-    weights = from_timm_names(weights) if has_timm_names(weights) else weights
-    own = model.state_dict()
-    for what, keys in (('missing', own.keys() - weights.keys()), ('unexpected', weights.keys() - own.keys())):
-        keys = sorted(key for key in keys if not key.startswith('head.'))
-        if keys:
-            raise ValueError(f'the weights are not this model\'s; {what} keys: {", ".join(keys)}')
-    return weights
-
-
-def _cfg(published: Published) -> dict:
-    return {
-        'url': published.url, 'hf_hub_id': published.hf_hub_id, 'num_classes': published.num_classes,
-        'input_size': (3, published.resolution, published.resolution), 'pool_size': None, 'crop_pct': published.crop,
-        'interpolation': 'bicubic', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj.0.0', 'classifier': 'head', 'license': 'apache-2.0',
-    }
-
-
-MODELS = [f'xcit_{size}_p{patch}' for patch in PATCH_SIZES for size in SIZES]
-
-default_cfgs = generate_default_cfgs({name: _cfg(published) for name, published in ZOO.items()})
-
-
-def _register(size: str, patch_size: int):
+def register(size: str, patch_size: int):
     """Register `xcit_{size}_p{patch_size}` with timm, and make it a function of this module."""
 
     def entrypoint(pretrained: bool = False, **kwargs) -> Xcit:
         return build_model_with_cfg(
             Xcit, entrypoint.__name__, pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
+            pretrained_filter_fn=xcit_zoo.checkpoint_filter_fn,
             feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'),
-            **dict(SIZES[size], patch_size=patch_size, **kwargs))
+            **{**SIZES[size], 'patch_size': patch_size, **kwargs})
 
     entrypoint.__name__ = entrypoint.__qualname__ = f'xcit_{size}_p{patch_size}'
     entrypoint.__doc__ = f'XCiT {size} with {patch_size} x {patch_size} pixel patches.'
@@ -699,5 +378,5 @@ def _register(size: str, patch_size: int):
 
 
 for _size in SIZES:
-    for _patch_size in PATCH_SIZES:
-        _register(_size, _patch_size)
+    for _patch_size in STEM_CONVOLUTIONS:
+        register(_size, _patch_size)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from processes import run
 
-import linear
+import xcit_linear
 from tools import benchmark
 from tools.benchmark import main
 from utils import InputError
@@ -118,7 +118,7 @@ def test_xca(capsys):
         assert min(timm_eager, timm_compiled) == pytest.approx(1e3 * result['timm'], abs=.006)
 
 
-@pytest.mark.skipif(not linear.has_onednn(), reason='needs oneDNN')
+@pytest.mark.skipif(not xcit_linear.has_onednn(), reason='needs oneDNN')
 def test_linear(capsys):
     """The four layers of a block by both libraries: the ratio is that of their speeds."""
     results = main(['linear', '--dim', '16', '--tokens', '32', '--rounds', '1'])
@@ -131,7 +131,7 @@ def test_linear(capsys):
 
 def test_linear_without_onednn(monkeypatch):
     """It is refused, with the reason."""
-    monkeypatch.setattr(linear, 'has_onednn', lambda: False)
+    monkeypatch.setattr(xcit_linear, 'has_onednn', lambda: False)
     with pytest.raises(InputError, match='no oneDNN'):
         main(['linear'])
 

@@ -12,6 +12,7 @@ from conftest import ROOT, seeded_images, seeded_model, tiny, write_folders
 import main as training
 import weights
 import xcit
+import xcit_zoo
 from run import checkpoints
 from tools.convert_checkpoint import main, model_of
 from utils import InputError, RunStopped
@@ -83,7 +84,7 @@ def test_file_has_the_layout_of_its_kind(original, tmp_path, to, suffix, entry):
     content = convert(original, tmp_path / f'out{suffix}', to)
     assert set(content) == {'model'} if entry else len(content) > 100
     tensors = content[entry] if entry else content
-    assert xcit.has_timm_names(tensors) == (to == 'timm')
+    assert xcit_zoo.has_timm_names(tensors) == (to == 'timm')
     assert all(isinstance(value, torch.Tensor) for value in tensors.values())
 
 
@@ -157,7 +158,7 @@ def test_timms_model_opens_here(tmp_path, suffix):
 def test_tag_and_url_are_read(tmp_path, monkeypatch):
     """A tag with --model from torch.hub's cache, and a URL."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
-    cached = checkpoints.cache_path(xcit.ZOO[f'{NAME}.fb_in1k'].url)
+    cached = checkpoints.cache_path(xcit_zoo.ZOO[f'{NAME}.fb_in1k'].url)
     cached.parent.mkdir(parents=True)
     torch.save({'model': seeded_model(NAME).state_dict()}, cached)
     from_tag = convert('fb_in1k', tmp_path / 'tag.pth', 'timm', '--model', NAME)

@@ -13,6 +13,7 @@ from conftest import ROOT, seeded_model, write_image
 
 import main as classification
 import xcit
+import xcit_zoo
 from run.folder import DirectoryLock
 from tools import eval_zoo
 from tools.eval_zoo import COLUMNS, deviation, main
@@ -34,7 +35,7 @@ def imagenet(tmp_path_factory) -> Path:
 
 
 def file_of(folder: Path, tag: str) -> Path:
-    return folder / Path(xcit.ZOO[f'{NAME}.{tag}'].url).name
+    return folder / Path(xcit_zoo.ZOO[f'{NAME}.{tag}'].url).name
 
 
 @pytest.fixture(scope='module')
@@ -129,7 +130,7 @@ def test_tags_are_found_without_a_folder(imagenet, published, tmp_path, monkeypa
     argv[argv.index('--checkpoints'):argv.index('--models')] = []
     row, = main(argv)
     assert float(row['top1']) == pytest.approx(100 / 3)
-    assert row['weights'] == xcit.ZOO[f'{NAME}.fb_dist_in1k'].url
+    assert row['weights'] == xcit_zoo.ZOO[f'{NAME}.fb_dist_in1k'].url
 
 
 # ----- the tables

@@ -14,7 +14,7 @@ from conftest import ROOT, seeded_images, seeded_model
 from processes import finish, start
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-import inference
+import xcit_fuse
 from tools.common import LoadedModel
 from tools.export import FORMATS, export, main, prepare
 from utils import InputError, RunStopped
@@ -96,7 +96,7 @@ def test_fused_stem_computes_the_same(name):
     """BatchNorm folded into the convolutions changes rounding alone, and no BatchNorm is left in the stem."""
     model, images = seeded_model(name).eval(), seeded_images(2, 3, 70, 45)
     expected, expected_patches = model(images), model.patch_embed(images)
-    inference.fuse_stem(model.patch_embed)
+    xcit_fuse.fuse_stem(model)
     torch.testing.assert_close(model.patch_embed(images), expected_patches, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.patch_embed.modules())

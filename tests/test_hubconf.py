@@ -14,6 +14,7 @@ from conftest import ROOT, seeded_images, seeded_model
 import hubconf
 import weights
 import xcit
+import xcit_zoo
 from run import checkpoints
 from utils import InputError
 
@@ -39,7 +40,7 @@ def run(script: str, folder: Path, **env) -> str:
 def cached(tmp_path, monkeypatch):
     """The published weights of the first tag in torch.hub's cache."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
-    path = checkpoints.cache_path(xcit.ZOO[f'{NAME}.fb_in1k'].url)
+    path = checkpoints.cache_path(xcit_zoo.ZOO[f'{NAME}.fb_in1k'].url)
     path.parent.mkdir(parents=True)
     torch.save({'model': seeded_model(NAME).state_dict()}, path)
     return path
@@ -90,14 +91,14 @@ def test_false_is_random():
 def test_path_and_url_are_read(cached, as_url):
     """A file of one's own, with as many classes as it has."""
     path = cached.with_name('mine.pth')
-    torch.save(xcit.to_timm_names(seeded_model(NAME, num_classes=5).state_dict()), path)
+    torch.save(xcit_zoo.to_timm_names(seeded_model(NAME, num_classes=5).state_dict()), path)
     own = load(pretrained=path.as_uri() if as_url else str(path))
     assert torch.equal(logits(own), logits(seeded_model(NAME, num_classes=5)))
 
 
 def test_tag_decides_timms_configuration(cached):
     """The resolution that the weights were evaluated at, for timm's resolve_data_config."""
-    path = checkpoints.cache_path(xcit.ZOO[f'{NAME}.fb_dist_in1k_384'].url)
+    path = checkpoints.cache_path(xcit_zoo.ZOO[f'{NAME}.fb_dist_in1k_384'].url)
     path.write_bytes(cached.read_bytes())
     assert timm.data.resolve_data_config(model=load(pretrained='fb_dist_in1k_384'))['input_size'] == (3, 384, 384)
 

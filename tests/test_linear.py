@@ -1,4 +1,4 @@
-"""linear.py: the same numbers from both libraries, wherever a model takes them."""
+"""xcit_linear.py: the same numbers from both libraries, wherever a model takes them."""
 import copy
 import importlib
 
@@ -8,22 +8,21 @@ import torch.nn.functional as F
 from conftest import seeded_images
 from torch.utils.flop_counter import FlopCounterMode
 
-import inference
-import linear as linear_layer
-import mlp
-import xca
 import xcit
-from linear import linear
+import xcit_fuse
+import xcit_linear
+import xcit_train
+from xcit_linear import linear
 
-ONEDNN = linear_layer.has_onednn()
+ONEDNN = xcit_linear.has_onednn()
 
 
 @pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.skipif(not ONEDNN, reason='needs oneDNN'))],
                 ids=['mkl', 'onednn'])
 def onednn(request, monkeypatch) -> bool:
     """Whether oneDNN is preferred, and then for products of any size."""
-    monkeypatch.setattr(linear_layer, '_prefers_onednn', lambda: request.param)
-    monkeypatch.setattr(linear_layer, 'LEAST', 0)
+    monkeypatch.setattr(xcit_linear, 'is_amd_with_onednn', lambda: request.param)
+    monkeypatch.setattr(xcit_linear, 'LEAST', 0)
     torch._dynamo.reset()
     return request.param
 
@@ -79,6 +78,8 @@ def test_gradients(onednn):
 @pytest.mark.parametrize('wanted', range(3))
 def test_only_what_is_needed_is_kept(onednn, wanted):
     """Of frozen weights, the tokens' gradients need no tokens; the weights' need no weights; the bias's, neither."""
+    if not onednn:
+        pytest.skip('torch\'s own layers keep what torch has them keep')
     inputs, kept = [t.requires_grad_(i == wanted) for i, t in enumerate(tensors())], []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         linear(*inputs)
@@ -105,21 +106,21 @@ def test_operations_are_counted(onednn):
 
 @pytest.mark.filterwarnings('ignore')  # tracing is deprecated
 @pytest.mark.skipif(not ONEDNN, reason='needs oneDNN')
-def test_where_it_is_faster(monkeypatch):
+def test_where_it_by_onednn_is_faster(monkeypatch):
     """On AMD's processors, in float32; not under autocast, in transforms, in traces and exports."""
     x = torch.zeros(1, 8)
-    monkeypatch.setattr(linear_layer, '_prefers_onednn', lambda: False)
-    assert not linear_layer.is_faster(x)
-    monkeypatch.setattr(linear_layer, '_prefers_onednn', lambda: True)
-    assert linear_layer.is_faster(x)
-    assert not linear_layer.is_faster(x.double())
-    assert not linear_layer.is_faster(x.to('meta'))
+    monkeypatch.setattr(xcit_linear, 'is_amd_with_onednn', lambda: False)
+    assert not xcit_linear.by_onednn_is_faster(x)
+    monkeypatch.setattr(xcit_linear, 'is_amd_with_onednn', lambda: True)
+    assert xcit_linear.by_onednn_is_faster(x)
+    assert not xcit_linear.by_onednn_is_faster(x.double())
+    assert not xcit_linear.by_onednn_is_faster(x.to('meta'))
     with torch.autocast('cpu', torch.bfloat16):
-        assert not linear_layer.is_faster(x)
-    assert not torch.func.vmap(lambda row: row + linear_layer.is_faster(row))(x).any()
-    module = mlp.Mlp(8, 16)
-    assert 'xcit::' not in str(torch.jit.trace(module, x).inlined_graph)
-    assert 'xcit.linear' not in str(torch.export.export(module, (x,)).graph)
+        assert not xcit_linear.by_onednn_is_faster(x)
+    assert not torch.func.vmap(lambda row: row + xcit_linear.by_onednn_is_faster(row))(x).any()
+    layer = xcit_fuse.FusedLinear(torch.nn.Linear(8, 16))
+    assert 'xcit::' not in str(torch.jit.trace(layer, x).inlined_graph)
+    assert 'xcit.linear' not in str(torch.export.export(layer, (x,)).graph)
 
 
 @pytest.mark.parametrize('cpuinfo', [None, 'vendor_id\t: GenuineIntel\n', 'vendor_id\t: AuthenticAMD\n'])
@@ -130,8 +131,8 @@ def test_preference_by_processor(monkeypatch, cpuinfo):
             raise FileNotFoundError
         return cpuinfo
 
-    monkeypatch.setattr(linear_layer.Path, 'read_text', read_text)
-    prefers = linear_layer._prefers_onednn.__wrapped__
+    monkeypatch.setattr(xcit_linear.Path, 'read_text', read_text)
+    prefers = xcit_linear.is_amd_with_onednn.__wrapped__
     assert prefers() == (ONEDNN and cpuinfo is not None and 'AMD' in cpuinfo)
     monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: False)
     assert not prefers()
@@ -142,12 +143,11 @@ def test_preference_by_processor(monkeypatch, cpuinfo):
 def test_training(onednn, monkeypatch, form, compiled):
     """A model's output and gradients are those in float64, to float32's digits; one image, for the Gram form."""
     if compiled and not onednn:
-        pytest.skip('in test_inference.py')
-    if not compiled:
-        monkeypatch.setitem(mlp.PIECE, 'cpu', 1000)
+        pytest.skip('in test_fuse.py')
     torch.manual_seed(0)
     model = xcit.Xcit(embed_dim=32, num_heads=4, depth=1, num_classes=10).eval()
     model.xca_form = form
+    xcit_train.speed_up_training(model)
     exact, images = copy.deepcopy(model).double(), seeded_images(1, 3, 96, 80)
     results = []
     for m, x in ((exact, images.double()), (model, images)):
@@ -161,18 +161,17 @@ def test_training(onednn, monkeypatch, form, compiled):
 @pytest.mark.parametrize('form', ['plain', 'gram'])
 @torch.no_grad()
 def test_inference(onednn, form, compiled):
-    """A model in eval mode and a fused one, eager and compiled, compute what the layers do one after the other."""
+    """A fused model, eager and compiled, computes what the layers do one after the other."""
     if compiled and not onednn:
-        pytest.skip('in test_inference.py')
+        pytest.skip('in test_fuse.py')
     torch.manual_seed(0)
     model = xcit.Xcit(embed_dim=32, num_heads=4, depth=1, num_classes=10).eval()
     model.xca_form = form
     images = seeded_images(2, 3, 96, 80)
     expected = copy.deepcopy(model).double()(images.double()).float()
-    fused = inference.fuse(copy.deepcopy(model))
-    for m in (model, fused):
-        actual = (torch.compile(m, backend='aot_eager', fullgraph=True) if compiled else m)(images)
-        torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    fused = xcit_fuse.fuse(copy.deepcopy(model))
+    actual = (torch.compile(fused, backend='aot_eager', fullgraph=True) if compiled else fused)(images)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.skipif(not ONEDNN, reason='needs oneDNN')
@@ -183,127 +182,50 @@ def test_models_take_it(monkeypatch, training):
 
     def by_onednn(*args):
         calls.append(args)
-        return linear_layer.by_blas(*args)
+        return xcit_linear.by_blas(*args)
 
-    monkeypatch.setattr(linear_layer, '_prefers_onednn', lambda: True)
-    monkeypatch.setattr(linear_layer, 'LEAST', 0)
-    monkeypatch.setattr(linear_layer, 'by_onednn', by_onednn)
-    module = xcit.XCABlock(32, 4, mlp_ratio=4, qkv_bias=True, drop=0, attn_drop=0, drop_path=0, eta=1)
+    monkeypatch.setattr(xcit_linear, 'is_amd_with_onednn', lambda: True)
+    monkeypatch.setattr(xcit_linear, 'LEAST', 0)
+    monkeypatch.setattr(xcit_linear, 'by_onednn', by_onednn)
     model = xcit.Xcit(embed_dim=32, num_heads=4, depth=1)
     x = torch.randn(1, 16, 32, requires_grad=training)
     if training:
-        module(x, 4, 4).sum().backward()
+        xcit_train.speed_up_training(model).blocks[0](x, 4, 4).sum().backward()
     else:
-        inference.fuse(model.eval()).blocks[0](x, 4, 4)
+        xcit_fuse.fuse(model.eval()).blocks[0](x, 4, 4)
     assert len(calls) == (8 if training else 4)
-
-
-class Adapter(torch.nn.Linear):
-    pass
-
-
-class Subclass(torch.nn.Parameter):
-    """As quantization puts in the place of weights."""
-
-
-def listen(layer, seen):
-    layer.register_forward_hook(lambda *args: seen.append(args))
-
-
-def replace_forward(layer, seen):
-    forward = layer.forward
-    layer.forward = lambda x: seen.append(x) or forward(x)
-
-
-@pytest.mark.parametrize('change', [listen, replace_forward])
-@pytest.mark.parametrize('form', ['plain', 'gram'])
-@pytest.mark.parametrize('name', ['qkv', 'proj'])
-def test_changed_layers_are_called(onednn, change, form, name):
-    """One that somebody listens to, or whose forward is replaced."""
-    module, seen = xca.XCA(16, 2), []
-    module.form = form
-    change(module.get_submodule(name), seen)
-    module(torch.randn(1, 5, 16))
-    assert len(seen) == 1
-
-
-def test_other_layers_are_none_of_ours():
-    """Adapters, and weights of another class."""
-    layer = torch.nn.Linear(4, 4)
-    assert linear_layer.is_linear(layer)
-    assert not linear_layer.is_linear(Adapter(4, 4))
-    layer.weight = Subclass(layer.weight.data)
-    assert not linear_layer.is_linear(layer)
 
 
 @pytest.mark.skipif(not ONEDNN, reason='needs oneDNN')
 def test_onednn_can_be_switched_off(monkeypatch):
     """By torch's own switch."""
-    monkeypatch.setattr(linear_layer, '_prefers_onednn', lambda: True)
-    monkeypatch.setattr(linear_layer, 'LEAST', 0)
-    monkeypatch.setattr(linear_layer, 'by_onednn', None)
+    monkeypatch.setattr(xcit_linear, 'is_amd_with_onednn', lambda: True)
+    monkeypatch.setattr(xcit_linear, 'LEAST', 0)
+    monkeypatch.setattr(xcit_linear, 'by_onednn', None)
     with torch.backends.mkldnn.flags(enabled=False):
         linear(*tensors())
     with pytest.raises(TypeError):
         linear(*tensors())
 
 
-@pytest.mark.parametrize('compiled', [False, True])
-@torch.no_grad()
-def test_forward_mode_derivatives(onednn, compiled):
-    """In float32, by torch.func.jvp, also where all of it is compiled."""
-    module, x = mlp.Mlp(8, 16), torch.randn(4, 5, 8)
-    tangent = torch.ones_like(x)
-
-    def derivative(x):
-        return torch.func.jvp(module, (x,), (tangent,))[1]
-
-    actual = (torch.compile(derivative, backend='aot_eager') if compiled else derivative)(x)
-    exact, x = copy.deepcopy(module).double(), x.double()
-    expected = (exact(x + 1e-5 * tangent) - exact(x - 1e-5 * tangent)) / 2e-5
-    torch.testing.assert_close(actual.double(), expected, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize('B', [1, 2])
-def test_gram_form_under_autocast(onednn, B):
-    """Its type is autocast's, however many images there are."""
-    module = xca.XCA(32, 4)
-    module.form = 'gram'
-    with torch.autocast('cpu', torch.bfloat16):
-        assert module(torch.randn(B, 64, 32)).dtype == torch.bfloat16
-
-
-@torch.no_grad()
-def test_zero_norms(onednn):
-    """Dead channels of queries and keys attend to all alike, in every form; none becomes NaN."""
-    module, x = xca.XCA(16, 2, qkv_bias=False), torch.randn(2, 5, 16)
-    module.qkv.weight[:20] = 0
-    with torch.enable_grad():
-        expected = module.plain(x).detach()
-    for form in xca.FORMS:
-        module.form = form
-        torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-6)
-    assert expected.isfinite().all()
-
-
 def test_reloaded():
     """By an interactive session, say: the operation is still there, once."""
-    importlib.reload(linear_layer)
+    importlib.reload(xcit_linear)
     torch.testing.assert_close(linear(*tensors()), F.linear(*tensors()))
 
 
 @pytest.mark.parametrize(('device', 'dtype'), [('meta', torch.float32), ('cpu', torch.bfloat16)])
 def test_layout_is_for_cpus_in_float32(monkeypatch, device, dtype):
     """Other weights stay as they lie."""
-    monkeypatch.setattr(linear_layer, '_prefers_onednn', lambda: True)
-    assert linear_layer.lay_out(torch.zeros(3, 2)).stride() == (1, 3)
-    assert linear_layer.lay_out(torch.zeros(3, 2, device=device, dtype=dtype)).stride() == (2, 1)
+    monkeypatch.setattr(xcit_linear, 'is_amd_with_onednn', lambda: True)
+    assert xcit_linear.lay_out(torch.zeros(3, 2)).stride() == (1, 3)
+    assert xcit_linear.lay_out(torch.zeros(3, 2, device=device, dtype=dtype)).stride() == (2, 1)
 
 
 @torch.no_grad()
 def test_fused_block_takes_strided_tokens():
     """Those of a block that is called alone."""
-    model = inference.fuse(xcit.Xcit(embed_dim=32, num_heads=4, depth=1).eval())
+    model = xcit_fuse.fuse(xcit.Xcit(embed_dim=32, num_heads=4, depth=1).eval())
     x = torch.randn(2, 32, 12).transpose(1, 2)
     for model.xca_form in ('plain', 'gram'):
         torch.testing.assert_close(model.blocks[0](x, 4, 3), model.blocks[0](x.contiguous(), 4, 3))

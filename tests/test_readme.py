@@ -13,6 +13,7 @@ from conftest import ROOT, seeded_model, tiny
 import datasets
 import run_with_submitit
 import xcit
+import xcit_zoo
 from loaders import readers
 from main import get_args_parser, main
 
@@ -84,7 +85,7 @@ def test_model_table_is_the_codes():
     assert [row[0].strip('`') for row in rows] == [f'xcit_{size}' for size in xcit.SIZES]
     for row, (size, config) in zip(rows, xcit.SIZES.items()):
         assert [int(cell) for cell in row[1:4]] == [config['embed_dim'], config['depth'], config['num_heads']]
-        for cell, patch in zip(row[4:6], xcit.PATCH_SIZES):
+        for cell, patch in zip(row[4:6], xcit.STEM_CONVOLUTIONS):
             model = timm.create_model(f'xcit_{size}_p{patch}')
             assert float(cell.removesuffix(' M')) == round(sum(p.numel() for p in model.parameters()) / 1e6, 1)
 
@@ -97,12 +98,12 @@ def test_zoo_table_is_the_codes():
     rows = README[start:README.index('\n\n', start)].splitlines()[2:]
     expected = []
     for model in xcit.MODELS:
-        entries = [xcit.ZOO.get(f'{model}.{tag}') for tag in tags]
+        entries = [xcit_zoo.ZOO.get(f'{model}.{tag}') for tag in tags]
         cells = ['' if entry is None else f'{entry.knn} / {entry.top1}' if entry.knn else f'{entry.top1}'
                  for entry in entries]
         expected.append('| ' + ' | '.join([f'`{model}`', *cells]) + ' |')
     assert rows == expected
-    assert sorted(tags) == sorted({entry.tag for entry in xcit.ZOO.values()})
+    assert sorted(tags) == sorted({entry.tag for entry in xcit_zoo.ZOO.values()})
 
 
 def tiny_version(command: str, data, weights, run) -> list:

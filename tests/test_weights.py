@@ -21,12 +21,12 @@ from servers import downloads, serve
 
 import main
 import weights
-import xcit
+import xcit_zoo
 from run import checkpoints
 from utils import InputError
 
 NAME, CLASSES = 'xcit_nano_12_p16', 3
-PUBLISHED = xcit.ZOO[f'{NAME}.fb_in1k']
+PUBLISHED = xcit_zoo.ZOO[f'{NAME}.fb_in1k']
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def compiled_blocks(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def in_timm_naming(model: torch.nn.Module) -> dict:
-    return xcit.to_timm_names(model.state_dict())
+    return xcit_zoo.to_timm_names(model.state_dict())
 
 
 FORMATS = {
@@ -179,7 +179,7 @@ def test_format_is_evaluated(files, model, name, tmp_path):
 def test_naming_is_that_of_timms_own_model(name, tmp_path):
     """Weights of timm's class give the same logits in ours."""
     theirs = timm.create_model(f'{name}_224', num_classes=CLASSES)
-    theirs.load_state_dict(xcit.to_timm_names(seeded_model(name, num_classes=CLASSES).state_dict()))
+    theirs.load_state_dict(xcit_zoo.to_timm_names(seeded_model(name, num_classes=CLASSES).state_dict()))
     assert type(theirs).__module__ == 'timm.models.xcit'
     path = write(theirs.state_dict(), tmp_path / 'timm.safetensors')
     torch.testing.assert_close(logits(weights.create_model(name, path)), logits(theirs), rtol=1e-4, atol=1e-5)
@@ -289,7 +289,7 @@ def damage(tensors: dict, kind: str) -> dict:
     elif kind == 'other shapes: norm.weight (64,), model has (128,)':
         tensors['norm.weight'] = torch.ones(64)
     elif kind == 'unexpected keys: cls_attn_blocks.0.attn.k.weight':
-        tensors = xcit.to_timm_names(tensors)
+        tensors = xcit_zoo.to_timm_names(tensors)
         del tensors['cls_attn_blocks.0.attn.q.weight']
     return tensors
 
@@ -361,7 +361,7 @@ def thousand(tmp_path_factory) -> Path:
 
 def published_at(url: str, monkeypatch, **changes):
     """Let the first tag of the model be at `url`."""
-    monkeypatch.setitem(xcit.ZOO, f'{NAME}.fb_in1k', dataclasses.replace(PUBLISHED, url=url, **changes))
+    monkeypatch.setitem(xcit_zoo.ZOO, f'{NAME}.fb_in1k', dataclasses.replace(PUBLISHED, url=url, **changes))
 
 
 def kept(cache: Path) -> list:
@@ -512,11 +512,11 @@ def test_two_processes_download_once(cache, thousand):
 
 READER = '''
 import dataclasses, json, sys
-import weights, xcit
+import weights, xcit_zoo
 from utils import InputError
 for line in sys.stdin:
     name, url, source = json.loads(line)
-    xcit.ZOO[name + '.fb_in1k'] = dataclasses.replace(xcit.ZOO[name + '.fb_in1k'], url=url)
+    xcit_zoo.ZOO[name + '.fb_in1k'] = dataclasses.replace(xcit_zoo.ZOO[name + '.fb_in1k'], url=url)
     try:
         given = weights.read(source, '--pretrained', name)
         answer = [given.description, given.tensors['head.bias'].double().sum().item()]
@@ -569,7 +569,7 @@ def reader(reader_process) -> Reader:
 def hub_file(tmp_path_factory) -> Path:
     """timm's copy of the published weights."""
     path = tmp_path_factory.mktemp('hub') / 'model.safetensors'
-    return write(xcit.to_timm_names(seeded_model(NAME).state_dict()), path)
+    return write(xcit_zoo.to_timm_names(seeded_model(NAME).state_dict()), path)
 
 
 @pytest.fixture(scope='module')
@@ -681,7 +681,7 @@ def test_checkpoint_of_timms_program(tmp_path, folders):
     from tools.predict import main as predict
     model = seeded_model('xcit_nano_12_p16', num_classes=2)
     args = argparse.Namespace(model='xcit_nano_12_p16_224', input_size=None, img_size=None)
-    torch.save({'state_dict': xcit.to_timm_names(model.state_dict()), 'args': args, 'epoch': 3}, tmp_path / 'timm.pth')
+    torch.save({'state_dict': xcit_zoo.to_timm_names(model.state_dict()), 'args': args, 'epoch': 3}, tmp_path / 'timm.pth')
     results = predict([str(folders / 'val'), '--pretrained', str(tmp_path / 'timm.pth'), '--num-workers', '0',
                        '--device', 'cpu'])
     assert len(results) == 8

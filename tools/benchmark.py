@@ -34,12 +34,12 @@ from timm.data import ImageDataset, auto_augment, create_loader
 from torch.utils.flop_counter import FlopCounterMode
 
 import datasets
-import inference
-import linear
+import xcit_linear
 import main as classification
 import utils
 import xca
 import xcit
+import xcit_zoo
 from loaders.batches import build_train_loader
 from run import commandline, folder, logs, processes
 from run.commandline import COUNT, COUNT_OR_0
@@ -282,7 +282,7 @@ def matrix_peak(device: torch.device, precision: str) -> Optional[float]:
         product = fails_for_memory(error)
     steps = {'product': product}
     if device.type == 'cpu' and precision == 'fp32':
-        steps['linear'] = lambda: linear.linear(a, a)  # which may have another library
+        steps['linear'] = lambda: xcit_linear.linear(a, a, a[0])  # which may have another library
     times = take_turns(steps, device, 7)
     return 2 * n ** 3 / min(times.values()) if all(times.values()) else None
 
@@ -312,7 +312,7 @@ def build(name: str, resolution: Tuple[int, int], *, training: bool, form: str) 
     if name.startswith(TIMM):
         weights = timm.create_model(name.removeprefix(TIMM)).state_dict()
         model = timm.create_model(f'{name.removeprefix(TIMM)}_224')
-        model.load_state_dict(xcit.to_timm_names(weights))
+        model.load_state_dict(xcit_zoo.to_timm_names(weights))
         return model.train(training)
     if name not in xcit.MODELS:
         try:
@@ -321,7 +321,7 @@ def build(name: str, resolution: Tuple[int, int], *, training: bool, form: str) 
             return timm.create_model(name).train(training)
     model = timm.create_model(name).train(training)
     model.xca_form = form
-    return model if training else inference.fuse(model)
+    return xcit.speed_up_training(model) if training else xcit.fuse(model)
 
 
 def build_step(name: str, resolution: Tuple[int, int], batch_size: int, *, training: bool, precision: str,
@@ -597,14 +597,15 @@ def linear_layers(args, device: torch.device) -> List[dict]:
                 weight = torch.randn(width, out_width).t()  # as in a fused model
                 residual = torch.randn(tokens, out_width) if 'residual' in what else None
                 steps = {name: functools.partial(by, x, weight, bias, residual, 'GELU' in what)
-                         for name, by in (('mkl', linear.by_blas), ('onednn', linear.by_onednn))}
+                         for name, by in (('mkl', xcit_linear.by_blas), ('onednn', xcit_linear.by_onednn))}
                 times = take_turns(steps, device, args.rounds)
                 operations = 2 * x.numel() * out_width
                 results.append(dict(dim=dim, tokens=tokens, what=what, operations=operations, **times))
                 rows.append([dim, tokens, what, *(shown(t and operations / t / 1e9, 0) for t in times.values()),
                              ratio(times['onednn'], times['mkl'])])
     table(['C', 'tokens', 'layer', 'MKL, GFLOP/s', 'oneDNN', 'speed, MKL = 1'], rows)
-    notice(f'models take {"oneDNN" if linear.prefers_onednn() else "MKL"} here, from {linear.LEAST} multiplications on')
+    library = 'oneDNN' if xcit_linear.prefers_onednn() else 'MKL'
+    notice(f'models take {library} here, from {xcit_linear.LEAST} multiplications on')
     return results
 
 
@@ -696,7 +697,7 @@ def main(argv: Optional[list] = None):
     device = torch.device('cpu') if on_cpu else processes.choose_device(args.device)
     if not on_cpu and args.precision == 'fp16' and device.type == 'cpu':
         raise InputError('--precision fp16: is not for CPUs; allowed: fp32, bf16')
-    if args.what == 'linear' and not linear.has_onednn():
+    if args.what == 'linear' and not xcit_linear.has_onednn():
         raise InputError('linear: torch has no oneDNN here')
     if args.what == 'scaling':
         if not utils.is_installed('matplotlib'):

@@ -16,7 +16,6 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 import datasets
-import inference
 import weights
 import xcit
 from run import flags, processes, signals
@@ -83,8 +82,8 @@ def add_device_arguments(parser: argparse.ArgumentParser):
 def load_model(args, *, fuse: bool = True) -> LoadedModel:
     """Build the model that the flags above describe, with as many classes as its weights have.
 
-    A program that does not offer one of them sets it by `parser.set_defaults`. An XCiT is prepared for inference, see
-    inference.py, unless `fuse` is False.
+    A program that does not offer one of them sets it by `parser.set_defaults`. An XCiT is prepared for inference by
+    xcit.fuse, unless `fuse` is False.
 
     Raises:
         InputError: there is no such model or device, or the weights are not the model's.
@@ -104,7 +103,7 @@ def load_model(args, *, fuse: bool = True) -> LoadedModel:
     weights.load(model, given)
     model.eval().requires_grad_(False)
     if fuse and isinstance(model, xcit.Xcit):
-        inference.fuse(model)
+        xcit.fuse(model)
     own_size = published.resolution if published else trained.get('input_size') or model.default_cfg['input_size'][-1]
     own_crop = .875 if not published and trained.get('full_crop') is False else 1.
     return LoadedModel(

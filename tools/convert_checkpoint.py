@@ -13,6 +13,7 @@ import torch
 import utils
 import weights
 import xcit
+import xcit_zoo
 from run import checkpoints, commandline
 from run.commandline import Parser
 from run.processes import notice
@@ -54,7 +55,7 @@ def model_of(given: weights.Weights) -> str:
     patch = 2 ** len({key.split('.')[2] for key in given.tensors if key.startswith('patch_embed.proj.')})
     width = getattr(given.tensors.get('cls_token'), 'shape', ())[-1:]
     for size, config in xcit.SIZES.items():
-        if ((config['embed_dim'],), config['depth']) == (width, depth) and patch in xcit.PATCH_SIZES:
+        if ((config['embed_dim'],), config['depth']) == (width, depth) and patch in xcit.STEM_CONVOLUTIONS:
             return f'xcit_{size}_p{patch}'
     raise InputError(f'{given.source}: not the weights of an XCiT model; it has: {utils.abridge(list(given.tensors))}')
 
@@ -78,7 +79,7 @@ def main(argv: Optional[list] = None) -> dict:
     num_classes = weights.num_classes(name, given)
     # As files of their own: without what a tensor may share with others, and in one piece.
     tensors = {key: value.clone(memory_format=torch.contiguous_format) for key, value in given.tensors.items()}
-    tensors = xcit.to_timm_names(tensors) if args.to == 'timm' else tensors
+    tensors = xcit_zoo.to_timm_names(tensors) if args.to == 'timm' else tensors
     bare = args.to == 'timm' or args.target.suffix == '.safetensors'
     kept = {key: given.checkpoint[key] for key in ('classes', 'args') if key in given.checkpoint}
     checkpoints.save_checkpoint(tensors if bare else {'model': tensors, **kept}, args.target)

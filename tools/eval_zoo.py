@@ -16,12 +16,13 @@ import datasets
 import main as classification
 import utils
 import xcit
+import xcit_zoo
 from run import commandline, flags, folder
 from run.commandline import COUNT, COUNT_OR_0, Parser
 from run.processes import notice
 from utils import InputError, RunStopped
 
-ZOO = [published for published in xcit.ZOO.values() if published.num_classes]  # DINO's backbones have no head
+ZOO = [published for published in xcit_zoo.ZOO.values() if published.num_classes]  # DINO's backbones have no head
 TAGS = list(dict.fromkeys(published.tag for published in ZOO))
 VAL_IMAGES = 50000  # of ImageNet
 TOLERANCE = .1  # percent, that a measured top-1 may be away from the published one
@@ -51,7 +52,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def evaluation_flags(args, published: xcit.Published) -> list:
+def evaluation_flags(args, published: xcit_zoo.Published) -> list:
     """main.py's command line for a checkpoint, without the weights."""
     return ['--eval', '--model', published.model, '--input-size', str(published.resolution),
             '--full-crop' if published.crop == 1. else '--no-full-crop', '--data-path', args.data_path,
@@ -69,7 +70,7 @@ def check(args) -> int:
     return len(dataset)
 
 
-def chosen(args) -> List[xcit.Published]:
+def chosen(args) -> List[xcit_zoo.Published]:
     return [published for published in ZOO
             if published.model in (args.models or xcit.MODELS) and published.tag in (args.tags or TAGS)]
 
@@ -88,7 +89,7 @@ def read_rows(path: Path) -> Dict[str, dict]:
     if text and tuple(reader.fieldnames or ()) != COLUMNS:
         raise InputError(f'{path}: is not a table of this program; choose another --output-dir')
     rows = list(reader)
-    whole = {name_of(row): row for row in rows if None not in row and name_of(row) in xcit.ZOO
+    whole = {name_of(row): row for row in rows if None not in row and name_of(row) in xcit_zoo.ZOO
              and (is_measured(row) or row['error'])}
     if len(whole) < len(rows):
         notice(f'{path}: {len(rows) - len(whole)} damaged rows are left out')
@@ -113,7 +114,7 @@ def check_same_images(rows: Iterable[dict], path: Path, *, data_path: str, image
 
 def write_tables(rows: Dict[str, dict], folder: Path):
     """zoo.csv and zoo.md, each whole or as before, in the order of the zoo."""
-    in_order = [rows[name] for name in xcit.ZOO if name in rows]
+    in_order = [rows[name] for name in xcit_zoo.ZOO if name in rows]
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
     writer.writeheader()
@@ -152,7 +153,7 @@ def deviation(row: dict) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # The program
 
-def measure(args, published: xcit.Published, images: int) -> dict:
+def measure(args, published: xcit_zoo.Published, images: int) -> dict:
     """Evaluate a checkpoint; returns its row, with the reason in `error` if the weights can't be had."""
     file = args.checkpoints and str(args.checkpoints / Path(published.url).name)
     row = dict.fromkeys(COLUMNS, '') | {
@@ -169,7 +170,7 @@ def measure(args, published: xcit.Published, images: int) -> dict:
                   'images_per_s': stats['images_per_s']}
 
 
-def setting(args, published: xcit.Published) -> dict:
+def setting(args, published: xcit_zoo.Published) -> dict:
     """What else a row depends on: where the weights come from, and what they are run with."""
     device = flags.choose_device(args)
     file = args.checkpoints and (args.checkpoints / Path(published.url).name).resolve()
@@ -177,7 +178,7 @@ def setting(args, published: xcit.Published) -> dict:
             'dtype': str(flags.amp_dtype(args, device) or torch.float32)}
 
 
-def is_current(args, published: xcit.Published, row: Optional[dict]) -> bool:
+def is_current(args, published: xcit_zoo.Published, row: Optional[dict]) -> bool:
     """Whether a row need not be measured again."""
     return row is not None and is_measured(row) and setting(args, published).items() <= row.items()
 

@@ -17,7 +17,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import datasets
-import inference
+import xcit_fuse
 import utils
 import xcit
 from run import commandline
@@ -216,9 +216,9 @@ def prepare(model: xcit.Xcit, input_size: int, format_name: str):
         gram = model.blocks[0].attn.takes_gram(tokens)
     model.xca_form = 'gram' if gram else 'plain'
     if format_name == 'torchscript':  # its compiler reads the definition alone
-        inference.fuse_stem(model.patch_embed)
+        xcit_fuse.fuse_stem(model)
     else:
-        inference.fuse(model)
+        xcit.fuse(model)
 
 
 def export(loaded: common.LoadedModel, args, path: Path) -> Dict[tuple, float]:

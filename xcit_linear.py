@@ -1,7 +1,8 @@
 """Linear layers on CPUs, by whichever of torch's two libraries for products of matrices is the faster.
 
 torch gives products in float32 to MKL. On AMD's processors oneDNN is 1.1 to 1.4 times as fast for those of tokens and
-weights (RESULTS.md), and computes GELU or adds a residual on the way; there it takes the place of `torch.nn.Linear`.
+weights (RESULTS.md), and computes GELU or adds a residual on the way. Where MKL stays, a bias is added to the product;
+torch itself writes it into every row of the result before.
 Shapes: `M` tokens of all images, `C` channels of the tokens, `D` of the result.
 """
 import functools
@@ -11,12 +12,28 @@ from typing import Optional
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 # Multiplications from which on oneDNN is taken. Alone it pays from about 2 ** 23 on (RESULTS.md); training also calls
 # Python for each layer and gradient, which takes about 0.1 ms.
 LEAST = 2 ** 25
+
+
+def is_eager_inference() -> bool:
+    """Whether operations run as they are written: no autograd, compiler, export or transform looks on.
+
+    Only then results are written in place and into given memory, and work is done in pieces.
+    """
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+                or transforms_are_active())
+
+
+@torch.compiler.assume_constant_result
+def transforms_are_active() -> bool:
+    """Of torch.func (vmap, say), or forward-mode differentiation."""
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None,
@@ -27,34 +44,29 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] =
         x: (..., C).
         weight: (D, C).
         bias: (D,).
-        residual: (..., D); not with `gelu`, and neither where gradients are wanted.
+        residual: (..., D); not with `gelu`.
         gelu: apply it.
 
     Returns:
         (..., D).
     """
-    assert x.shape[-1] == weight.shape[1]
-    assert residual is None or residual.shape == (*x.shape[:-1], weight.shape[0])
-    return torch.ops.xcit.linear(x, weight, bias, residual, gelu)
+    if by_onednn_is_faster(x) and (torch.compiler.is_compiling() or is_large(x, weight)):
+        return torch.ops.xcit.linear(x, weight, bias, residual, gelu)
+    if x.dtype == torch.float32 and x.device.type == 'cpu' and is_eager_inference() and not autocasts():
+        residual = None if residual is None else residual.reshape(-1, len(weight))
+        return by_blas(x.reshape(-1, x.shape[-1]), weight, bias, residual, gelu).view(*x.shape[:-1], len(weight))
+    x = F.linear(x, weight, bias)
+    x = F.gelu(x) if gelu else x
+    return x if residual is None else residual + x
 
 
-def call(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """layer(x), by `linear` where that is the same and faster."""
-    if not is_linear(layer) or not is_faster(x):
-        return layer(x)
-    # Sizes are not to be looked at where the compiler may take them for free ones.
-    if not torch.compiler.is_compiling() and not is_large(x, layer.weight):
-        return layer(x)
-    return linear(x, layer.weight, layer.bias)
+def autocasts() -> bool:
+    return torch.is_autocast_enabled('cpu')
 
 
-def is_faster(x: torch.Tensor) -> bool:
-    """Whether `linear` is to be preferred to a linear layer for tokens x.
-
-    Not where a graph is recorded for other runtimes, nor in transforms that have no rule for it.
-    """
-    return (x.device.type == 'cpu' and x.dtype == torch.float32 and prefers_onednn()
-            and not torch.is_autocast_enabled('cpu')
+def by_onednn_is_faster(x: torch.Tensor) -> bool:
+    """For tokens x, where its operation can be used: not where a graph is recorded for other runtimes."""
+    return (x.device.type == 'cpu' and x.dtype == torch.float32 and prefers_onednn() and not autocasts()
             and not (torch.jit.is_tracing() or torch.compiler.is_exporting() or transforms_are_active()))
 
 
@@ -71,11 +83,11 @@ def lay_out(weight: torch.Tensor) -> torch.Tensor:
 
 @torch.compiler.assume_constant_result
 def prefers_onednn() -> bool:
-    return _prefers_onednn()
+    return is_amd_with_onednn()
 
 
 @functools.cache
-def _prefers_onednn() -> bool:
+def is_amd_with_onednn() -> bool:
     try:
         return has_onednn() and 'AuthenticAMD' in Path('/proc/cpuinfo').read_text()
     except OSError:  # not Linux
@@ -86,41 +98,36 @@ def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
 
 
-def is_linear(layer: nn.Module) -> bool:
-    """Whether a layer is no more than its weight and bias, and nobody listens to it."""
-    return (type(layer) is nn.Linear and 'forward' not in layer.__dict__ and not has_hooks(layer)
-            and type(layer.weight) in (nn.Parameter, torch.Tensor))  # and no quantized one, say
+def by_onednn(x, weight, bias, residual, gelu):
+    if residual is not None:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual.contiguous(), weight, bias, 'add')
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'gelu' if gelu else 'none', [], 'none')
 
 
-def has_hooks(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+def by_blas(x, weight, bias, residual, gelu):
+    out = torch.mm(x, weight.t()) if residual is None else torch.addmm(residual, x, weight.t())
+    if bias is not None:
+        out += bias
+    return torch.ops.aten.gelu_(out) if gelu else out
 
 
-@torch.jit.unused
-def in_transform() -> bool:
-    """Whether a transform of torch.func is at work, vmap, say, or forward-mode differentiation.
-
-    For those the autograd functions here have no rule, nor have operations that write into given memory.
-    """
-    if torch.compiler.is_compiling():  # whose own plan includes them
-        return False
-    return transforms_are_active()
+PANELS = 4  # of rows, in which a CPU computes a symmetric matrix
 
 
-@torch.compiler.assume_constant_result
-def transforms_are_active() -> bool:
-    """The same, also while a compiler looks on."""
-    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
-
-
-def is_eager() -> bool:
-    """Whether operations run as they are written, with no plan of a transform, a compiler or an export."""
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform())
-
-
-def is_eager_inference() -> bool:
-    """The same, and without autograd."""
-    return not torch.is_grad_enabled() and is_eager()
+def covariance_in_panels(x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Covariance of the channels of tokens x (B, N, C) with the mean (B, C): (B, C, C), of each row what is needed."""
+    N, C = x.shape[1:]
+    x = x - mean[:, None]
+    if x.device.type != 'cpu' or C % PANELS:
+        return x.transpose(1, 2) @ x / N
+    # Symmetric: of each panel of rows only what is right of the diagonal.
+    width = C // PANELS
+    result = x.new_zeros(x.shape[0], C, C)
+    for first in range(0, C, width):
+        panel = result[:, first:first + width, first:]
+        panel.baddbmm_(x[:, :, first:first + width].transpose(1, 2), x[:, :, first:], alpha=1 / N)
+        result[:, first + width:, first:first + width] = panel[:, :, width:].transpose(1, 2)
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,28 +136,9 @@ def is_eager_inference() -> bool:
 def _linear(x, weight, bias, residual, gelu):
     shape = (*x.shape[:-1], weight.shape[0])
     x = x.reshape(-1, x.shape[-1]).contiguous()  # (M, C)
-    if residual is not None:
-        residual = residual.reshape(-1, shape[-1])
-    if (x.dtype == torch.float32 and x.device.type == 'cpu' and is_large(x, weight) and prefers_onednn()
-            and torch._C._get_mkldnn_enabled()):
-        out = by_onednn(x, weight, bias, residual, gelu)
-    else:
-        out = by_blas(x, weight, bias, residual, gelu)
-    return out.view(shape)
-
-
-def by_onednn(x, weight, bias, residual, gelu):
-    if residual is not None:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual.contiguous(), weight, bias, 'add')
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'gelu' if gelu else 'none', [], 'none')
-
-
-def by_blas(x, weight, bias, residual, gelu):
-    # The bias after the product: torch would write it into every row before.
-    out = torch.mm(x, weight.t()) if residual is None else torch.addmm(residual, x, weight.t())
-    if bias is not None:
-        out += bias
-    return torch.ops.aten.gelu_(out) if gelu else out
+    residual = None if residual is None else residual.reshape(-1, shape[-1])
+    takes_onednn = is_large(x, weight) and torch._C._get_mkldnn_enabled()
+    return (by_onednn if takes_onednn else by_blas)(x, weight, bias, residual, gelu).view(shape)
 
 
 def _keep_for_backward(ctx, inputs, output):
@@ -167,7 +155,7 @@ def _backward(ctx, grad):
     grads = grad.reshape(-1, grad.shape[-1])
     grad_x = grad_weight = None
     if wants_x:
-        grad_x = grad @ weight if in_transform() else linear(grad, weight.t())
+        grad_x = grad @ weight if transforms_are_active() else torch.ops.xcit.linear(grad, weight.t(), None, None, False)
     if wants_weight:  # a sum over tokens, at which oneDNN is no faster
         grad_weight = grads.t() @ x.reshape(-1, x.shape[-1])
     return grad_x, grad_weight, grads.sum(dim=0) if wants_bias else None, None, None

@@ -1,7 +1,6 @@
 """Prepared for inference, in pieces or compiled, a model computes what it did."""
 import copy
 import re
-import weakref
 
 import pytest
 import timm
@@ -9,10 +8,8 @@ import torch
 import torch.nn.utils.prune as prune
 from conftest import seeded_images, seeded_model
 
-import inference
-import linear as linear_layer
-import mlp
 import xcit
+import xcit_fuse
 
 SIZES = [(224, 224), (33, 17), (70, 250), (1, 40)]  # also odd, not square, one row of tokens
 
@@ -20,7 +17,7 @@ SIZES = [(224, 224), (33, 17), (70, 250), (1, 40)]  # also odd, not square, one 
 def both(name: str, **kwargs):
     """A model in eval mode, and the same one fused."""
     model = seeded_model(name, **kwargs).eval()
-    return model, inference.fuse(copy.deepcopy(model))
+    return model, xcit_fuse.fuse(copy.deepcopy(model))
 
 
 def small_model() -> xcit.Xcit:
@@ -35,7 +32,7 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor):
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Everything is done piece by piece: a few tokens, the fewest rows."""
-    monkeypatch.setitem(mlp.PIECE, 'cpu', 3000)
+    monkeypatch.setitem(xcit_fuse.PIECE, 'cpu', 3000)
 
 
 # ----- fuse
@@ -102,53 +99,13 @@ def test_fused_model_leaves_its_inputs_alone(small_pieces):
     assert torch.equal(images, before)
 
 
-@torch.no_grad()
-def test_position_is_kept_for_the_last_grid():
-    """It is computed once for a grid, anew for another one, and in float32 whatever autocast does."""
-    _, fused = both('xcit_nano_12_p16')
-    first = fused.pos_embeder(3, 5)
-    assert fused.pos_embeder(3, 5) is first
-    assert fused.pos_embeder(5, 3).shape == (1, 128, 5, 3)
-    with torch.autocast('cpu', torch.bfloat16):
-        assert fused.pos_embeder(5, 3).dtype == torch.float32
-
-
-@pytest.mark.parametrize('change', [
-    lambda layer: layer.weight.mul_(2),
-    lambda layer: layer.bias.add_(1),
-    lambda layer: setattr(layer, 'weight', torch.nn.Parameter(2 * layer.weight)),
-    lambda layer: layer.double(),
-], ids=['weight in place', 'bias in place', 'another weight', 'another type'])
-@torch.no_grad()
-def test_position_follows_its_parameters(change):
-    """A kept one is not that of weights that have changed since."""
-    _, fused = both('xcit_nano_12_p16')
-    layer = fused.pos_embeder.encoding.token_projection
-    before = fused.pos_embeder(3, 5)
-    change(layer)
-    after = fused.pos_embeder(3, 5)
-    assert after.dtype == layer.weight.dtype
-    assert after is not before
-    torch.testing.assert_close(after, fused.pos_embeder.encoding(3, 5), rtol=0, atol=0)
-
-
-@torch.no_grad()
-def test_position_of_a_large_grid_is_not_kept(monkeypatch):
-    """It takes memory that the next image may need; that of the last small one stays."""
-    _, fused = both('xcit_nano_12_p16')
-    small = fused.pos_embeder(3, 5)
-    monkeypatch.setattr(inference, 'LARGEST_POSITION', 15 * 128)
-    assert fused.pos_embeder(4, 4) is not fused.pos_embeder(4, 4)
-    assert fused.pos_embeder(3, 5) is small
-
-
 @pytest.mark.parametrize('training', [True, False])
 def test_refusals(training):
     """A model in training mode has no fixed statistics to fold in; a fused one has nothing left to fold."""
     model = seeded_model('xcit_nano_12_p16').eval()
-    inference.fuse(model)
+    xcit_fuse.fuse(model)
     with pytest.raises(ValueError, match='eval mode' if training else 'fused already'):
-        inference.fuse(seeded_model('xcit_nano_12_p16').train() if training else model)
+        xcit_fuse.fuse(seeded_model('xcit_nano_12_p16').train() if training else model)
 
 
 class Adapter(torch.nn.Linear):
@@ -162,7 +119,7 @@ class Adapter(torch.nn.Linear):
     ('blocks.1.local_mp.act', lambda model: setattr(model.blocks[1].local_mp, 'act', torch.nn.ReLU())),
     ('blocks.1.mlp.act', lambda model: setattr(model.blocks[1].mlp, 'act', torch.nn.GELU('tanh'))),
     ('blocks.2.mlp.fc2', lambda model: prune.l1_unstructured(model.blocks[2].mlp.fc2, 'bias', .1)),
-    ('cls_attn_blocks.1.mlp.fc2', lambda model: setattr(model.cls_attn_blocks[1].mlp, 'fc2', Adapter(512, 128))),
+    ('cls_attn_blocks.1.attn.qkv', lambda model: setattr(model.cls_attn_blocks[1].attn, 'qkv', Adapter(128, 384))),
 ])
 def test_changed_layers_are_refused(name, change):
     """What goes into their weights would be missing from the rest of them, or a GELU would take their place."""
@@ -170,7 +127,7 @@ def test_changed_layers_are_refused(name, change):
     change(model)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=f'^{re.escape(name)} '):
-        inference.fuse(model)
+        xcit_fuse.fuse(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -192,44 +149,31 @@ def test_traced_model_takes_other_numbers_of_images(small_pieces):
     assert_same(traced(images), fused(images))
 
 
-@torch.no_grad()
-def test_hooks_of_a_fused_models_linear_layers_are_called(small_pieces):
-    """Who listens to one of them hears it, in pieces: an image's tokens here are more than one."""
-    model, fused = both('xcit_nano_12_p16')
-    seen = []
-    block = fused.blocks[0]
-    for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2, fused.cls_attn_blocks[0].attn.qkv):
-        layer.register_forward_hook(lambda layer, args, output: seen.append(output.shape))
-    images = seeded_images(1, 3, 64, 64)
-    assert_same(fused(images), model(images))
-    assert seen == [(1, 16, 384), (1, 16, 128), *[(4, 512), (4, 128)] * 4, (1, 17, 384)]
-
-
 @pytest.mark.parametrize('name', [
-    'patch_embed', 'patch_embed.proj.0.0', 'pos_embeder.token_projection', 'blocks.0', 'blocks.0.attn',
-    'blocks.0.local_mp.conv1', 'blocks.0.mlp', 'cls_attn_blocks.0'])
+    'patch_embed', 'patch_embed.proj.0.0', 'blocks.0', 'blocks.0.attn', 'blocks.0.attn.qkv', 'blocks.0.drop_path',
+    'blocks.0.local_mp.conv1', 'blocks.0.mlp', 'cls_attn_blocks.0.attn'])
 def test_hooks_that_would_be_lost_are_refused(name):
     """Those of modules that are replaced, or whose weights are used without them."""
     model = small_model().eval()
     model.get_submodule(name).register_forward_hook(lambda module, args, output: None)
     with pytest.raises(ValueError, match=f'^{re.escape(name)} .*hooks'):
-        inference.fuse(model)
+        xcit_fuse.fuse(model)
 
 
 @torch.no_grad()
 def test_hooks_that_fusing_keeps():
-    """Registered before, called after: those of the model, of linear layers and of LayerNorms."""
+    """Registered before, called after: those of the model, of LayerNorms and of class-attention blocks."""
     model, seen = small_model().eval(), []
-    names = ('', 'blocks.0.norm1', 'blocks.0.attn.qkv', 'blocks.0.mlp.fc1', 'cls_attn_blocks.0.norm2', 'head')
+    names = ('', 'pos_embeder.token_projection', 'blocks.0.norm1', 'cls_attn_blocks.0', 'cls_attn_blocks.0.norm2', 'head')
     for name in names:
         model.get_submodule(name).register_forward_hook(lambda *args, name=name: seen.append(name))
-    inference.fuse(model)(seeded_images(1, 3, 32, 32))
+    xcit_fuse.fuse(model)(seeded_images(1, 3, 32, 32))
     assert set(seen) == set(names)
 
 
 def test_fused_model_wants_no_gradients():
     """Of its parameters, which have others folded in."""
-    model = inference.fuse(small_model().eval())
+    model = xcit_fuse.fuse(small_model().eval())
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not model(seeded_images(1, 3, 32, 32)).requires_grad
 
@@ -258,7 +202,7 @@ def test_gradients_of_single_images(small_pieces, fused):
     """By torch.func.vmap, of a whole model: autograd's, image by image."""
     model = small_model().eval().double()
     if fused:
-        inference.fuse(model)
+        xcit_fuse.fuse(model)
     images = seeded_images(3, 3, 48, 32).double()
     actual = per_image_gradients(model, images)
     for image, gradient in zip(images, actual):
@@ -273,7 +217,7 @@ def test_forward_mode_derivatives(small_pieces, fused, grad):
     """In a direction, by torch.func.jvp and by forward_ad: those of a difference."""
     model = small_model().eval().double()
     if fused:
-        inference.fuse(model)
+        xcit_fuse.fuse(model)
     model.xca_form = 'gram'
     image, direction = seeded_images(2, 3, 48, 32).double().split(1)
     with torch.set_grad_enabled(grad):
@@ -292,7 +236,7 @@ def test_forward_mode_derivatives(small_pieces, fused, grad):
 @torch.no_grad()
 def test_fused_on_cuda(monkeypatch, form, dtype, tolerance):
     """Piece by piece, in full precision and under autocast, as near to the CPU's float32 as the type allows."""
-    monkeypatch.setitem(mlp.PIECE, 'other', 3000)
+    monkeypatch.setitem(xcit_fuse.PIECE, 'other', 3000)
     model, fused = both('xcit_nano_12_p8')
     fused.xca_form = form
     images = seeded_images(2, 3, 70, 250)
@@ -337,102 +281,6 @@ def test_model_in_half_precision(fused):
     assert (actual - expected).abs().max() < .1 * expected.abs().max()
 
 
-# ----- MLP in pieces
-
-@pytest.mark.parametrize('shape', [(2, 50, 16), (1, 1, 16), (7, 16)])
-def test_mlp_in_pieces(monkeypatch, shape):
-    """Output and gradients are those of the layers one after the other, for tokens of any shape."""
-    torch.manual_seed(0)
-    module = mlp.Mlp(16, 64)
-    results = []
-    for size in (2 ** 22, 64 * 3):
-        monkeypatch.setitem(mlp.PIECE, 'cpu', size)
-        x = torch.linspace(-2, 2, torch.Size(shape).numel()).view(shape).requires_grad_()
-        module.zero_grad()
-        y = module(x)
-        y.square().sum().backward()
-        results.append([y, x.grad, *(p.grad.clone() for p in module.parameters())])
-    for whole, pieces in zip(*results):
-        torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
-
-
-def test_mlp_in_pieces_is_taken(monkeypatch):
-    """Where the hidden activations are above the limit, unless dropout, half precision or a compiler is at work."""
-    x = torch.zeros(1, 100, 16)
-    assert not mlp.Mlp(16, 64).takes_pieces(x)
-    monkeypatch.setitem(mlp.PIECE, 'cpu', 6399)
-    assert mlp.Mlp(16, 64).takes_pieces(x)
-    assert not mlp.Mlp(16, 64, drop=.1).takes_pieces(x)
-    assert not mlp.Mlp(16, 64).bfloat16().takes_pieces(x.bfloat16())
-    with torch.autocast('cpu', torch.bfloat16):
-        assert not mlp.Mlp(16, 64).takes_pieces(x)
-        assert mlp.Mlp(16, 64).double().takes_pieces(x.double())  # which autocast leaves alone
-
-
-class Doubled(torch.nn.Linear):
-    """As adapters are: more than a weight and a bias."""
-
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-@pytest.mark.parametrize('compiled', [False, True])
-@pytest.mark.parametrize(('name', 'layer'), [
-    ('act', torch.nn.ReLU()), ('act', torch.nn.GELU('tanh')), ('fc1', Doubled(16, 64)), ('fc2', Doubled(64, 16)),
-    ('fc1', torch.nn.Linear(16, 64, bias=False)), ('fc2', torch.nn.Linear(64, 16, bias=False))])
-@torch.no_grad()
-def test_other_layers_of_an_mlp_are_called(monkeypatch, name, layer, compiled):
-    """Those that take the place of its own, neither in pieces nor compiled passed by."""
-    monkeypatch.setitem(mlp.PIECE, 'cpu', 64 * 3)
-    torch._dynamo.reset()
-    module, x = mlp.Mlp(16, 64), torch.randn(2, 50, 16)
-    setattr(module, name, layer)
-    expected = module.fc2(module.act(module.fc1(x)))
-    torch.testing.assert_close((torch.compile(module, backend='aot_eager') if compiled else module)(x), expected)
-
-
-@pytest.mark.parametrize('wanted', range(5))
-def test_mlp_in_pieces_with_frozen_tensors(wanted):
-    """One gradient alone is asked for, of the tokens or of one parameter; its derivative as well."""
-    shapes = ((3, 4), (8, 4), (8,), (4, 8), (4,))
-    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-    inputs[wanted].requires_grad_()
-
-    def function(tensor):
-        return mlp.PiecewiseMlp.apply(*inputs[:wanted], tensor, *inputs[wanted + 1:])
-
-    assert torch.autograd.gradcheck(function, inputs[wanted])
-    assert torch.autograd.gradgradcheck(function, inputs[wanted])
-
-
-def test_mlp_in_pieces_keeps_nothing_without_gradients(monkeypatch):
-    """The hidden activations of all tokens are for the backward pass."""
-    monkeypatch.setitem(mlp.PIECE, 'cpu', 64 * 3)
-    module, x, pieces, alive = mlp.Mlp(16, 64), torch.zeros(50, 16), [], []
-
-    def linear(*args, **kwargs):
-        result = linear_layer.linear(*args, **kwargs)
-        if result.shape[-1] == 64:
-            pieces.append(weakref.ref(result))
-            alive.append(sum(piece() is not None for piece in pieces))
-        return result
-
-    monkeypatch.setattr(mlp, 'linear', linear)
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            module(x)
-    assert max(alive[:17]) == 17
-    assert max(alive[17:]) == 1
-
-
-def test_second_derivatives_of_mlp_in_pieces():
-    """Optimizers that need the gradient's gradient get it."""
-    shapes = ((3, 4), (8, 4), (8,), (4, 8), (4,))
-    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    assert torch.autograd.gradcheck(mlp.PiecewiseMlp.apply, inputs)
-    assert torch.autograd.gradgradcheck(mlp.PiecewiseMlp.apply, inputs)
-
-
 # ----- compiled
 
 def test_compiler_sees_one_graph():
@@ -466,40 +314,6 @@ def test_compiled_training_step(form):
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
 
 
-@torch.no_grad()
-def test_compiled_biases_join_what_follows(monkeypatch):
-    """A compiled MLP has two products, and writes no bias into a result's rows before; its outputs are the same."""
-    monkeypatch.setattr(linear_layer, '_prefers_onednn', lambda: False)
-    torch._dynamo.reset()
-    module, x = mlp.Mlp(16, 64), torch.randn(2, 50, 16)
-    actual, (code,) = torch._inductor.utils.run_and_get_code(torch.compile(module), x)
-    assert code.count('extern_kernels.mm(') == 2
-    assert 'addmm' not in code
-    torch.testing.assert_close(actual, module(x))
-
-
-@torch.no_grad()
-def test_biases_stay_in_half_precision_layers():
-    """There a sum apart would be rounded once more: the compiler gets the linear layers."""
-    graphs = []
-
-    def capture(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    torch._dynamo.reset()
-    torch.compile(mlp.Mlp(16, 64).bfloat16(), backend=capture)(torch.randn(2, 50, 16, dtype=torch.bfloat16))
-    graph, = graphs
-    targets = [node.target for node in graph.graph.nodes]
-    assert targets.count(torch._C._nn.linear) == 2
-
-
-def test_exported_mlp_has_linear_layers():
-    """For other runtimes, which have an operation for them."""
-    graph = torch.export.export(mlp.Mlp(16, 64), (torch.randn(2, 50, 16),)).graph
-    assert [node.target for node in graph.nodes].count(torch.ops.aten.linear.default) == 2
-
-
 @pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
 @pytest.mark.parametrize(('form', 'graphs'), [('gram', 1), ('auto', 2)])
 @torch.no_grad()
@@ -507,7 +321,7 @@ def test_compiled_inference_takes_any_resolution(form, graphs, backend):
     """With free sizes one graph serves several resolutions, as far as they use the same form of XCA."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = inference.fuse(small_model().eval())
+    model = xcit_fuse.fuse(small_model().eval())
     model.xca_form = form
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for size in ((224, 224), (256, 192), (320, 448), (384, 512), (100, 130), (64, 64)):
@@ -522,5 +336,5 @@ def test_compiled_inference_takes_any_resolution(form, graphs, backend):
 def test_compiled_inference():
     """Compiled code computes what the fused model does."""
     torch._dynamo.reset()
-    model, images = inference.fuse(small_model().eval()), seeded_images(2, 3, 70, 50)
+    model, images = xcit_fuse.fuse(small_model().eval()), seeded_images(2, 3, 70, 50)
     assert_same(torch.compile(model, fullgraph=True)(images), model(images))

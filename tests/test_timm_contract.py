@@ -1,0 +1,56 @@
+"""timm's own tests of models, run for ours and for timm's XCiT: whatever timm's class passes, ours passes.
+
+They come from timm's source distribution on the package index, of the version that is installed.
+"""
+import re
+import subprocess
+import sys
+import tarfile
+
+import pytest
+import timm
+from conftest import ROOT
+
+# Models that stand in lists of these tests, where an XCiT can stand as well
+PLACES = ("'xcit_nano_12_p16_224'", "'convit_tiny'", "'vgg11'", "'convmixer_768_32'", "'densenet121'", "'resnet50d'")
+
+
+@pytest.fixture(scope='module')
+def timms_tests(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('timm')
+    command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--no-binary', ':all:', '--dest', folder,
+               f'timm=={timm.__version__}']
+    loaded = subprocess.run(command, capture_output=True, text=True)
+    if loaded.returncode:
+        pytest.skip(f'timm\'s source distribution can\'t be loaded: {loaded.stderr.strip().splitlines()[-1]}')
+    with tarfile.open(next(folder.glob('timm-*.tar.gz'))) as archive:
+        name = next(name for name in archive.getnames() if name.endswith('/tests/test_models.py'))
+        return archive.extractfile(name).read().decode()
+
+
+def failures(tests: str, name: str, folder) -> tuple:
+    """How many of the tests ran for a model, and which failed: their names, without that of the model."""
+    for place in PLACES:
+        tests = tests.replace(place, f"'{name}'")
+    folder.mkdir()
+    (folder / 'test_models.py').write_text(tests)
+    program = (f'import sys; sys.path.insert(0, {str(ROOT)!r})\nimport pytest, xcit\n'
+               f'sys.exit(pytest.main(sys.argv[1:]))')
+    run = subprocess.run(
+        [sys.executable, '-c', program, '-q', '-rf', '--tb=no', '-p', 'no:cacheprovider', '-p', 'no:xdist', '-W',
+         'ignore', '--rootdir', str(folder), '-k', f'{name} and not {name}_ and not pretrained', str(folder)],
+        capture_output=True, text=True, cwd=folder)
+    counts = {what: int(number) for number, what in re.findall(r'(\d+) (passed|failed)', run.stdout)}
+    failed = re.findall(r'^FAILED \S+::(\S+)', run.stdout, re.MULTILINE)
+    assert len(failed) == counts.get('failed', 0), run.stdout + run.stderr
+    return sum(counts.values()), {test.replace(name, 'MODEL') for test in failed}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', [f'xcit_{size}_12_p{patch}' for size in ('nano', 'tiny', 'small') for patch in (16, 8)])
+def test_ours_passes_what_timms_passes(timms_tests, tmp_path, name):
+    """Creation, forward, backward, features, pruning, fx, scripting; a failure that timm's class has too is none."""
+    count, failed = failures(timms_tests, name, tmp_path / 'ours')
+    _, of_timms = failures(timms_tests, f'{name}_224', tmp_path / 'timms')
+    assert count > 25
+    assert failed - of_timms == set()

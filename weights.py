@@ -100,7 +100,8 @@ def check_exists(given: str, flag: str, model_name: str):
         return
     allowed = f'; tags of {model_name}: {", ".join(tags(model_name))}' if tags(model_name) else ''
     if not model_name and given in {entry.tag for entry in xcit_zoo.ZOO.values()}:
-        allowed = f'; as a tag it needs its model\'s name before it, as in {next(iter(xcit_zoo.ZOO)).split(".")[0]}.{given}'
+        example = next(iter(xcit_zoo.ZOO)).split('.')[0]
+        allowed = f'; as a tag it needs its model\'s name before it, as in {example}.{given}'
     raise InputError(f'{flag} {given}: no such file{allowed}')
 
 

@@ -2,8 +2,8 @@
 
 Paper: https://arxiv.org/abs/2106.09681. Importing this file registers the 14 models of `SIZES` x {p16, p8} with
 timm; `timm.create_model('xcit_small_12_p16')` then builds one. Module and parameter names are those of the published
-checkpoints, which load strictly. Cross-covariance attention itself, equation 4, is in xca.py, and the table of published
-weights in xcit_zoo.py.
+checkpoints, which load strictly. Cross-covariance attention itself, equation 4, is in xca.py, the table of published
+weights in xcit_zoo.py. What is faster than this definition is behind `fuse` and `speed_up_training`.
 
 Shapes: `B` batch, `N = H*W` tokens, `C` channels, `H, W` token grid (never pixels), `h` heads, `d = C//h`,
 `K` classes. Images are `(B, in_chans, img_h, img_w)` in pixels; any size works, the grid is `ceil(pixels / patch)`.

@@ -130,8 +130,8 @@ def problem_of(layer: nn.Module, expected: type) -> Optional[str]:
     depthwise = expected is DepthwiseConv2d
     expected = nn.Conv2d if depthwise else expected
     if type(layer) is not expected and not (expected is nn.BatchNorm2d and type(layer) is nn.SyncBatchNorm):
-        return (f'it is no {expected.__name__} (merge adapters, make pruning and parametrizations permanent; a quantized '
-                f'model is used as it is)')
+        return (f'it is no {expected.__name__} as it was built (merge adapters, make pruning and parametrizations '
+                f'permanent; a quantized model is used as it is)')
     if 'forward' in vars(layer):
         return 'its forward method was replaced'
     if expected is nn.GELU and layer.approximate != 'none':
@@ -141,7 +141,8 @@ def problem_of(layer: nn.Module, expected: type) -> Optional[str]:
     if expected in (nn.Linear, nn.Conv2d):
         plain = (nn.Parameter, type(None))  # pruning, say, keeps a parameter elsewhere and makes this one of it
         if any(type(layer._parameters.get(name, layer)) not in plain for name in ('weight', 'bias')):
-            return 'its weight or bias is no plain parameter (make pruning permanent; a quantized model is used as it is)'
+            return ('its weight or bias is no plain parameter (make pruning permanent; a quantized model is used as it '
+                    'is)')
     if expected is nn.Conv2d:
         if (layer.kernel_size, layer.padding, layer.dilation, layer.padding_mode) != ((3, 3), (1, 1), (1, 1), 'zeros'):
             return 'it must have a 3x3 kernel, no dilation, and one row of zeros as padding'

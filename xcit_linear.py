@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Optional
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
@@ -155,7 +154,8 @@ def _backward(ctx, grad):
     grads = grad.reshape(-1, grad.shape[-1])
     grad_x = grad_weight = None
     if wants_x:
-        grad_x = grad @ weight if transforms_are_active() else torch.ops.xcit.linear(grad, weight.t(), None, None, False)
+        in_transform = transforms_are_active()  # which have no rule for this operation
+        grad_x = grad @ weight if in_transform else torch.ops.xcit.linear(grad, weight.t(), None, None, False)
     if wants_weight:  # a sum over tokens, at which oneDNN is no faster
         grad_weight = grads.t() @ x.reshape(-1, x.shape[-1])
     return grad_x, grad_weight, grads.sum(dim=0) if wants_bias else None, None, None

@@ -1,4 +1,4 @@
-"""What timm's users ask of a model beside its forward pass: heads, features of blocks, gradient checkpointing, groups."""
+"""What timm's users ask of a model beside its forward pass: heads, features of blocks, checkpointing, groups."""
 import contextlib
 from typing import ClassVar, List, Optional, Tuple, Union
 
@@ -12,8 +12,13 @@ from xca import FORMS
 GLOBAL_POOLS = ('token', 'avg', '')
 
 
-class UnknownPool(ValueError, AssertionError):  # the latter is what timm's models raise
+class BadValue(ValueError, AssertionError):  # the latter is what timm's models raise
     pass
+
+
+def check_output_fmt(output_fmt: str):
+    if output_fmt not in ('NCHW', 'NLC'):
+        raise BadValue(f"output_fmt {output_fmt!r} is not one of 'NCHW', 'NLC'")
 
 
 class TimmModel(nn.Module):
@@ -21,9 +26,9 @@ class TimmModel(nn.Module):
 
     def set_global_pool(self, global_pool: str):
         if global_pool not in GLOBAL_POOLS:
-            raise UnknownPool(f'global_pool {global_pool!r} is not one of {GLOBAL_POOLS}')
+            raise BadValue(f'global_pool {global_pool!r} is not one of {GLOBAL_POOLS}')
         if global_pool == 'token' and self.cls_token is None:
-            raise UnknownPool("global_pool 'token' needs the CLS token, which was pruned")
+            raise BadValue("global_pool 'token' needs the CLS token, which was pruned")
         self.global_pool = global_pool
 
     __jit_unused_properties__: ClassVar[List[str]] = ['xca_form']
@@ -74,7 +79,6 @@ class TimmModel(nn.Module):
         self.init_linear(self.head)
         self.head.train(self.training)
 
-    @torch.jit.ignore
     def forward_intermediates(
             self,
             x: torch.Tensor,
@@ -83,6 +87,7 @@ class TimmModel(nn.Module):
             stop_early: bool = False,
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
+            return_prefix_tokens: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
         """Outputs of chosen XCA blocks, as timm's models give them.
 
@@ -93,23 +98,33 @@ class TimmModel(nn.Module):
             stop_early: leave out the blocks after the last one chosen (with `intermediates_only`).
             output_fmt: 'NCHW' for (B, C, H, W), 'NLC' for (B, N, C).
             intermediates_only: return the list alone.
+            return_prefix_tokens: make of each output a pair with the CLS token (B, 1, C) that class attention gets from
+                that block's tokens; the blocks themselves have none. Not in TorchScript.
 
         Returns:
             The list, or the pair (normalised tokens (B, 1 + N, C), list).
         """
-        if output_fmt not in ('NCHW', 'NLC'):
-            raise ValueError(f"output_fmt {output_fmt!r} is not one of 'NCHW', 'NLC'")
+        if not torch.jit.is_scripting():
+            check_output_fmt(output_fmt)
         wanted, last = feature_take_indices(len(self.blocks), indices)
-        blocks = self.blocks[:last + 1] if stop_early and intermediates_only else self.blocks
+        if torch.jit.is_scripting() or not (stop_early and intermediates_only):  # TorchScript can't cut lists of modules
+            blocks = self.blocks
+        else:
+            blocks = self.blocks[:last + 1]
         x, H, W = self.forward_patches(x)
-        intermediates = []
+        chosen = []
         for i, block in enumerate(blocks):
-            x = checkpoint_block(block, x, H, W) if self.grad_checkpointing else block(x, H, W)
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint_block(block, x, H, W)
+            else:
+                x = block(x, H, W)
             if i in wanted:
-                tokens = self.norm(x) if norm else x
-                if output_fmt == 'NCHW':
-                    tokens = tokens.transpose(1, 2).unflatten(2, (H, W)).contiguous()
-                intermediates.append(tokens)
+                chosen.append(x)
+        intermediates = [self.norm(tokens) if norm else tokens for tokens in chosen]
+        if output_fmt == 'NCHW':
+            intermediates = [tokens.transpose(1, 2).unflatten(2, (H, W)).contiguous() for tokens in intermediates]
+        if not torch.jit.is_scripting() and return_prefix_tokens and self.cls_token is not None:
+            intermediates = list(zip(intermediates, [self.forward_cls(tokens)[:, :1] for tokens in chosen]))
         if intermediates_only:
             return intermediates
         return self.forward_cls(x), intermediates

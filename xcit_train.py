@@ -28,8 +28,8 @@ def speed_up_training(model: nn.Module) -> nn.Module:
         raise ValueError(f'a {type(model).__name__} cannot be sped up: it is no Xcit of this package')
     for i in range(len(model.blocks)):
         if type(model.blocks[i].attn) is not XCA:
-            raise ValueError(f'blocks.{i}.attn ({type(model.blocks[i].attn).__name__}) cannot be sped up: it is no XCA as '
-                             f'it was built')
+            raise ValueError(f'blocks.{i}.attn ({type(model.blocks[i].attn).__name__}) cannot be sped up: it is no XCA '
+                             f'as it was built')
     for name, layer in model.named_modules():
         if name.endswith(READ) and not is_its_weights(layer):
             raise ValueError(f'{name} ({type(layer).__name__}) cannot be sped up: it is no nn.Linear, has hooks, or '

@@ -104,8 +104,8 @@ def test_fused_stem_computes_the_same(name):
 
 def test_stem_in_training_mode_is_not_fused():
     """There BatchNorm has no fixed statistics to fold in."""
-    with pytest.raises(AssertionError, match='eval'):
-        inference.fuse_stem(seeded_model(NANO).patch_embed)
+    with pytest.raises(ValueError, match='eval'):
+        xcit_fuse.fuse_stem(seeded_model(NANO))
 
 
 @torch.no_grad()

@@ -164,7 +164,8 @@ def test_hooks_that_would_be_lost_are_refused(name):
 def test_hooks_that_fusing_keeps():
     """Registered before, called after: those of the model, of LayerNorms and of class-attention blocks."""
     model, seen = small_model().eval(), []
-    names = ('', 'pos_embeder.token_projection', 'blocks.0.norm1', 'cls_attn_blocks.0', 'cls_attn_blocks.0.norm2', 'head')
+    names = ('', 'pos_embeder.token_projection', 'blocks.0.norm1', 'cls_attn_blocks.0', 'cls_attn_blocks.0.norm2',
+             'head')
     for name in names:
         model.get_submodule(name).register_forward_hook(lambda *args, name=name: seen.append(name))
     xcit_fuse.fuse(model)(seeded_images(1, 3, 32, 32))

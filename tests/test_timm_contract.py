@@ -18,7 +18,7 @@ PLACES = ("'xcit_nano_12_p16_224'", "'convit_tiny'", "'vgg11'", "'convmixer_768_
 @pytest.fixture(scope='module')
 def timms_tests(tmp_path_factory):
     folder = tmp_path_factory.mktemp('timm')
-    command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--no-binary', ':all:', '--dest', folder,
+    command = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--no-binary', ':all:', '--dest', folder,
                f'timm=={timm.__version__}']
     loaded = subprocess.run(command, capture_output=True, text=True)
     if loaded.returncode:
@@ -47,7 +47,7 @@ def failures(tests: str, name: str, folder) -> tuple:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', [f'xcit_{size}_12_p{patch}' for size in ('nano', 'tiny', 'small') for patch in (16, 8)])
+@pytest.mark.parametrize('name', [f'xcit_{size}_12_p{p}' for size in ('nano', 'tiny', 'small') for p in (16, 8)])
 def test_ours_passes_what_timms_passes(timms_tests, tmp_path, name):
     """Creation, forward, backward, features, pruning, fx, scripting; a failure that timm's class has too is none."""
     count, failed = failures(timms_tests, name, tmp_path / 'ours')

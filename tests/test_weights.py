@@ -681,7 +681,8 @@ def test_checkpoint_of_timms_program(tmp_path, folders):
     from tools.predict import main as predict
     model = seeded_model('xcit_nano_12_p16', num_classes=2)
     args = argparse.Namespace(model='xcit_nano_12_p16_224', input_size=None, img_size=None)
-    torch.save({'state_dict': xcit_zoo.to_timm_names(model.state_dict()), 'args': args, 'epoch': 3}, tmp_path / 'timm.pth')
+    content = {'state_dict': xcit_zoo.to_timm_names(model.state_dict()), 'args': args, 'epoch': 3}
+    torch.save(content, tmp_path / 'timm.pth')
     results = predict([str(folders / 'val'), '--pretrained', str(tmp_path / 'timm.pth'), '--num-workers', '0',
                        '--device', 'cpu'])
     assert len(results) == 8

@@ -1,5 +1,4 @@
 """The models: the original's numbers, and what timm's users expect of a model."""
-import copy
 import json
 import math
 

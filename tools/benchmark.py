@@ -34,11 +34,11 @@ from timm.data import ImageDataset, auto_augment, create_loader
 from torch.utils.flop_counter import FlopCounterMode
 
 import datasets
-import xcit_linear
 import main as classification
 import utils
 import xca
 import xcit
+import xcit_linear
 import xcit_zoo
 from loaders.batches import build_train_loader
 from run import commandline, folder, logs, processes

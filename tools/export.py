@@ -17,9 +17,9 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import datasets
-import xcit_fuse
 import utils
 import xcit
+import xcit_fuse
 from run import commandline
 from run.commandline import NON_NEGATIVE
 from run.processes import notice

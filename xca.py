@@ -111,8 +111,8 @@ class XCA(nn.Module):
     def takes_gram(self, x: torch.Tensor) -> bool:
         """The rule that chooses: the Gram form from a number of tokens on, where it applies.
 
-        It reads the matrices of `qkv` and `proj`, so that these must be no more than that. It needs sums in float32. And
-        a graph that is recorded for images of other sizes has the definition, unless `form` says otherwise.
+        It reads the matrices of `qkv` and `proj`, so that these must be no more than that. It needs sums in float32. A
+        graph that is recorded for images of other sizes has the definition, unless `form` says otherwise.
         """
         if torch.jit.is_scripting():
             return False

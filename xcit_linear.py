@@ -13,6 +13,7 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.flop_counter import register_flop_formula
 
 # Multiplications from which on oneDNN is taken. Alone it pays from about 2 ** 23 on (RESULTS.md); training also calls
@@ -49,12 +50,18 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] =
     Returns:
         (..., D).
     """
-    if by_onednn_is_faster(x) and (torch.compiler.is_compiling() or is_large(x, weight)):
+    if by_onednn_is_faster(x) and not is_small(x, weight):
         return torch.ops.xcit.linear(x, weight, bias, residual, gelu)
-    if x.dtype == torch.float32 and x.device.type == 'cpu' and is_eager_inference() and not autocasts():
+    by_mkl = x.dtype == torch.float32 and x.device.type == 'cpu' and not autocasts()
+    if by_mkl and is_eager_inference():
         residual = None if residual is None else residual.reshape(-1, len(weight))
         return by_blas(x.reshape(-1, x.shape[-1]), weight, bias, residual, gelu).view(*x.shape[:-1], len(weight))
-    x = F.linear(x, weight, bias)
+    if by_mkl and bias is not None and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        # The compiler makes one operation of a product and a sum, in which the bias comes before. A difference it
+        # leaves alone, and joins to what follows.
+        x = x @ weight.t() - (-bias)
+    else:
+        x = F.linear(x, weight, bias)
     x = F.gelu(x) if gelu else x
     return x if residual is None else residual + x
 
@@ -69,8 +76,10 @@ def by_onednn_is_faster(x: torch.Tensor) -> bool:
             and not (torch.jit.is_tracing() or torch.compiler.is_exporting() or transforms_are_active()))
 
 
-def is_large(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return x.numel() * weight.shape[0] >= LEAST
+def is_small(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Of a size that the compiler takes for free it is not known; it is not to be told apart."""
+    small = x.numel() * weight.shape[0] < LEAST
+    return statically_known_true(small) if torch.compiler.is_compiling() else small
 
 
 def lay_out(weight: torch.Tensor) -> torch.Tensor:
@@ -136,7 +145,7 @@ def _linear(x, weight, bias, residual, gelu):
     shape = (*x.shape[:-1], weight.shape[0])
     x = x.reshape(-1, x.shape[-1]).contiguous()  # (M, C)
     residual = None if residual is None else residual.reshape(-1, shape[-1])
-    takes_onednn = is_large(x, weight) and torch._C._get_mkldnn_enabled()
+    takes_onednn = not is_small(x, weight) and torch._C._get_mkldnn_enabled()
     return (by_onednn if takes_onednn else by_blas)(x, weight, bias, residual, gelu).view(shape)
 
 

@@ -107,7 +107,7 @@ class TimmModel(nn.Module):
         if not torch.jit.is_scripting():
             check_output_fmt(output_fmt)
         wanted, last = feature_take_indices(len(self.blocks), indices)
-        if torch.jit.is_scripting() or not (stop_early and intermediates_only):  # TorchScript can't cut lists of modules
+        if torch.jit.is_scripting() or not (stop_early and intermediates_only):  # TorchScript can't cut a ModuleList
             blocks = self.blocks
         else:
             blocks = self.blocks[:last + 1]

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.utils.prune as prune
+import torchvision
 from conftest import seeded_images, seeded_model
 
 import xcit
@@ -129,6 +130,61 @@ def test_changed_layers_are_refused(name, change):
     with pytest.raises(ValueError, match=f'^{re.escape(name)} '):
         xcit_fuse.fuse(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def restride(model: xcit.Xcit, *strides):
+    """Other strides of the stem's convolutions, as small pictures want them."""
+    for layer, stride in zip(model.patch_embed.proj[::2], strides):
+        layer[0].stride = stride
+
+
+@pytest.mark.parametrize('strides', [[(1, 1), (2, 2), (2, 2)], [(1, 1), (1, 1), (1, 1)], [(3, 3), (2, 1), (1, 2)]])
+@torch.no_grad()
+def test_stems_of_other_strides(small_pieces, strides):
+    """In strips as in one piece."""
+    model = seeded_model('xcit_nano_12_p8', depth=1).eval()
+    restride(model, *strides)
+    for size in ((32, 32), (45, 31), (7, 50), (1, 1)):
+        images = seeded_images(2, 3, *size)
+        expected = model(images)
+        assert_same(xcit_fuse.fuse(copy.deepcopy(model))(images), expected)
+
+
+@pytest.mark.parametrize(('name', 'change'), [
+    ('patch_embed.proj.4.0', lambda m: vars(m.patch_embed.proj[4][0]).update(dilation=(2, 2))),
+    ('patch_embed.proj.0.0', lambda m: vars(m.patch_embed.proj[0][0]).update(padding_mode='circular')),
+    ('patch_embed.proj.2.0', lambda m: vars(m.patch_embed.proj[2][0]).update(padding=(0, 0))),
+    ('patch_embed.proj.0.0', lambda m: m.patch_embed.proj[0].__setitem__(0, torch.nn.Conv2d(3, 32, 5, 2, 2))),
+    ('patch_embed.proj.0.1', lambda m: m.patch_embed.proj[0].__setitem__(1, torch.nn.GroupNorm(4, 32))),
+    ('patch_embed.proj.0.1', lambda m: m.patch_embed.proj[0].__setitem__(
+        1, torchvision.ops.FrozenBatchNorm2d(32))),
+    ('patch_embed.proj.2.1', lambda m: m.patch_embed.proj[2][1].train()),
+    ('blocks.1.local_mp.bn', lambda m: setattr(m.blocks[1].local_mp, 'bn', torch.nn.Identity())),
+    ('blocks.1.local_mp.bn', lambda m: setattr(
+        m.blocks[1].local_mp, 'bn', torch.nn.BatchNorm2d(128, track_running_stats=False).eval())),
+    ('blocks.0.local_mp.conv2', lambda m: vars(m.blocks[0].local_mp.conv2).update(stride=(2, 2))),
+    ('blocks.0.attn.qkv', lambda m: torch.ao.quantization.quantize_dynamic(m, {torch.nn.Linear}, inplace=True)),
+    ('blocks.1.attn.proj', lambda m: torch.nn.utils.parametrizations.weight_norm(m.blocks[1].attn.proj)),
+    ('blocks.1.mlp.fc1', lambda m: vars(m.blocks[1].mlp.fc1).update(forward=lambda x: x)),
+    ('cls_attn_blocks.0.attn.attn_drop', lambda m: m.cls_attn_blocks[0].attn.attn_drop.train()),
+])
+@pytest.mark.filterwarnings('ignore')  # torch's own quantization is deprecated
+def test_refused_layers_are_named_and_nothing_is_changed(name, change):
+    """Adapters are merged first, quantized models used as they are."""
+    model = seeded_model('xcit_nano_12_p8', depth=2).eval()
+    change(model)
+    modules, before = dict(model.named_modules()), copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=f'^{re.escape(name)} .*'):
+        xcit_fuse.fuse(model)
+    assert dict(model.named_modules()) == modules
+    for key, value in model.state_dict().items():
+        assert not isinstance(value, torch.Tensor) or value.is_quantized or torch.equal(value, before[key])
+
+
+def test_other_models_are_refused():
+    """timm's own XCiT, which has other layers, for one."""
+    with pytest.raises(ValueError, match='no Xcit of this package'):
+        xcit_fuse.fuse(timm.create_model('xcit_nano_12_p16_224').eval())
 
 
 @torch.no_grad()

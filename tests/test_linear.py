@@ -208,6 +208,18 @@ def test_onednn_can_be_switched_off(monkeypatch):
         linear(*tensors())
 
 
+@torch.no_grad()
+def test_compiled_biases_join_what_follows(monkeypatch):
+    """A compiled layer has a product alone, and writes no bias into a result's rows before."""
+    monkeypatch.setattr(xcit_linear, 'is_amd_with_onednn', lambda: False)
+    torch._dynamo.reset()
+    layer, x = xcit_fuse.FusedLinear(torch.nn.Linear(16, 64)), torch.randn(2, 50, 16)
+    actual, (code,) = torch._inductor.utils.run_and_get_code(torch.compile(layer), x)
+    assert code.count('extern_kernels.mm(') == 1
+    assert 'addmm' not in code
+    torch.testing.assert_close(actual, layer(x))
+
+
 def test_reloaded():
     """By an interactive session, say: the operation is still there, once."""
     importlib.reload(xcit_linear)

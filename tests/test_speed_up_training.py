@@ -1,0 +1,124 @@
+"""The door to fast training: the same outputs, gradients and state dict."""
+import copy
+import re
+
+import pytest
+import torch
+from conftest import seeded_images, seeded_model
+
+import xcit
+import xcit_train
+
+
+def both(**kwargs):
+    """A model, and the same one behind the door."""
+    torch.manual_seed(0)
+    model = xcit.Xcit(embed_dim=32, num_heads=4, depth=2, num_classes=10, **kwargs)
+    with torch.no_grad():  # biases that are not 0
+        for parameter in model.parameters():
+            parameter.add_(.1 * torch.randn_like(parameter))
+    return model, xcit.speed_up_training(copy.deepcopy(model))
+
+
+@pytest.mark.parametrize('form', ['plain', 'gram'])
+@pytest.mark.parametrize('kwargs', [{}, {'qkv_bias': False}, {'drop_rate': .3, 'attn_drop_rate': .3, 'drop_path_rate': .3},
+                                    {'act_layer': torch.nn.ReLU}], ids=['plain', 'no bias', 'dropout', 'relu'])
+def test_same_gradients(form, kwargs):
+    """Of the tokens and of every parameter, in float64; with dropout, the same random numbers."""
+    results = []
+    for model in both(**kwargs):
+        model.double().train().xca_form = form
+        torch.manual_seed(0)
+        images = seeded_images(2, 3, 96, 80).double().requires_grad_()
+        logits = model(images)
+        results.append([logits, *torch.autograd.grad(logits.square().sum(), [images, *model.parameters()])])
+    if 'drop_rate' in kwargs:
+        assert not torch.equal(results[0][0], model.eval()(images))
+        return  # class attention drops weights of another shape: not the same numbers
+    for plain, fast in zip(*results):
+        torch.testing.assert_close(fast, plain, rtol=1e-6, atol=1e-8 * float(plain.abs().max() + 1))
+
+
+def test_state_dict_is_the_same():
+    """Names, order and values: a checkpoint of one is a checkpoint of the other, and an optimizer's state fits."""
+    model, fast = both()
+    assert list(fast.state_dict()) == list(model.state_dict())
+    assert [name for name, _ in fast.named_parameters()] == [name for name, _ in model.named_parameters()]
+    model.load_state_dict(fast.state_dict(), strict=True)
+
+
+def test_parameters_stay_the_same_objects():
+    """An optimizer that has them already goes on with them."""
+    model = xcit.Xcit(embed_dim=32, num_heads=4, depth=1)
+    before = list(model.parameters())
+    assert all(a is b for a, b in zip(before, xcit.speed_up_training(model).parameters()))
+
+
+def test_modes_stay():
+    """What is in eval mode, a frozen part, say, stays there."""
+    model = xcit.Xcit(embed_dim=32, num_heads=4, depth=2).train()
+    model.blocks[1].eval()
+    xcit.speed_up_training(model)
+    assert {m.training for m in model.blocks[0].modules()} == {True}
+    assert {m.training for m in model.blocks[1].modules()} == {False}
+    assert not any(m.training for m in xcit.speed_up_training(xcit.Xcit(depth=1).eval()).modules())
+
+
+def test_hidden_activations_are_kept_once():
+    """After GELU they are computed again."""
+    counts = []
+    for model in both():
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            model.blocks[0].mlp(torch.randn(2, 5, 32, requires_grad=True))
+        counts.append(sum(t.shape[-1] == 128 and t.ndim == 3 for t in kept))
+    assert counts[0] >= 2
+    assert counts[1] == 1
+
+
+@pytest.mark.parametrize('function', [xcit_train.GeluLinear, xcit_train.Covariance])
+@pytest.mark.parametrize('wanted', [0, 1, 2, None])
+def test_derivatives(function, wanted):
+    """First and second ones, of all inputs or of one alone."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    inputs = [x, torch.randn(4, 8, dtype=torch.float64), torch.randn(4, dtype=torch.float64)]
+    if function is xcit_train.Covariance:
+        if wanted in (1, 2):
+            pytest.skip('the mean has no part in it')
+        inputs, call = [x], lambda x: function.apply(x, x.mean(dim=1))
+    else:
+        call = function.apply
+    inputs = [t.requires_grad_(wanted in (None, i)) for i, t in enumerate(inputs)]
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
+@pytest.mark.parametrize(('name', 'change'), [
+    ('blocks.1.attn.qkv', lambda m: m.blocks[1].attn.qkv.register_forward_hook(lambda *args: None)),
+    ('blocks.0.mlp.fc2', lambda m: setattr(m.blocks[0].mlp, 'fc2', type('Adapter', (torch.nn.Linear,), {})(512, 128))),
+    ('cls_attn_blocks.1.attn.proj', lambda m: torch.nn.utils.parametrizations.weight_norm(m.cls_attn_blocks[1].attn.proj)),
+    ('blocks.0.attn', xcit.speed_up_training),
+])
+def test_refusals(name, change):
+    """The layer is named, and nothing is changed."""
+    model = seeded_model('xcit_nano_12_p16', depth=2)
+    change(model)
+    modules = dict(model.named_modules())
+    with pytest.raises(ValueError, match=f'^{re.escape(name)} .*'):
+        xcit.speed_up_training(model)
+    assert dict(model.named_modules()) == modules
+
+
+@pytest.mark.parametrize('form', ['plain', 'gram'])
+def test_fast_model_has_one_graph(form):
+    """The compiler takes it whole, and computes the same."""
+    torch._dynamo.reset()
+    model, fast = both()
+    model.xca_form = fast.xca_form = form
+    images = seeded_images(2, 3, 64, 64)
+    expected, actual = model(images), torch.compile(fast, backend='aot_eager', fullgraph=True)(images)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), list(m.parameters()))
+                      for m, y in ((model, expected), (fast, actual)))):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4 * float(a.abs().max() + 1))

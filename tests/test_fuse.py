@@ -375,7 +375,10 @@ def test_compiled_training_step(form):
 @pytest.mark.parametrize(('form', 'graphs'), [('gram', 1), ('auto', 2)])
 @torch.no_grad()
 def test_compiled_inference_takes_any_resolution(form, graphs, backend):
-    """With free sizes one graph serves several resolutions, as far as they use the same form of XCA."""
+    """With free sizes one graph serves several resolutions, as far as they use the same form of XCA.
+
+    With several threads torch asks of the position's convolution whether it has more than 20480 inputs: one more.
+    """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = xcit_fuse.fuse(small_model().eval())
@@ -386,7 +389,7 @@ def test_compiled_inference_takes_any_resolution(form, graphs, backend):
         if size == (224, 224):  # the first
             torch._dynamo.mark_dynamic(images, (2, 3))
         assert_same(compiled(images), model(images))
-    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == graphs
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] - (torch.get_num_threads() > 1) == graphs
 
 
 @torch.no_grad()

@@ -2,8 +2,10 @@
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 PROGRAM = '''
@@ -58,9 +60,7 @@ def test_installed_beside_a_foreign_utils(wheel, tmp_path):
     subprocess.run([sys.executable, '-m', 'venv', '--without-pip', venv], check=True)
     site = next(venv.glob('lib/python*/site-packages'))
     subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--target', site, wheel], check=True)
-    torchs = subprocess.run([sys.executable, '-c', 'import torch, pathlib; print(pathlib.Path(torch.__file__).parents[1])'],
-                            capture_output=True, text=True, check=True).stdout.strip()
-    (site / 'packages.pth').write_text(torchs + '\n')
+    (site / 'packages.pth').write_text(f'{Path(torch.__file__).parents[1]}\n')  # torch and timm
     folder.mkdir()
     (folder / 'utils.py').write_text('MINE = True\n')
     (folder / 'program.py').write_text(PROGRAM)

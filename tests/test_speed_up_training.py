@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+import torch.nn as nn
 from conftest import seeded_images, seeded_model
 
 import xcit
@@ -21,8 +22,8 @@ def both(**kwargs):
 
 
 @pytest.mark.parametrize('form', ['plain', 'gram'])
-@pytest.mark.parametrize('kwargs', [{}, {'qkv_bias': False}, {'drop_rate': .3, 'attn_drop_rate': .3, 'drop_path_rate': .3},
-                                    {'act_layer': torch.nn.ReLU}], ids=['plain', 'no bias', 'dropout', 'relu'])
+@pytest.mark.parametrize('kwargs', [{}, {'qkv_bias': False}, {'act_layer': nn.ReLU}, {'proj_drop_rate': .3}],
+                         ids=['plain', 'no bias', 'relu', 'dropout'])
 def test_same_gradients(form, kwargs):
     """Of the tokens and of every parameter, in float64; with dropout, the same random numbers."""
     results = []
@@ -32,11 +33,8 @@ def test_same_gradients(form, kwargs):
         images = seeded_images(2, 3, 96, 80).double().requires_grad_()
         logits = model(images)
         results.append([logits, *torch.autograd.grad(logits.square().sum(), [images, *model.parameters()])])
-    if 'drop_rate' in kwargs:
-        assert not torch.equal(results[0][0], model.eval()(images))
-        return  # class attention drops weights of another shape: not the same numbers
     for plain, fast in zip(*results):
-        torch.testing.assert_close(fast, plain, rtol=1e-6, atol=1e-8 * float(plain.abs().max() + 1))
+        torch.testing.assert_close(fast, plain, rtol=1e-6, atol=1e-8 * float(plain.detach().abs().max() + 1))
 
 
 def test_state_dict_is_the_same():
@@ -71,9 +69,8 @@ def test_hidden_activations_are_kept_once():
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
             model.blocks[0].mlp(torch.randn(2, 5, 32, requires_grad=True))
-        counts.append(sum(t.shape[-1] == 128 and t.ndim == 3 for t in kept))
-    assert counts[0] >= 2
-    assert counts[1] == 1
+        counts.append(sum(t.shape[-1] == 128 and t.numel() == 2 * 5 * 128 for t in kept))
+    assert counts == [2, 1]
 
 
 @pytest.mark.parametrize('function', [xcit_train.GeluLinear, xcit_train.Covariance])
@@ -96,8 +93,8 @@ def test_derivatives(function, wanted):
 
 @pytest.mark.parametrize(('name', 'change'), [
     ('blocks.1.attn.qkv', lambda m: m.blocks[1].attn.qkv.register_forward_hook(lambda *args: None)),
-    ('blocks.0.mlp.fc2', lambda m: setattr(m.blocks[0].mlp, 'fc2', type('Adapter', (torch.nn.Linear,), {})(512, 128))),
-    ('cls_attn_blocks.1.attn.proj', lambda m: torch.nn.utils.parametrizations.weight_norm(m.cls_attn_blocks[1].attn.proj)),
+    ('blocks.0.mlp.fc2', lambda m: setattr(m.blocks[0].mlp, 'fc2', type('Adapter', (nn.Linear,), {})(512, 128))),
+    ('cls_attn_blocks.1.attn.proj', lambda m: nn.utils.parametrizations.weight_norm(m.cls_attn_blocks[1].attn.proj)),
     ('blocks.0.attn', xcit.speed_up_training),
 ])
 def test_refusals(name, change):

@@ -6,7 +6,7 @@ import sys
 dependencies = ['huggingface_hub', 'numpy', 'safetensors', 'timm', 'torch', 'torchvision', 'tqdm']
 
 # Where the models' classes are
-_MODELS = ('xca', 'xcit', 'xcit_class_attention', 'xcit_fuse', 'xcit_linear', 'xcit_timm', 'xcit_train', 'xcit_zoo')
+_MODELS = ('xca', 'xcit', 'xcit_fuse', 'xcit_linear', 'xcit_timm', 'xcit_train', 'xcit_zoo')
 _FILES = ('run', 'utils', 'weights', *_MODELS)  # of this repository, that the models need
 
 

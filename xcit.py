@@ -203,7 +203,7 @@ class ClassAttentionBlock(nn.Module):
         # faithful: the patches add their own scaled LayerNorm here, where attention was meant for the CLS token
         # alone (original xcit.py, ClassAttentionBlock)
         x = x + self.gamma1 * torch.cat((self.attn(normed), normed[:, 1:]), dim=1)
-        # differs: nano models (tokens_norm=False) - the original writes the CLS row in place, which breaks backward
+        # differs: nano models (`tokens_norm=False`) - the original writes the CLS row in place, which breaks backward
         x = self.norm2(x) if self.tokens_norm else torch.cat((self.norm2(x[:, :1]), x[:, 1:]), dim=1)
         cls, patches = x[:, :1], x[:, 1:]
         # faithful: the residual doubles the patches (original xcit.py, ClassAttentionBlock)

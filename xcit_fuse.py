@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from xca import XCA, in_half_precision
-from xcit_class_attention import ShortClassAttention
 from xcit_linear import covariance_in_panels, is_eager_inference, lay_out, linear
 
 # Elements that an intermediate result may have before the work is done in pieces. On a CPU 16 MB in float32, measured;
@@ -361,6 +360,39 @@ class FusedXCA(XCA):
         for part, normed in zip(parts, parts_of_out):
             for x, y, matrix_of_x, bias_of_x in zip(part, normed, matrix, bias):
                 y.copy_(linear(y, matrix_of_x.t(), bias_of_x[0], x))
+
+
+class ShortClassAttention(nn.Module):
+    """What xcit.ClassAttention computes, with the layers of the given one, whose weights are used without calling them.
+
+    There is one query: (x W_kᵀ) q is computed as x (W_kᵀ q), and the weighted mean of values as W_v of that of the
+    tokens. The keys' bias adds the same to all scores, which softmax does not see.
+    """
+
+    def __init__(self, attn: nn.Module):
+        super().__init__()
+        self.num_heads, self.qkv, self.attn_drop = attn.num_heads, attn.qkv, attn.attn_drop
+        self.proj, self.proj_drop = attn.proj, attn.proj_drop
+
+    def attention_weights(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, 1 + N, C), CLS first -> how much CLS attends to each token, (B, h, 1 + N); a head's sum is 1."""
+        B, _, C = x.shape
+        h, d = self.num_heads, C // self.num_heads
+        w_q, w_k, _ = self.qkv.weight.chunk(3)
+        q = F.linear(x[:, 0], w_q, None if self.qkv.bias is None else self.qkv.bias[:C]).view(B, h, 1, d) / d ** .5
+        q = (q @ w_k.reshape(h, d, C)).flatten(1, 2)  # (B, h, C)
+        return (q @ x.transpose(1, 2)).softmax(dim=-1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, 1 + N, C), CLS first -> the new CLS token, (B, 1, C)."""
+        B, _, C = x.shape
+        h, d = self.num_heads, C // self.num_heads
+        attn = self.attn_drop(self.attention_weights(x))
+        w_v = self.qkv.weight[2 * C:].reshape(h, d, C)
+        cls = (attn @ x)[:, :, None] @ w_v.transpose(1, 2)  # (B, h, 1, d)
+        if self.qkv.bias is not None:
+            cls = cls + attn.sum(dim=-1)[:, :, None, None] * self.qkv.bias[2 * C:].view(h, 1, d)
+        return self.proj_drop(self.proj(cls.reshape(B, 1, C)))
 
 
 def pieces(x: torch.Tensor, length: int, dim: int = 0) -> Pieces:

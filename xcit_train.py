@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from xca import XCA, is_its_weights
-from xcit_class_attention import ShortClassAttention
+from xcit_fuse import ShortClassAttention
 from xcit_linear import covariance_in_panels, linear, prefers_onednn
 
 

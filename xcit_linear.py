@@ -1,8 +1,9 @@
 """Linear layers on CPUs, by whichever of torch's two libraries for products of matrices is the faster.
 
-torch gives products in float32 to MKL. On AMD's processors oneDNN is 1.1 to 1.4 times as fast for those of tokens and
-weights (RESULTS.md), and computes GELU or adds a residual on the way. Where MKL stays, a bias is added to the product;
-torch itself writes it into every row of the result before.
+For inference: in a training step neither gains 5 % (docs/benchmark.md). torch gives products in float32 to MKL. On
+AMD's processors oneDNN is 1.1 to 1.4 times as fast for those of tokens and weights (RESULTS.md), and computes GELU or
+adds a residual on the way. Where MKL stays, a bias is added to the product; torch itself writes it into every row of
+the result before.
 Shapes: `M` tokens of all images, `C` channels of the tokens, `D` of the result.
 """
 import functools
@@ -16,8 +17,8 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.flop_counter import register_flop_formula
 
-# Multiplications from which on oneDNN is taken. Alone it pays from about 2 ** 23 on (RESULTS.md); training also calls
-# Python for each layer and gradient, which takes about 0.1 ms.
+# Multiplications from which on oneDNN is taken. Alone it pays from about 2 ** 23 on (RESULTS.md), but the operation
+# below calls Python, which takes about 0.1 ms.
 LEAST = 2 ** 25
 
 
@@ -50,7 +51,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] =
     Returns:
         (..., D).
     """
-    if by_onednn_is_faster(x) and not is_small(x, weight):
+    if by_onednn_is_faster(x, weight):
         return torch.ops.xcit.linear(x, weight, bias, residual, gelu)
     by_mkl = x.dtype == torch.float32 and x.device.type == 'cpu' and not autocasts()
     if by_mkl and is_eager_inference():
@@ -70,10 +71,11 @@ def autocasts() -> bool:
     return torch.is_autocast_enabled('cpu')
 
 
-def by_onednn_is_faster(x: torch.Tensor) -> bool:
-    """For tokens x, where its operation can be used: not where a graph is recorded for other runtimes."""
-    return (x.device.type == 'cpu' and x.dtype == torch.float32 and prefers_onednn() and not autocasts()
-            and not (torch.jit.is_tracing() or torch.compiler.is_exporting() or transforms_are_active()))
+def by_onednn_is_faster(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """For tokens x, where its operation can be used: without derivatives, and not in a graph for other runtimes."""
+    return (x.device.type == 'cpu' and x.dtype == torch.float32 and prefers_onednn() and not is_small(x, weight)
+            and not (autocasts() or torch.is_grad_enabled() or torch.jit.is_tracing()
+                     or torch.compiler.is_exporting() or transforms_are_active()))
 
 
 def is_small(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -149,27 +151,6 @@ def _linear(x, weight, bias, residual, gelu):
     return (by_onednn if takes_onednn else by_blas)(x, weight, bias, residual, gelu).view(shape)
 
 
-def _keep_for_backward(ctx, inputs, output):
-    x, weight, bias, residual, gelu = inputs
-    assert residual is None
-    assert not gelu
-    wants_x, wants_weight = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
-
-
-def _backward(ctx, grad):
-    x, weight = ctx.saved_tensors
-    wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-    grads = grad.reshape(-1, grad.shape[-1])
-    grad_x = grad_weight = None
-    if wants_x:
-        in_transform = transforms_are_active()  # which have no rule for this operation
-        grad_x = grad @ weight if in_transform else torch.ops.xcit.linear(grad, weight.t(), None, None, False)
-    if wants_weight:  # a sum over tokens, at which oneDNN is no faster
-        grad_weight = grads.t() @ x.reshape(-1, x.shape[-1])
-    return grad_x, grad_weight, grads.sum(dim=0) if wants_bias else None, None, None
-
-
 def _operations(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
     """For torch.utils.flop_counter."""
     return 2 * math.prod(x_shape) * weight_shape[0]
@@ -182,7 +163,6 @@ def _define() -> torch.library.Library:
     library.impl('linear', _linear, 'CompositeExplicitAutograd')
     torch.library.register_fake(
         name, lambda x, weight, bias, residual, gelu: x.new_empty(*x.shape[:-1], weight.shape[0]), lib=library)
-    torch.library.register_autograd(name, _backward, setup_context=_keep_for_backward, lib=library)
     register_flop_formula(torch.ops.xcit.linear)(_operations)
     return library
 

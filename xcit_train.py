@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from xca import XCA, is_its_weights
 from xcit_fuse import ShortClassAttention
-from xcit_linear import covariance_in_panels, linear, prefers_onednn
+from xcit_linear import covariance_in_panels
 
 
 def speed_up_training(model: nn.Module) -> nn.Module:
@@ -18,7 +18,6 @@ def speed_up_training(model: nn.Module) -> nn.Module:
     - The backward pass of the Gram form has one product with the tokens instead of two.
     - GELU is computed again in the backward pass instead of being kept.
     - Class attention makes no keys and values of the patches.
-    - On AMD's processors, linear layers in float32 take oneDNN.
 
     Raises:
         ValueError: a layer is not as it was built: an adapter, say, one that is quantized, or one that somebody listens
@@ -36,9 +35,6 @@ def speed_up_training(model: nn.Module) -> nn.Module:
                              f'another kind of weight')
     for block in model.blocks:
         training = block.training
-        if prefers_onednn():
-            for module, name in ((block.attn, 'qkv'), (block.attn, 'proj'), (block.mlp, 'fc1'), (block.mlp, 'fc2')):
-                setattr(module, name, OnednnLinear(getattr(module, name)))
         block.attn = TrainingXCA(block.attn)
         if type(block.mlp.act) is nn.GELU and block.mlp.act.approximate == 'none' and not block.mlp.drop1.p:
             block.mlp = TrainingMlp(block.mlp)
@@ -49,18 +45,6 @@ def speed_up_training(model: nn.Module) -> nn.Module:
 
 
 READ = ('.attn.qkv', '.attn.proj', '.mlp.fc1', '.mlp.fc2')  # whose weights are used without calling them
-
-
-class OnednnLinear(nn.Linear):
-    """A linear layer by xcit_linear.linear, with the parameters of the given one."""
-
-    def __init__(self, layer: nn.Linear):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.weight, self.bias = layer.weight, layer.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
 
 
 class TrainingXCA(XCA):
@@ -102,11 +86,8 @@ class TrainingMlp(nn.Module):
         self.fc1, self.fc2, self.drop2 = mlp.fc1, mlp.fc2, mlp.drop2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling():
-            x = F.gelu(linear(x, self.fc1.weight, self.fc1.bias))
-            return self.drop2(linear(x, self.fc2.weight, self.fc2.bias))
-        if torch.is_autocast_enabled(x.device.type):
-            return self.drop2(self.fc2(F.gelu(self.fc1(x))))
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+            return self.drop2(self.fc2(F.gelu(self.fc1(x))))  # the compiler computes GELU again by itself
         return self.drop2(GeluLinear.apply(self.fc1(x), self.fc2.weight, self.fc2.bias))
 
 
@@ -116,13 +97,13 @@ class GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return linear(F.gelu(x), weight, bias)
+        return F.linear(F.gelu(x), weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         grads = grad.reshape(-1, grad.shape[-1])
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        return (torch.ops.aten.gelu_backward(linear(grad, weight.t()), x) if wants_x else None,
+        return (torch.ops.aten.gelu_backward(grad @ weight, x) if wants_x else None,
                 grads.t() @ F.gelu(x).reshape(-1, x.shape[-1]) if wants_weight else None,
                 grads.sum(dim=0) if wants_bias else None)

@@ -109,10 +109,10 @@ def test_both_sides_have_the_same_weights():
 
 def test_xca(capsys):
     """Both forms against timm's, forward and backward, eager and compiled."""
-    results = main(['xca', '--dim', '128', '--tokens', '50', '300', '--rounds', '1', '--device', 'cpu'])
-    assert [(r['tokens'], r['backward']) for r in results] == [(50, False), (50, True), (300, False), (300, True)]
+    results = main(['xca', '--dim', '128', '--tokens', '50', '--rounds', '1', '--device', 'cpu'])
+    assert [(r['tokens'], r['backward']) for r in results] == [(50, False), (50, True)]
     rows = re.findall(r'^\| 128 \| .*', capsys.readouterr().out, re.MULTILINE)
-    assert [len(row.split('|')) - 2 for row in rows] == [11] * 4
+    assert [len(row.split('|')) - 2 for row in rows] == [11] * 2
     for row, result in zip(rows, results):
         timm_eager, timm_compiled = map(float, row.split('|')[4:6])
         assert min(timm_eager, timm_compiled) == pytest.approx(1e3 * result['timm'], abs=.006)

@@ -76,7 +76,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument('--grad-checkpointing', action=boolean, default=False,
                        help='compute activations twice to save memory')
     group.add_argument('--xca', choices=xca.FORMS, default='auto',
-                       help='how XCiT\'s attention is computed; auto: the faster way for the number of tokens')
+                       help='how XCiT\'s attention is computed; auto: the faster way for the number of tokens; '
+                            'gram needs --amp off')
     flags.add_compile_flags(group)
     group.add_argument('--model-ema', action=boolean, default=True, help='keep a moving average of the weights')
     group.add_argument('--model-ema-decay', default=.99996, type=FRACTION, metavar='FRACTION',
@@ -161,6 +162,8 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     flags.check_pair('--cutmix-minmax', args.cutmix_minmax)
     if args.xca != 'auto' and args.model.partition('.')[0] not in xcit.MODELS:
         raise InputError(f'--xca {args.xca}: is for the XCiT models, and {args.model} is none')
+    if args.xca == 'gram' and flags.amp_dtype(args, flags.choose_device(args)):
+        raise InputError('--xca gram: needs float32, so add --amp off')
     if uses_soft_targets(args) and args.batch_size % 2 and not args.eval:
         raise InputError(f'--batch-size {args.batch_size}: mixup and cutmix mix pairs of images and need an even '
                          f'number (or --mixup 0 --cutmix 0)')

@@ -18,11 +18,11 @@ import torch.nn as nn
 from timm.layers import DropPath, Mlp, get_act_layer, get_norm_layer, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-import xcit_zoo
 from xca import XCA
 from xcit_fuse import fuse
 from xcit_timm import TimmModel, checkpoint_block
 from xcit_train import speed_up_training
+from xcit_zoo import checkpoint_filter_fn, timm_cfgs
 
 __all__ = ['Xcit', 'fuse', 'speed_up_training']  # timm adds the name of each registered model
 
@@ -359,7 +359,7 @@ class Xcit(TimmModel):
 # ---------------------------------------------------------------------------------------------------------------------
 # timm's registry
 
-default_cfgs = generate_default_cfgs(xcit_zoo.timm_cfgs())
+default_cfgs = generate_default_cfgs(timm_cfgs())
 
 
 def register(size: str, patch_size: int):
@@ -368,7 +368,7 @@ def register(size: str, patch_size: int):
     def entrypoint(pretrained: bool = False, **kwargs) -> Xcit:
         return build_model_with_cfg(
             Xcit, entrypoint.__name__, pretrained,
-            pretrained_filter_fn=xcit_zoo.checkpoint_filter_fn,
+            pretrained_filter_fn=checkpoint_filter_fn,
             feature_cfg=dict(out_indices=kwargs.pop('out_indices', 3), feature_cls='getter'),
             **{**SIZES[size], 'patch_size': patch_size, **kwargs})
 

@@ -174,6 +174,8 @@ def check_effect(args):
         models = [args.model] if args.what == 'speed' else args.models
         if args.xca != 'auto' and not set(models) & set(xcit.MODELS):
             raise InputError(f'--xca {args.xca}: has no effect on {", ".join(models)}')
+        if args.xca == 'gram' and args.precision != 'fp32':
+            raise InputError(f'--xca gram: needs --precision fp32, not {args.precision}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------

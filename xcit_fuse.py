@@ -40,12 +40,9 @@ def fuse(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         stem = FusedPatchEmbed(model.patch_embed)
         blocks = [FusedBlock(block) for block in model.blocks]
-        attentions = [ShortClassAttention(block.attn) for block in model.cls_attn_blocks]
+        cls_attn_blocks = [FusedClassAttentionBlock(block) for block in model.cls_attn_blocks]
     model.patch_embed = stem
-    for i, block in enumerate(blocks):
-        model.blocks[i] = block
-    for block, attention in zip(model.cls_attn_blocks, attentions):
-        block.attn = attention
+    model.blocks, model.cls_attn_blocks = nn.ModuleList(blocks), nn.ModuleList(cls_attn_blocks)
     return model.eval().requires_grad_(False)
 
 
@@ -75,6 +72,11 @@ def check(model: nn.Module):
         raise ValueError('a model must be in eval mode to be fused: call model.eval() first')
     if isinstance(model.patch_embed, FusedPatchEmbed):
         raise ValueError('the model is fused already')
+    for name, layer in model.named_modules():
+        for pattern, expected in REBUILT.items():
+            if re.fullmatch(pattern, name) and type(layer).__name__ != expected:
+                raise ValueError(f'{name} ({type(layer).__name__}) cannot be fused: it is no {expected} as it was '
+                                 f'built')
     for name, expected in fusable(model):
         try:
             layer = model.get_submodule(name)
@@ -93,8 +95,14 @@ def check(model: nn.Module):
             raise ValueError(f'{name} ({type(module).__name__}) is in training mode: call model.eval() first')
 
 
-# What is not called any more: all of the stem and of the blocks but the blocks' norms, and class attention
-REPLACED = r'patch_embed|blocks\.\d+(?!\.norm\d$)|cls_attn_blocks\.\d+\.attn'
+# What is not called any more: the stem, the blocks but not their norms, class-attention blocks but not their MLP
+REPLACED = r'patch_embed|blocks\.\d+(?!\.norm\d$)|cls_attn_blocks\.\d+(\.attn|$)'
+
+
+# Whose work is done here instead, by the names of their classes: xcit.py, which defines most of them, imports this file
+REBUILT = {'patch_embed': 'ConvPatchEmbed', r'blocks\.\d+': 'XCABlock', r'blocks\.\d+\.local_mp': 'LPI',
+           r'blocks\.\d+\.mlp': 'Mlp', r'cls_attn_blocks\.\d+': 'ClassAttentionBlock',
+           r'cls_attn_blocks\.\d+\.attn': 'ClassAttention'}
 
 
 def fusable(model: nn.Module) -> Iterator[Tuple[str, type]]:
@@ -393,6 +401,35 @@ class ShortClassAttention(nn.Module):
         if self.qkv.bias is not None:
             cls = cls + attn.sum(dim=-1)[:, :, None, None] * self.qkv.bias[2 * C:].view(h, 1, d)
         return self.proj_drop(self.proj(cls.reshape(B, 1, C)))
+
+
+class FusedClassAttentionBlock(nn.Module):
+    """A ClassAttentionBlock with the short class attention; the patches are worked off in pieces."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.norm1, self.norm2, self.tokens_norm = block.norm1, block.norm2, block.tokens_norm
+        self.attn, self.mlp = ShortClassAttention(block.attn), block.mlp
+        self.gamma1, self.gamma2 = block.gamma1, block.gamma2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, 1 + N, C), CLS first -> the same."""
+        normed = self.norm1(x)
+        cls = self.norm2(x[:, :1] + self.gamma1 * self.attn(normed))
+        cls = cls + self.gamma2 * self.mlp(cls)
+        if not is_eager_inference() or not len(x):
+            return torch.cat((cls, self.patches(x[:, 1:], normed[:, 1:])), dim=1)
+        out = x.new_empty(x.shape)
+        out[:, :1] = cls
+        length = piece(x) // (x.shape[0] * x.shape[2])
+        for part, normed_part, part_of_out in zip(*(pieces(t[:, 1:], length, dim=1) for t in (x, normed, out))):
+            part_of_out.copy_(self.patches(part, normed_part))
+        return out
+
+    def patches(self, x: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+        """Patches (B, N, C), as they are and normalised -> (B, N, C)."""
+        x = torch.addcmul(x, self.gamma1, normed)
+        return 2 * (self.norm2(x) if self.tokens_norm else x)
 
 
 def pieces(x: torch.Tensor, length: int, dim: int = 0) -> Pieces:

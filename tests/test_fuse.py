@@ -113,6 +113,13 @@ class Adapter(torch.nn.Linear):
     pass
 
 
+class Wrapper(torch.nn.Sequential):
+    """Stands where a module was, which it holds."""
+
+    def __getattr__(self, name):
+        return getattr(self[0], name) if name in ('attn', 'mlp', 'norm1', 'qkv') else super().__getattr__(name)
+
+
 @pytest.mark.parametrize(('name', 'change'), [
     ('blocks.3.mlp.fc2', lambda model: setattr(model.blocks[3].mlp, 'fc2', Adapter(512, 128))),
     ('blocks.0.attn.proj', lambda model: prune.l1_unstructured(model.blocks[0].attn.proj, 'weight', .1)),
@@ -121,6 +128,8 @@ class Adapter(torch.nn.Linear):
     ('blocks.1.mlp.act', lambda model: setattr(model.blocks[1].mlp, 'act', torch.nn.GELU('tanh'))),
     ('blocks.2.mlp.fc2', lambda model: prune.l1_unstructured(model.blocks[2].mlp.fc2, 'bias', .1)),
     ('cls_attn_blocks.1.attn.qkv', lambda model: setattr(model.cls_attn_blocks[1].attn, 'qkv', Adapter(128, 384))),
+    *[(name, lambda model, name=name: model.set_submodule(name, Wrapper(model.get_submodule(name)))) for name in (
+        'patch_embed', 'blocks.1', 'blocks.0.mlp', 'blocks.2.local_mp', 'cls_attn_blocks.1', 'cls_attn_blocks.0.attn')],
 ])
 def test_changed_layers_are_refused(name, change):
     """What goes into their weights would be missing from the rest of them, or a GELU would take their place."""
@@ -207,7 +216,7 @@ def test_traced_model_takes_other_numbers_of_images(small_pieces):
 
 @pytest.mark.parametrize('name', [
     'patch_embed', 'patch_embed.proj.0.0', 'blocks.0', 'blocks.0.attn', 'blocks.0.attn.qkv', 'blocks.0.drop_path',
-    'blocks.0.local_mp.conv1', 'blocks.0.mlp', 'cls_attn_blocks.0.attn'])
+    'blocks.0.local_mp.conv1', 'blocks.0.mlp', 'cls_attn_blocks.0', 'cls_attn_blocks.0.attn'])
 def test_hooks_that_would_be_lost_are_refused(name):
     """Those of modules that are replaced, or whose weights are used without them."""
     model = small_model().eval()
@@ -218,10 +227,10 @@ def test_hooks_that_would_be_lost_are_refused(name):
 
 @torch.no_grad()
 def test_hooks_that_fusing_keeps():
-    """Registered before, called after: those of the model, of LayerNorms and of class-attention blocks."""
+    """Registered before, called after: those of the model, of LayerNorms and of class attention's MLP."""
     model, seen = small_model().eval(), []
-    names = ('', 'pos_embeder.token_projection', 'blocks.0.norm1', 'cls_attn_blocks.0', 'cls_attn_blocks.0.norm2',
-             'head')
+    names = ('', 'pos_embeder.token_projection', 'blocks.0.norm1', 'cls_attn_blocks.0.norm2',
+             'cls_attn_blocks.0.mlp.fc1', 'head')
     for name in names:
         model.get_submodule(name).register_forward_hook(lambda *args, name=name: seen.append(name))
     xcit_fuse.fuse(model)(seeded_images(1, 3, 32, 32))

@@ -332,6 +332,19 @@ class FusedXCA(XCA):
             return x + self(norm(x))
         return self.proj(self.by_rows(self.qkv(norm(x))), residual=x)
 
+    def definition(self, x: torch.Tensor) -> torch.Tensor:
+        """The same; when compiling for CPUs, heads are copied as rows of d channels, not channel by channel."""
+        compiles = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        if not compiles or x.device.type != 'cpu' or in_half_precision(x):
+            return super().definition(x)
+        B, N, C = x.shape
+        h, d = self.num_heads, C // self.num_heads
+        q, k, v = self.qkv(x).reshape(B, N, 3, h, d).permute(2, 0, 3, 1, 4).reshape(3, B * h, N, d).unbind(0)
+        q_norm, k_norm = (t.square().sum(dim=1, keepdim=True).sqrt().clamp_min(1e-12) for t in (q, k))
+        attn = self.attention(q.transpose(1, 2) @ k / q_norm.transpose(1, 2) / k_norm)
+        out = v @ attn.transpose(1, 2)  # (B * h, N, d)
+        return self.proj(out.unflatten(0, (B, h)).transpose(1, 2).reshape(B, N, C))
+
     def by_rows(self, qkv: torch.Tensor) -> torch.Tensor:
         """A v with queries, keys and values left where `qkv` (B, N, 3 C) has put them: (B, N, C)."""
         B, N, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3

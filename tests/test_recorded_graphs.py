@@ -1,0 +1,74 @@
+"""What other programs record of a model as it is created: its outputs stay the same, at every size."""
+import io
+import sys
+import warnings
+
+import pytest
+import torch
+from conftest import seeded_images
+
+import xcit
+
+# For 32 channels, these images have one token, some (the definition), and many (the Gram form, where it applies)
+SIZES = [(8, 8), (33, 47), (96, 80)]
+
+
+def shallow() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return xcit.Xcit(patch_size=8, embed_dim=32, num_heads=4, depth=2, num_classes=10).eval()
+
+
+def script(model, images):
+    return torch.jit.script(model)
+
+
+def trace(model, images):
+    return torch.jit.trace(model, images, check_trace=False)
+
+
+def export(model, images):
+    return torch.export.export(model, (images,)).module()
+
+
+def onnx(model, images, *, dynamo=False):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    file = io.BytesIO()
+    if dynamo:
+        torch.onnx.export(model, (images,), dynamo=True, verbose=False).save(file)
+    else:
+        torch.onnx.export(model, (images,), file, dynamo=False, input_names=['images'])
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=['CPUExecutionProvider'])
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+def onnx_by_dynamo(model, images):
+    return onnx(model, images, dynamo=True)
+
+
+def difference(record, model, size) -> float:
+    """Between logits of the recorded graph and of the model, in units of the largest logit."""
+    images = seeded_images(1, 3, *size)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # recorders say that they are deprecated, and where they see Python
+        recorded = record(model, images)
+    expected = model(images)
+    return float((recorded(images) - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('record', [script, trace, export, onnx, onnx_by_dynamo])
+@torch.no_grad()
+def test_graph_computes_the_same(record, size):
+    assert difference(record, shallow(), size) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs 10 GB')
+@pytest.mark.parametrize('size', [(8, 8), (480, 640), (1600, 1600)])
+@pytest.mark.parametrize('record', [script, trace, export, onnx, onnx_by_dynamo])
+@torch.no_grad()
+def test_graph_of_a_published_model_computes_the_same(record, size):
+    """Where work in pieces killed the older ONNX exporter."""
+    torch.manual_seed(0)
+    assert difference(record, xcit.xcit_small_12_p8().eval(), size) < 1e-4

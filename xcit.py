@@ -115,7 +115,8 @@ class LPI(nn.Module):
         self.conv2 = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, device=device, dtype=dtype)
         # As tokens (B, N, C) lie in memory they are a grid (B, C, H, W) in channels_last; with weights that are marked
         # so, too, nothing is copied.
-        self.to(memory_format=torch.channels_last)
+        for conv in (self.conv1, self.conv2):
+            conv.weight = nn.Parameter(conv.weight.detach().contiguous(memory_format=torch.channels_last))
 
     def forward(self, x: torch.Tensor, H: int, W: int) -> torch.Tensor:
         x = x.transpose(1, 2).unflatten(2, (H, W))  # (B, C, H, W) in channels_last: the same memory

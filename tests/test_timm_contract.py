@@ -9,7 +9,11 @@ import tarfile
 
 import pytest
 import timm
-from conftest import ROOT
+import torch
+from conftest import ROOT, seeded_images
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import xcit
 
 # Models that stand in lists of these tests, where an XCiT can stand as well
 PLACES = ('xcit_nano_12_p16_224', 'convit_tiny', 'vgg11', 'convmixer_768_32', 'densenet121', 'resnet50d',
@@ -55,3 +59,37 @@ def test_ours_passes_what_timms_passes(timms_tests, tmp_path, name):
     _, of_timms = failures(timms_tests, f'{name}_224', tmp_path / 'timms')
     assert count >= 10  # there are fewer in timm's older versions
     assert failed - of_timms == set()
+
+
+def shallow() -> xcit.Xcit:
+    torch.manual_seed(0)
+    return xcit.Xcit(patch_size=8, embed_dim=32, num_heads=4, depth=2, num_classes=10).eval()
+
+
+@pytest.mark.parametrize('side', [32, 96])  # the definition, and the Gram form
+def test_shapes_without_memory(side):
+    """A model that is built and called with torch's fake tensors."""
+    with FakeTensorMode():
+        assert shallow()(torch.rand(2, 3, side, side)).shape == (2, 10)
+
+
+@pytest.mark.parametrize('side', [32, 96])
+def test_linearized_model_has_the_derivatives_of_jvp(side):
+    model, (images, direction) = shallow(), seeded_images(2, 1, 3, side, side)
+    _, linearized = torch.func.linearize(model, images)
+    _, expected = torch.func.jvp(model, (images,), (direction,))
+    torch.testing.assert_close(linearized(direction), expected)
+
+
+@pytest.mark.parametrize('indices', [(0,), (0, 1)])
+def test_every_parameter_of_a_feature_extractor_gets_a_gradient(indices):
+    """DistributedDataParallel needs that."""
+    model = timm.create_model('xcit_nano_12_p16', depth=3, features_only=True, out_indices=indices)
+    sum(features.sum() for features in model(seeded_images(2, 3, 32, 32))).backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_another_patch_size():
+    """Than the name says: timm's create_model passes it on."""
+    model = timm.create_model('xcit_nano_12_p16', patch_size=8, depth=1).eval()
+    assert model.forward_features(seeded_images(1, 3, 32, 32)).shape == (1, 17, 128)

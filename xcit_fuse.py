@@ -4,11 +4,12 @@ It replaces the modules of a trained model, in place; the model can't be trained
 more. What each piece brings is in docs/benchmark.md. Shapes as in xcit.py.
 """
 import re
-from typing import Callable, Iterator, List, Optional, Tuple
+from typing import Callable, Iterator, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import Mlp
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from xca import XCA, in_half_precision
@@ -72,11 +73,6 @@ def check(model: nn.Module):
         raise ValueError('a model must be in eval mode to be fused: call model.eval() first')
     if isinstance(model.patch_embed, FusedPatchEmbed):
         raise ValueError('the model is fused already')
-    for name, layer in model.named_modules():
-        for pattern, expected in REBUILT.items():
-            if re.fullmatch(pattern, name) and type(layer).__name__ != expected:
-                raise ValueError(f'{name} ({type(layer).__name__}) cannot be fused: it is no {expected} as it was '
-                                 f'built')
     for name, expected in fusable(model):
         try:
             layer = model.get_submodule(name)
@@ -99,14 +95,12 @@ def check(model: nn.Module):
 REPLACED = r'patch_embed|blocks\.\d+(?!\.norm\d$)|cls_attn_blocks\.\d+(\.attn|$)'
 
 
-# Whose work is done here instead, by the names of their classes: xcit.py, which defines most of them, imports this file
-REBUILT = {'patch_embed': 'ConvPatchEmbed', r'blocks\.\d+': 'XCABlock', r'blocks\.\d+\.local_mp': 'LPI',
-           r'blocks\.\d+\.mlp': 'Mlp', r'cls_attn_blocks\.\d+': 'ClassAttentionBlock',
-           r'cls_attn_blocks\.\d+\.attn': 'ClassAttention'}
+def fusable(model: nn.Module) -> Iterator[Tuple[str, Union[type, str]]]:
+    """Names of the layers that fusing reads or replaces, and their classes in a model as it is built.
 
-
-def fusable(model: nn.Module) -> Iterator[Tuple[str, type]]:
-    """Names of the layers that fusing reads, and what they are in a model as it is built."""
+    Of classes in xcit.py, which imports this file, it is the class's name.
+    """
+    yield 'patch_embed', 'ConvPatchEmbed'
     yield 'patch_embed.proj', nn.Sequential
     for i in range(len(model.patch_embed.proj) if isinstance(model.patch_embed.proj, nn.Sequential) else 0):
         if i % 2:
@@ -115,7 +109,8 @@ def fusable(model: nn.Module) -> Iterator[Tuple[str, type]]:
             yield f'patch_embed.proj.{i}.0', nn.Conv2d
             yield f'patch_embed.proj.{i}.1', nn.BatchNorm2d
     for i in range(len(model.blocks)):
-        yield f'blocks.{i}.attn', XCA
+        for name, expected in (('', 'XCABlock'), ('.attn', XCA), ('.mlp', Mlp), ('.local_mp', 'LPI')):
+            yield f'blocks.{i}{name}', expected
         for name in ('attn.qkv', 'attn.proj', 'mlp.fc1', 'mlp.fc2'):
             yield f'blocks.{i}.{name}', nn.Linear
         for name in ('mlp.act', 'local_mp.act'):
@@ -124,6 +119,8 @@ def fusable(model: nn.Module) -> Iterator[Tuple[str, type]]:
             yield f'blocks.{i}.{name}', DepthwiseConv2d
         yield f'blocks.{i}.local_mp.bn', nn.BatchNorm2d
     for i in range(len(model.cls_attn_blocks)):
+        yield f'cls_attn_blocks.{i}', 'ClassAttentionBlock'
+        yield f'cls_attn_blocks.{i}.attn', 'ClassAttention'
         for name in ('attn.qkv', 'attn.proj'):
             yield f'cls_attn_blocks.{i}.{name}', nn.Linear
 
@@ -132,12 +129,14 @@ class DepthwiseConv2d(nn.Conv2d):
     """What LPI has: of stride 1, one kernel a channel."""
 
 
-def problem_of(layer: nn.Module, expected: type) -> Optional[str]:
+def problem_of(layer: nn.Module, expected: Union[type, str]) -> Optional[str]:
     """Why a layer can't be fused; None if it can."""
     depthwise = expected is DepthwiseConv2d
     expected = nn.Conv2d if depthwise else expected
-    if type(layer) is not expected and not (expected is nn.BatchNorm2d and type(layer) is nn.SyncBatchNorm):
-        return (f'it is no {expected.__name__} as it was built (merge adapters, make pruning and parametrizations '
+    class_name = expected if isinstance(expected, str) else expected.__name__
+    if (expected not in (type(layer), type(layer).__name__)
+            and not (expected is nn.BatchNorm2d and type(layer) is nn.SyncBatchNorm)):
+        return (f'it is no {class_name} as it was built (merge adapters, make pruning and parametrizations '
                 f'permanent; a quantized model is used as it is)')
     if 'forward' in vars(layer):
         return 'its forward method was replaced'

@@ -1,21 +1,15 @@
 """What other programs record of a model as it is created: its outputs stay the same, at every size."""
 import io
-import sys
 import warnings
 
 import pytest
 import torch
-from conftest import seeded_images
+from conftest import seeded_images, shallow_xcit
 
 import xcit
 
 # For 32 channels, these images have one token, some (the definition), and many (the Gram form, where it applies)
 SIZES = [(8, 8), (33, 47), (96, 80)]
-
-
-def shallow() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return xcit.Xcit(patch_size=8, embed_dim=32, num_heads=4, depth=2, num_classes=10).eval()
 
 
 def script(model, images):
@@ -60,11 +54,10 @@ def difference(record, model, size) -> float:
 @pytest.mark.parametrize('record', [script, trace, export, onnx, onnx_by_dynamo])
 @torch.no_grad()
 def test_graph_computes_the_same(record, size):
-    assert difference(record, shallow(), size) < 1e-4
+    assert difference(record, shallow_xcit(), size) < 1e-4
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != 'linux', reason='needs 10 GB')
 @pytest.mark.parametrize('size', [(8, 8), (480, 640), (1600, 1600)])
 @pytest.mark.parametrize('record', [script, trace, export, onnx, onnx_by_dynamo])
 @torch.no_grad()

@@ -10,10 +10,8 @@ import tarfile
 import pytest
 import timm
 import torch
-from conftest import ROOT, seeded_images
+from conftest import ROOT, seeded_images, shallow_xcit
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-import xcit
 
 # Models that stand in lists of these tests, where an XCiT can stand as well
 PLACES = ('xcit_nano_12_p16_224', 'convit_tiny', 'vgg11', 'convmixer_768_32', 'densenet121', 'resnet50d',
@@ -61,21 +59,16 @@ def test_ours_passes_what_timms_passes(timms_tests, tmp_path, name):
     assert failed - of_timms == set()
 
 
-def shallow() -> xcit.Xcit:
-    torch.manual_seed(0)
-    return xcit.Xcit(patch_size=8, embed_dim=32, num_heads=4, depth=2, num_classes=10).eval()
-
-
 @pytest.mark.parametrize('side', [32, 96])  # the definition, and the Gram form
 def test_shapes_without_memory(side):
     """A model that is built and called with torch's fake tensors."""
     with FakeTensorMode():
-        assert shallow()(torch.rand(2, 3, side, side)).shape == (2, 10)
+        assert shallow_xcit()(torch.rand(2, 3, side, side)).shape == (2, 10)
 
 
 @pytest.mark.parametrize('side', [32, 96])
 def test_linearized_model_has_the_derivatives_of_jvp(side):
-    model, (images, direction) = shallow(), seeded_images(2, 1, 3, side, side)
+    model, (images, direction) = shallow_xcit(), seeded_images(2, 1, 3, side, side)
     _, linearized = torch.func.linearize(model, images)
     _, expected = torch.func.jvp(model, (images,), (direction,))
     torch.testing.assert_close(linearized(direction), expected)

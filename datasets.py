@@ -3,11 +3,14 @@
 To add a data set: write a builder that takes (args, is_train) and returns (dataset, number of classes), and enter it
 into `BUILDERS`. Images reach the transform as RGB.
 """
+import argparse
+import contextlib
 import gzip
 import itertools
 import json
 import sys
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -18,58 +21,68 @@ import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, default_collate
 from torchvision import datasets, transforms
-from torchvision.datasets.folder import default_loader
 from torchvision.transforms import InterpolationMode
 
 import utils
-from loaders import readers
-from run.commandline import COUNT
+from loaders import pictures, readers, split
+from loaders.pictures import load_rgb
+from run.checkpoints import is_url
+from run.commandline import COUNT, number
 from run.flags import add_data_path_flag
+from run.processes import notice
 from utils import InputError, UnreadableImage
 
 INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
 SAMPLE_DATA = Path(__file__).parent / 'sample_data'  # part of Fashion-MNIST, see the README there
 NUM_FASHION = 10  # classes
-NUM_PROBED = 1000  # images looked at before a run starts
 SMALL = 32  # up to this many pixels, images are cropped but not resized
+HELD_OUT = ('val', 'test')  # folders beside train/
+PUBLISHED = ('imnet', 'imagenet', 'inat')  # in the names of data sets that stay as they were published
+NUM_LISTED = 20  # classes whose numbers of pictures are listed
+ARRAYS = ('CIFAR10', 'CIFAR100', 'FASHION', 'SAMPLE')  # data sets that are no files of pictures
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading images
+# Looking at pictures before work starts
 
-def load_rgb(path: str) -> Image.Image:
-    """Decode an image file to RGB.
-
-    Raises:
-        UnreadableImage: not an image, or damaged; Pillow has many exceptions for that.
-    """
-    try:
-        return default_loader(path)
-    except Exception as error:
-        raise UnreadableImage(f'unreadable image {path}: {utils.first_line(error)}') from None
+FOR_TRAINING = '--skip-bad-images N replaces up to N such training pictures by others'
+FOR_EVALUATION = 'repair it or take it away: --skip-bad-images is for training pictures alone'
 
 
-def probe_images(dataset: Dataset, *, same_size: bool = False):
-    """Decode up to NUM_PROBED images of a data set of files, evenly spread, so that bad data shows at once.
+def probe_images(dataset: Dataset, *, is_train: bool = False, same_size: bool = False):
+    """Decode some images of a data set of files, evenly spread, so that bad data shows at once.
 
     Raises:
         UnreadableImage: the first that can't be decoded.
         InputError: they differ in size, and must not (`same_size`).
     """
-    paths = [path for path, _ in getattr(dataset, 'samples', [])]
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        sizes = set(pool.map(lambda path: load_rgb(path).size[::-1], paths[::-(-len(paths) // NUM_PROBED) or 1]))
+    with remedy(FOR_TRAINING if is_train else FOR_EVALUATION):
+        sizes = pictures.sizes(pictures.evenly_spread(files_of(dataset)), upright=getattr(dataset, 'upright', False))
     if same_size:
         check_same_size(sizes)
+
+
+@contextlib.contextmanager
+def remedy(words: str):
+    """A context that adds to the error of an unreadable image what can be done."""
+    try:
+        yield
+    except UnreadableImage as error:
+        raise UnreadableImage(f'{error}; {words}') from None
+
+
+def files_of(dataset: Dataset) -> List[str]:
+    """Paths of the pictures of a data set; none where it does not have files of them."""
+    return [path for path, _ in getattr(dataset, 'samples', [])]
 
 
 def check_same_size(sizes: set):
     """Refuse images of several sizes (img_h, img_w), which can't be stacked to a batch."""
     if len(sizes) > 1:
-        raise InputError(f'--input-size up to {SMALL} leaves evaluation images as they are, and these are of different '
-                         f'sizes ({utils.abridge(sorted(sizes), 3)} pixels): add --full_crop')
+        raise InputError(f'without --resize evaluation images stay as they are, and these are of different sizes '
+                         f'({utils.abridge(sorted(sizes), 3)} pixels): add --resize')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,20 +95,27 @@ class ClassFolders(datasets.ImageFolder):
         root: the folder.
         standard: class names in the order of their indices, which a subset of them keeps; None: the folders' names,
             sorted.
+        upright: turn pictures as their EXIF orientation says.
+        allow_empty: classes may have no pictures.
 
     Raises:
         InputError: no such folder, no class folders in it, a class without images, or a name that is not standard.
     """
 
-    def __init__(self, root: Path, transform: Optional[Callable] = None, *, standard: Optional[List[str]] = None):
-        self.standard = standard
-        try:
-            super().__init__(root, transform=transform, loader=load_rgb)
-        except FileNotFoundError as error:  # torchvision's words for empty folders name them
-            raise InputError(f'--data-path: {root}: {utils.first_line(error)}') from None
+    def __init__(self, root: Path, transform: Optional[Callable] = None, *, standard: Optional[List[str]] = None,
+                 upright: bool = True, allow_empty: bool = False):
+        self.standard, self.upright = standard, upright
+        super().__init__(root, transform=transform, loader=partial(load_rgb, upright=upright),
+                         allow_empty=allow_empty)
 
     def find_classes(self, directory) -> Tuple[List[str], Dict[str, int]]:
-        classes, class_to_idx = super().find_classes(directory)
+        try:
+            classes = pictures.visible_folders(directory)
+        except OSError as error:
+            raise InputError(f'--data-path: {directory}: {error.strerror}') from None
+        if not classes:
+            raise InputError(f'--data-path: {directory} has no class folders')
+        class_to_idx = {name: i for i, name in enumerate(classes)}
         if self.standard is None:
             return classes, class_to_idx
         index = {name: i for i, name in enumerate(self.standard)}
@@ -107,6 +127,17 @@ class ClassFolders(datasets.ImageFolder):
                 f'--data-path: {directory} has {len(classes)} class folders, of which {len(unknown)} are not named by '
                 f'one of the {len(self.standard)} WordNet ids (as n01440764): {utils.abridge(unknown)}')
         return classes, {name: index[name] for name in classes}
+
+    def make_dataset(self, directory, class_to_idx: Dict[str, int], extensions=None, is_valid_file=None,
+                     allow_empty: bool = False) -> List[Tuple[str, int]]:
+        """Paths and classes of the pictures, in torchvision's order."""
+        left_out = Counter()
+        found = {name: pictures.find(Path(directory, name), left_out) for name in sorted(class_to_idx)}
+        pictures.notice_left_out(f'--data-path: {directory}', left_out)
+        empty = [name for name, paths in found.items() if not paths]
+        if (empty and not allow_empty) or len(empty) == len(found):
+            raise InputError(f'--data-path: {directory}: no pictures in {utils.abridge(empty)}')
+        return [(path, class_to_idx[name]) for name, paths in found.items() for path in paths]
 
 
 class FashionMNIST(Dataset):
@@ -157,11 +188,14 @@ class INaturalist(Dataset):
     Args:
         root: holds `train{year}.json`, `val{year}.json`, `categories.json` and the image folders.
         category: the level of the taxonomy that makes the classes.
+        upright: turn pictures as their EXIF orientation says.
 
     Source: original datasets.py, INatDataset.
     """
 
-    def __init__(self, root: Path, train: bool, year: int, category: str, transform: Optional[Callable] = None):
+    def __init__(self, root: Path, train: bool, year: int, category: str, transform: Optional[Callable] = None, *,
+                 upright: bool = False):
+        self.upright = upright
         categories = read_json(root / 'categories.json')
         annotations = read_json(root / f'train{year}.json')
         split = annotations if train else read_json(root / f'val{year}.json')
@@ -187,7 +221,7 @@ class INaturalist(Dataset):
 
     def __getitem__(self, index: int):
         path, target = self.samples[index]
-        image = load_rgb(path)
+        image = load_rgb(path, upright=self.upright)
         return self.transform(image) if self.transform else image, target
 
 
@@ -213,24 +247,69 @@ def split_folder(root: Path, names: Tuple[str, ...]) -> Path:
 def build_imagenet(args, is_train: bool, subset: str = 'imagenet-1k'):
     standard = ImageNetInfo(subset).label_names()
     root = split_folder(Path(args.data_path), ('train',) if is_train else ('val',))
-    return ClassFolders(root, standard=standard), len(standard)
+    return ClassFolders(root, standard=standard, upright=turns_upright(args)), len(standard)
 
 
 def build_folder(args, is_train: bool, num_classes: Optional[int] = None):
     root = Path(args.data_path)
-    folders = {'train': ('train',), 'held out': ('val', 'test')}
+    stored = split.read(run_of(args))
+    if args.val_fraction or (stored and not any((root / name).is_dir() for name in HELD_OUT)):
+        dataset = split_by_name(args, root, is_train, stored)
+    else:
+        dataset = own_split(args, root, is_train)
+    if num_classes is not None and len(dataset.classes) != num_classes:
+        raise InputError(f'--data-set {args.data_set}: {dataset.root} has {len(dataset.classes)} class folders, '
+                         f'not {num_classes}')
+    return dataset, len(dataset.classes)
+
+
+def own_split(args, root: Path, is_train: bool) -> ClassFolders:
+    """One of a folder's own two parts, which have the same classes."""
+    folders = {'train': ('train',), 'held out': HELD_OUT}
     mine = split_folder(root, folders.pop('train' if is_train else 'held out'))
     if is_train or (root / 'train').is_dir():  # evaluation alone needs no training images
         other = split_folder(root, *folders.values())
         for here, there in ((mine, other), (other, mine)):
-            lonely = sorted(p.name for p in here.iterdir() if p.is_dir() and not (there / p.name).is_dir())
+            lonely = sorted(set(pictures.visible_folders(here)) - set(pictures.visible_folders(there)))
             if lonely:
                 raise InputError(f'--data-path: class folders in {here}, but not in {there}: {utils.abridge(lonely)}')
-    dataset = ClassFolders(mine)
-    if num_classes is not None and len(dataset.classes) != num_classes:
-        raise InputError(f'--data-set {args.data_set}: {mine} has {len(dataset.classes)} class folders, '
-                         f'not {num_classes}')
-    return dataset, len(dataset.classes)
+    return ClassFolders(mine, upright=turns_upright(args), allow_empty=not is_train)
+
+
+def split_by_name(args, root: Path, is_train: bool, stored: Optional[dict]) -> ClassFolders:
+    """One of two parts of a folder whose pictures are divided by --val-fraction, or as a run has stored it."""
+    own = [name for name in HELD_OUT if (root / name).is_dir()]
+    if own:
+        raise InputError(f'--val-fraction {args.val_fraction}: {root} has a {own[0]}/ folder of its own')
+    folder = root / 'train' if (root / 'train').is_dir() else root
+    dataset = ClassFolders(folder, upright=turns_upright(args))
+    names = {path: Path(path).relative_to(folder).as_posix() for path, _ in dataset.samples}
+    dataset.split = split.Split(names.values(), stored=stored, **(
+        dict(fraction=args.val_fraction, seed=args.seed) if args.val_fraction else
+        dict(fraction=stored['val_fraction'], seed=stored['seed'])))
+    side = dataset.split.side(is_train)
+    dataset.samples = [(path, target) for path, target in dataset.samples if names[path] in side]
+    if not dataset.samples:
+        raise InputError(f'--val-fraction {args.val_fraction}: leaves no pictures of {folder} for '
+                         f'{"training" if is_train else "evaluation"}')
+    return dataset
+
+
+def run_of(args) -> Optional[Path]:
+    """The folder of the run that --resume names, if it is one of this machine."""
+    if args.resume == 'auto':
+        return Path(args.output_dir)
+    return Path(args.resume).parent if args.resume and not is_url(args.resume) else None
+
+
+def turns_upright(args) -> bool:
+    """Whether pictures are turned as their EXIF says.
+
+    Published sets stay as they are stored: published accuracies were measured so.
+    """
+    if args.exif is not None:
+        return args.exif
+    return not any(word in args.data_set.lower() for word in PUBLISHED)
 
 
 def build_cifar(args, is_train: bool, cls: type):
@@ -244,7 +323,7 @@ def build_cifar(args, is_train: bool, cls: type):
 
 
 def build_inaturalist(args, is_train: bool, year: int):
-    dataset = INaturalist(Path(args.data_path), is_train, year, args.inat_category)
+    dataset = INaturalist(Path(args.data_path), is_train, year, args.inat_category, upright=turns_upright(args))
     return dataset, len(dataset.classes)
 
 
@@ -269,6 +348,14 @@ def add_data_flags(group):
                        help=f'{", ".join(BUILDERS)}; or through timm {", ".join(readers.PACKAGES)}, each with '
                        '/NAME (see docs/data.md)')
     add_data_path_flag(group, default='/datasets01/imagenet_full_size/061417/', help='not needed for SAMPLE')
+    group.add_argument('--val-fraction', type=number(float, 0, .999, above=True), metavar='FRACTION',
+                       help='of FOLDER without val/: so much of each class is for evaluation, chosen by the files\' '
+                       'names')
+    group.add_argument('--exif', action=argparse.BooleanOptionalAction,
+                       help='turn pictures as their camera says; if unset, all but ImageNet\'s and iNaturalist\'s')
+    group.add_argument('--resize', action=argparse.BooleanOptionalAction,
+                       help=f'bring pictures to --input-size by resizing instead of by padding and cropping; if unset, '
+                       f'where it is over {SMALL}, or the pictures are over {SMALL} pixels or of different sizes')
     group.add_argument('--inat-category', default='name', choices=INAT_CATEGORIES,
                        help='level of the taxonomy that makes the classes of INAT and INAT19')
     group.add_argument('--train-split', default='train', metavar='NAME', help='for timm\'s readers')
@@ -286,6 +373,11 @@ def check_data_set(args):
                                    ('val-split', args.val_split, 'validation')):
             if value != unset:
                 raise InputError(f'--{flag} {value}: is for timm\'s readers, and {args.data_set} is none of them')
+    if args.val_fraction and args.data_set != 'FOLDER':
+        raise InputError(f'--val-fraction {args.val_fraction}: is for --data-set FOLDER, not {args.data_set}')
+    if args.exif is not None and args.data_set in ARRAYS:
+        raise InputError(f'--{"exif" if args.exif else "no-exif"}: has no effect with --data-set {args.data_set}, '
+                         f'whose pictures have no EXIF')
 
 
 def build_dataset(args, is_train: bool) -> Tuple[Dataset, int]:
@@ -295,13 +387,51 @@ def build_dataset(args, is_train: bool) -> Tuple[Dataset, int]:
         InputError: the data are not there, or not what the data set's name says.
     """
     if readers.prefix_of(args.data_set):
-        dataset, num_classes = readers.build_dataset(args, is_train)
+        dataset, num_classes = readers.build_dataset(args, is_train, upright=turns_upright(args))
     elif args.data_set != 'SAMPLE' and not Path(args.data_path).is_dir():
         raise InputError(f'--data-path {args.data_path}: no such directory')
     else:
         dataset, num_classes = BUILDERS[args.data_set](args, is_train)
+    if num_classes < 2:
+        raise InputError(f'--data-set {args.data_set}: has one class ({dataset.classes[0]}); a classifier needs two')
+    dataset.resizes = decide_resize(args, dataset)
+    args = argparse.Namespace(**{**vars(args), 'resize': dataset.resizes})
     dataset.transform = build_train_transform(args) if is_train else build_eval_transform(args)
     return dataset, num_classes
+
+
+def decide_resize(args, dataset: Dataset) -> bool:
+    """What --resize is, or has to be for a data set that has no transform yet."""
+    if args.resize is not None or args.input_size > SMALL:
+        return args.resize is not False
+    if files_of(dataset):
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            sizes = {size for _, size in pool.map(pictures.header, pictures.evenly_spread(files_of(dataset)))}
+    elif args.data_set not in ARRAYS and not isinstance(dataset, IterableDataset):
+        sizes = {dataset[index][0].size for index in pictures.evenly_spread(range(len(dataset)))[::10]}
+    else:  # of arrays, which are small; of a stream, which could not go back to its beginning
+        return False
+    sizes.discard(pictures.UNKNOWN)
+    return len(sizes) > 1 or any(max(size) > SMALL for size in sizes)
+
+
+def notice_class_sizes(train: Dataset, held_out: Dataset):
+    """Say once how many pictures the classes have, and which have too few."""
+    if not files_of(train):
+        return
+    names = class_names(train)
+    counts, held_out = (Counter(target for _, target in dataset.samples) for dataset in (train, held_out))
+    there = sorted(counts.keys() | held_out.keys())
+    if len(there) <= NUM_LISTED:
+        each = ', '.join(f'{names[i]} {counts[i]}/{held_out[i]}' for i in there)
+        notice(f'Pictures of each class for training/evaluation: {each}')
+    else:
+        ranges = [f'{min(count[i] for i in there)} to {max(count[i] for i in there)}' for count in (counts, held_out)]
+        notice(f'{len(there)} classes, each with {ranges[0]} pictures for training and {ranges[1]} for evaluation')
+    for problem, found in (('less than 2 pictures for training', [names[i] for i in there if counts[i] < 2]),
+                           ('no pictures for evaluation', [names[i] for i in there if not held_out[i]])):
+        if found:
+            notice(f'Warning: {len(found)} of {len(there)} classes have {problem}: {utils.abridge(found)}')
 
 
 def class_names(dataset: Dataset) -> List[str]:
@@ -332,7 +462,7 @@ def build_train_transform(args) -> transforms.Compose:
     first = names.index('MaybeToTensor')
     assert names[first + 1] == 'Normalize', names
     transform.transforms[first:first + 2] = [ToNormalizedTensor()]
-    if args.input_size <= SMALL:
+    if not resizes(args):
         # faithful: small images (CIFAR) are padded and cropped, not resized (original datasets.py, build_transform)
         # differs: small images - still smaller ones are padded up to the size, where the original raises an error
         transform.transforms[0] = transforms.RandomCrop(args.input_size, padding=4, pad_if_needed=True)
@@ -379,8 +509,14 @@ class ToNormalizedTensor:
         return f'{type(self).__name__}(mean={IMAGENET_DEFAULT_MEAN}, std={IMAGENET_DEFAULT_STD})'
 
 
+def resizes(args) -> bool:
+    """Whether training resizes, and not only pads and crops; --resize decides if it is given."""
+    wanted = getattr(args, 'resize', None)  # not every program has the flag
+    return args.input_size > SMALL if wanted is None else wanted
+
+
 def resizes_for_evaluation(args) -> bool:
-    return args.full_crop or args.input_size > SMALL
+    return args.full_crop or resizes(args)
 
 
 def build_eval_transform(args) -> transforms.Compose:
@@ -431,8 +567,23 @@ class SeededSamples(Dataset):
         if count > self.most_bad:
             if self.most_bad:
                 raise UnreadableImage(f'{error}; that is one more than --skip-bad-images {self.most_bad}') from None
-            raise error
+            with remedy(FOR_TRAINING):
+                raise error
         print(f'{error}: skipped ({count} of at most {self.most_bad})', file=sys.stderr, flush=True)
+
+
+class EvaluationSamples(Dataset):
+    """The samples of an evaluation, of which none may be lost."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int):
+        with remedy(FOR_EVALUATION):
+            return self.dataset[index]
 
 
 def collate(samples: list) -> List[torch.Tensor]:

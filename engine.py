@@ -155,7 +155,7 @@ def learning_rate(optimizer: torch.optim.Optimizer) -> float:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: Iterable, *, device: torch.device, amp_dtype: Optional[torch.dtype] = None,
-             header: str = 'Test', after_batch: Optional[Callable[[], None]] = None) -> dict:
+             header: str = 'Test', after_batch: Optional[Callable[[], None]] = None, announce: bool = True) -> dict:
     """Top-1 and top-5 accuracy (percent) and mean cross-entropy over the images of all processes' loaders.
 
     Args:
@@ -163,6 +163,7 @@ def evaluate(model: nn.Module, loader: Iterable, *, device: torch.device, amp_dt
         amp_dtype: autocast type; None: full precision.
         after_batch: called after each batch, equally often on all processes; never, where these can't know how often
             that is.
+        announce: print the result.
 
     Returns:
         acc1, acc5, loss, images (their number), resolution ([img_h, img_w] of the last), images_per_s.
@@ -192,7 +193,8 @@ def evaluate(model: nn.Module, loader: Iterable, *, device: torch.device, amp_dt
         after_batch()
     count, top1, top5, loss = processes.reduce_over_processes(totals).tolist()
     acc1, acc5, loss = 100 * top1 / count, 100 * top5 / count, loss / count
-    notice(f'* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}')
+    if announce:
+        notice(f'* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}')
     return {'acc1': acc1, 'acc5': acc5, 'loss': loss, 'images': loader.images_evaluated(int(count)),
             'resolution': resolution, 'images_per_s': progress.stats()['images_per_s']}
 

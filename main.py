@@ -21,8 +21,8 @@ import weights
 import xca
 import xcit
 from engine import NonFiniteLoss, evaluate, train_one_epoch
-from loaders import readers
-from loaders.batches import build_eval_loader, build_train_loader
+from loaders import pictures, readers
+from loaders.batches import build_eval_loader, build_train_loader, images_of_epoch
 from losses import DISTILLATION_TYPES, DistillationLoss, classification_loss
 from run import flags, optimization, parts, processes
 from run.commandline import COUNT, COUNT_OR_0, FRACTION, NON_NEGATIVE, POSITIVE, Parser, number, run_program
@@ -36,6 +36,7 @@ from run.training import Run
 from utils import InputError, first_line, seed_everything, write_json
 
 REFERENCE_BATCH = 512  # images for which --lr is meant
+LOW_LR = 1e-5  # a peak below it hardly trains anything
 # What --finetune changes in the recipe; any of it can be given on the command line
 FINETUNING = dict(epochs=30, lr=4e-4, min_lr=1e-6, warmup_epochs=0, drop_path=0., reprob=0., repeated_aug=False,
                   full_crop=True)
@@ -298,6 +299,22 @@ def build_teacher(args, num_classes: int) -> torch.nn.Module:
     return teacher.eval().requires_grad_(False)
 
 
+def replaced(args, **values) -> argparse.Namespace:
+    """The flags with values that follow from the data; the command line's own are read-only."""
+    return argparse.Namespace(**{**vars(args), **values})
+
+
+def with_batch_that_fits(args, dataset) -> argparse.Namespace:
+    """The flags with a --batch-size that the training pictures fill, which a small folder may not."""
+    images = images_of_epoch(dataset, args)
+    smaller = images - images % 2 if uses_soft_targets(args) else images
+    if smaller >= args.batch_size or smaller < 1:  # of no picture at all the loader tells
+        return args
+    notice(f'--batch-size {args.batch_size}: an epoch has {images} images for each process; goes on with a batch of '
+           f'{smaller}')
+    return replaced(args, batch_size=smaller)
+
+
 def scaled_lr(args) -> float:
     return args.lr * flags.images_per_step(args) / REFERENCE_BATCH
 
@@ -312,10 +329,14 @@ def build_optimizer(args, model: torch.nn.Module) -> torch.optim.Optimizer:
 def train(args, device: torch.device) -> dict:
     """Train a model; returns the last epoch's statistics."""
     dataset_train, num_classes = datasets.build_dataset(args, is_train=True)
+    args = replaced(args, resize=dataset_train.resizes)
     dataset_val, _ = datasets.build_dataset(args, is_train=False)
+    pictures.notice_peculiarities(datasets.files_of(dataset_train) + datasets.files_of(dataset_val))
+    datasets.notice_class_sizes(dataset_train, dataset_val)
     if not args.skip_bad_images:
-        datasets.probe_images(dataset_train)
+        datasets.probe_images(dataset_train, is_train=True)
     datasets.probe_images(dataset_val, same_size=not datasets.resizes_for_evaluation(args))
+    args = with_batch_that_fits(args, dataset_train)
     train_loader = build_train_loader(dataset_train, args, device,
                                       collate_fn=datasets.build_train_collate(args))
     eval_loader = build_eval_loader(dataset_val, args, device)
@@ -353,6 +374,9 @@ def train(args, device: torch.device) -> dict:
             return {'loss': criterion(images, ddp_model(images), targets)}
 
         with run.started(derived):
+            if args.output_dir and processes.is_main_process() and hasattr(dataset_train, 'split'):
+                dataset_train.split.write(Path(args.output_dir))
+            notice_pace(args, batches=len(train_loader), images=images_of_epoch(dataset_train, args))
             show_first_images(args, run, train_loader)
             for epoch in run.rounds(train_loader):
                 train_stats = train_one_epoch(
@@ -362,14 +386,19 @@ def train(args, device: torch.device) -> dict:
                     **run.options(epoch, device))
                 stats = {f'train_{k}': v for k, v in train_stats.items()}
                 if epoch % args.test_freq == 0 or epoch == args.epochs - 1:
-                    stats.update(test(model, model_ema, eval_loader, device=device, amp_dtype=amp_dtype,
-                                      where=f'the end of epoch {epoch}', after_batch=run.look_up))
+                    run.save_untested()  # an evaluation picture may be unreadable, which ends the run
+                    try:
+                        stats.update(test(model, model_ema, eval_loader, device=device, amp_dtype=amp_dtype,
+                                          where=f'the end of epoch {epoch}', after_batch=run.look_up))
+                    except NonFiniteLoss:
+                        run.take_back()
+                        raise
                     note(accuracy, stats)
                 # faithful: stepped with the epoch just finished, so that epochs 0 and 1 share a rate (original main.py)
                 scheduler.step(epoch, accuracy['last'])
                 stats['n_parameters'] = derived['n_parameters']
                 run.finish(epoch, stats, best=stats.get('test_acc1', -1.) >= accuracy['best'],
-                           summary=f'loss {stats["train_loss"]:.4f}, best Acc@1 {accuracy["best"]:.2f}')
+                           summary=line_of_table(stats))
     if args.output_dir:
         notice('Next, evaluate the best model:\n  ' + evaluation_command(args))
     return stats
@@ -389,13 +418,13 @@ def build_run(args, model: torch.nn.Module, model_ema: Optional[ModelEmaV3], opt
          'accuracy': accuracy,
          'classes': parts.Classes(classes)},
         optional=('model_ema', 'scaler', 'accuracy', 'classes', *(() if depends_on_the_past else ('lr_scheduler',))),
-        fixed=('opt',))
+        fixed=('opt', 'val_fraction'))
 
 
 def test(model: torch.nn.Module, model_ema: Optional[ModelEmaV3], loader, *, device: torch.device,
          amp_dtype: Optional[torch.dtype], where: str, after_batch: Callable[[], None]) -> dict:
     """Evaluate the model and its moving average; `where` is for the error of a model that has diverged."""
-    stats = evaluate(model, loader, device=device, amp_dtype=amp_dtype, after_batch=after_batch)
+    stats = evaluate(model, loader, device=device, amp_dtype=amp_dtype, after_batch=after_batch, announce=False)
     if not math.isfinite(stats['loss']):
         raise NonFiniteLoss('evaluation loss', stats['loss'], where)
     result = {f'test_{k}': v for k, v in stats.items() if k not in ('images', 'resolution')}
@@ -404,7 +433,7 @@ def test(model: torch.nn.Module, model_ema: Optional[ModelEmaV3], loader, *, dev
         if model_ema.device is not None:
             average = copy.deepcopy(average).to(device)
         ema_stats = evaluate(average, loader, device=device, amp_dtype=amp_dtype,
-                             header='Test of the moving average', after_batch=after_batch)
+                             header='Test of the moving average', after_batch=after_batch, announce=False)
         result.update({f'test_ema_{k}': ema_stats[k] for k in ('acc1', 'acc5', 'loss')})
     return result
 
@@ -414,6 +443,35 @@ def note(accuracy: parts.Metrics, stats: dict):
     accuracy['last'] = stats['test_acc1']
     accuracy.note_best('best', stats['test_acc1'])
     accuracy.note_best('best_ema', stats.get('test_ema_acc1', 0.))
+
+
+def notice_pace(args, *, batches: int, images: int):
+    """Say how fast is learnt, and warn where it hardly can be.
+
+    Args:
+        batches: of an epoch, of this process.
+        images: of an epoch, of this process, of which the last fill no batch.
+    """
+    lr, per_step, steps = scaled_lr(args), flags.images_per_step(args), -(-batches // args.accum_iter)
+    left_out = (images - batches * args.batch_size) * processes.get_world_size()
+    notice(f'Learning rate {lr:.3g} at its peak: --lr {args.lr:g} x {per_step} images a step / {REFERENCE_BATCH}')
+    notice(f'An epoch has {steps} steps, the warm-up {steps * args.warmup_epochs}'
+           + (f'; {left_out} of {images * processes.get_world_size()} pictures of an epoch fill no batch and are left '
+              f'out' if left_out > 0 else ''))
+    if lr < LOW_LR <= args.lr:
+        notice(f'Warning: --lr {args.lr:g} has become {lr:.3g}, since a step has {per_step} images and not '
+               f'{REFERENCE_BATCH}; for a rate of {args.lr:g}, give --lr {args.lr * REFERENCE_BATCH / per_step:.3g}')
+    if args.warmup_epochs >= args.epochs:
+        notice(f'Warning: --warmup-epochs {args.warmup_epochs} is as long as the training (--epochs {args.epochs}), so '
+               f'that the learning rate never reaches its peak')
+
+
+def line_of_table(stats: dict) -> dict:
+    """What the table of epochs shows of one: texts by column."""
+    columns = {'loss': ('train_loss', '.4f'), 'lr': ('train_lr', '.2e'), 'Acc@1': ('test_acc1', '.3f'),
+               'Acc@5': ('test_acc5', '.3f'), 'val loss': ('test_loss', '.3f'), 'EMA Acc@1': ('test_ema_acc1', '.3f'),
+               'images/s': ('train_images_per_s', '.0f'), 'MB': ('train_memory_mb', '.0f')}
+    return {column: format(stats[name], spec) if name in stats else '-' for column, (name, spec) in columns.items()}
 
 
 def show_first_images(args, run: Run, loader):
@@ -442,6 +500,8 @@ def evaluation_command(args) -> str:
 def evaluate_only(args, device: torch.device) -> dict:
     """Evaluate a model; returns and stores its statistics."""
     dataset, num_classes = datasets.build_dataset(args, is_train=False)
+    args = replaced(args, resize=dataset.resizes)
+    pictures.notice_peculiarities(datasets.files_of(dataset))
     datasets.probe_images(dataset, same_size=not datasets.resizes_for_evaluation(args))
     model = build_model(args, num_classes, new_head=False)
     checkpoint, source = load_for_resume(args)
@@ -453,8 +513,7 @@ def evaluate_only(args, device: torch.device) -> dict:
         notice_published_setting(args)
     else:
         notice('Neither --resume nor --pretrained: the weights are random')
-    for description in (args, environment()):
-        notice(description)
+    notice(', '.join(f'{name} {value}' for name, value in environment().items()))
     if checkpoint is not None and checkpoint.get('classes') not in (None, datasets.class_names(dataset)):
         notice(f'{source}: was trained on classes of other names, or in another order, than these')
     loader = build_eval_loader(dataset, args, device)

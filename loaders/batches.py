@@ -109,6 +109,17 @@ def build_loader(dataset: Dataset, args, device: torch.device, *, workers: Optio
                       pin_memory=args.pin_mem and device.type == 'cuda', **kwargs)
 
 
+def build_sampler(dataset: Dataset, args) -> samplers.TrainingSampler:
+    return samplers.TrainingSampler(dataset, repeated_aug=getattr(args, 'repeated_aug', False), seed=args.seed,
+                                    num_replicas=get_world_size(), rank=get_rank())
+
+
+def images_of_epoch(dataset: Dataset, args) -> int:
+    """Images that each process gets in an epoch of training, before some of them fill no batch."""
+    return len(dataset) // get_world_size() if isinstance(dataset, streams.Stream) else len(
+        build_sampler(dataset, args))
+
+
 def build_train_loader(dataset: Dataset, args, device: torch.device, *, collate_fn: Callable = datasets.collate
                        ) -> Union[Batches, streams.StreamLoader]:
     """Batches of `--batch-size` for this process.
@@ -116,17 +127,14 @@ def build_train_loader(dataset: Dataset, args, device: torch.device, *, collate_
     Raises:
         InputError: an epoch has less than a batch, or less than a step of the optimizer.
     """
-    repeated_aug = getattr(args, 'repeated_aug', False)
+    repeated_aug, images = getattr(args, 'repeated_aug', False), images_of_epoch(dataset, args)
     if isinstance(dataset, streams.Stream):
         if repeated_aug:
             notice(f'--data-set {args.data_set} is a stream: no repeated augmentation')
         loader = streams.build_loader(dataset, args, batch_size=args.batch_size, build=functools.partial(
             build_loader, args=args, device=device, collate_fn=collate_fn))
-        images = len(dataset) // get_world_size()
     else:
-        sampler = samplers.TrainingSampler(dataset, repeated_aug=repeated_aug, seed=args.seed,
-                                           num_replicas=get_world_size(), rank=get_rank())
-        images = len(sampler)
+        sampler = build_sampler(dataset, args)
         if repeated_aug and len(dataset) < samplers.GROUP:
             notice(f'Repeated augmentation: {len(dataset)} images are less than a group of {samplers.GROUP}; '
                    f'an epoch has {images} samples')
@@ -149,6 +157,6 @@ def build_eval_loader(dataset: Dataset, args, device: torch.device, *, collate_f
         return streams.build_loader(dataset, args, batch_size=batch_size, build=functools.partial(
             build_loader, args=args, device=device, collate_fn=collate_fn))
     replicas, rank = (get_world_size(), get_rank()) if args.dist_eval else (1, 0)
-    return Batches(build_loader(
-        dataset, args, device, sampler=samplers.evaluation_indices(dataset, num_replicas=replicas, rank=rank),
-        batch_size=batch_size, collate_fn=collate_fn), shared=args.dist_eval)
+    share = samplers.evaluation_indices(dataset, num_replicas=replicas, rank=rank)
+    return Batches(build_loader(datasets.EvaluationSamples(dataset), args, device, sampler=share, batch_size=batch_size,
+                                collate_fn=collate_fn), shared=args.dist_eval)

@@ -3,16 +3,17 @@
 The first two give samples by their number, and so all that the built-in data sets have. The last two are streams: no
 repeated augmentation, and a training that goes on in the middle of an epoch sees other images in the rest of it.
 """
+import functools
 import importlib
 import sys
 from pathlib import Path
 from typing import Optional, Tuple
 
-from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
+from loaders import pictures
 from loaders.streams import Stream, check_label, names_of
 from utils import InputError, UnreadableImage, abridge, first_line, is_installed
 
@@ -29,8 +30,11 @@ def prefix_of(data_set: str) -> Optional[str]:
     return prefix if '/' in data_set and prefix in PACKAGES else None
 
 
-def build_dataset(args, is_train: bool) -> Tuple[Dataset, int]:
+def build_dataset(args, is_train: bool, *, upright: bool) -> Tuple[Dataset, int]:
     """A split of the data set, without its transform, and the number of classes.
+
+    Args:
+        upright: turn pictures as their EXIF orientation says.
 
     Raises:
         InputError: the package or the data are not there, or the number of classes is not known.
@@ -45,8 +49,9 @@ def build_dataset(args, is_train: bool) -> Tuple[Dataset, int]:
     cache = root if root.is_dir() else None
     try:
         columns = columns_of(args.data_set.removeprefix('hfds/'), split, cache) if prefix == 'hfds' else {}
-        source = create_dataset(args.data_set, root=cache and str(cache), split=split,
-                                is_training=is_train, batch_size=args.batch_size, seed=args.seed, **columns)
+        mode = {'input_img_mode': ''} if prefix == 'wds' else {}  # as it is stored: pictures.py converts it
+        source = create_dataset(args.data_set, root=cache and str(cache), split=split, is_training=is_train,
+                                batch_size=args.batch_size, seed=args.seed, **columns, **mode)
         if prefix == 'torch':
             check_split(source, split, root)
         elif prefix == 'wds':
@@ -61,9 +66,9 @@ def build_dataset(args, is_train: bool) -> Tuple[Dataset, int]:
                          f'{args.data_path} ({type(error).__name__}: {first_line(error)})') from None
     if prefix in STREAMS:
         files = len(source.reader.split_info.filenames) if prefix == 'wds' else None
-        dataset = Stream(source, seed=args.seed, is_train=is_train, files=files)
+        dataset = Stream(source, seed=args.seed, is_train=is_train, files=files, upright=upright)
     else:
-        dataset = Readable(source)
+        dataset = Readable(source, upright=upright)
     if not dataset.classes and not args.num_classes:
         raise InputError(f'--data-set {args.data_set}: does not say how many classes it has: add --num-classes')
     if dataset.classes and args.num_classes not in (None, len(dataset.classes)):
@@ -156,23 +161,33 @@ def is_file_of(module, folder: Path) -> bool:
 # Samples by their number
 
 class Readable(Dataset):
-    """A data set of timm or torchvision that gives a sample for its number."""
+    """A data set of timm or torchvision that gives a sample for its number.
 
-    def __init__(self, source: Dataset):
-        self.source, self.transform = source, None
+    Args:
+        upright: turn pictures as their EXIF orientation says.
+    """
+
+    def __init__(self, source: Dataset, *, upright: bool):
+        self.source, self.upright, self.transform = source, upright, None
+        if hasattr(source, 'loader'):  # torchvision's own knows 8 bits only
+            source.loader = functools.partial(pictures.load_rgb, upright=upright)
         self.classes = names_of(source)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int):
+        name = f'image number {index}'
         try:
             if hasattr(self.source, 'reader'):  # not by timm's data set, which goes on to the next if one is unreadable
                 file, target = self.source.reader[index]
-                image = Image.open(file).convert('RGB')
+                image = pictures.decode(file, name, upright=self.upright)
             else:
                 image, target = self.source[index]
-                image = image.convert('RGB')
+                if not hasattr(self.source, 'loader'):
+                    image = pictures.finish(image, name, upright=self.upright)
+        except UnreadableImage:
+            raise
         except Exception as error:  # Pillow has many
-            raise UnreadableImage(f'unreadable image number {index}: {first_line(error)}') from None
+            raise UnreadableImage(f'unreadable {name}: {first_line(error)}') from None
         return self.transform(image) if self.transform else image, check_label(target, len(self.classes))

@@ -6,6 +6,7 @@ from typing import Callable, Iterator, List, Optional
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from loaders import pictures
 from run.processes import get_rank, get_world_size, notice, usable_workers
 from utils import InputError, derive_seed, seed_everything
 
@@ -18,9 +19,11 @@ class Stream(IterableDataset):
         seed: with the epoch, the process and the position it decides the augmentation.
         is_train: each process gets other samples by timm's rules, some of them twice; else all of them exactly once.
         files: of the split, if each can be read by one process only.
+        upright: turn pictures as their EXIF orientation says.
     """
 
-    def __init__(self, source: IterableDataset, *, seed: int, is_train: bool, files: Optional[int]):
+    def __init__(self, source: IterableDataset, *, seed: int, is_train: bool, files: Optional[int], upright: bool):
+        self.upright = upright
         self.source, self.seed, self.is_train, self.files = source, seed, is_train, files
         self.transform = None
         self.classes = names_of(source)
@@ -40,7 +43,8 @@ class Stream(IterableDataset):
                 continue
             if self.is_train:
                 seed_everything(self.seed, int(self.epoch), rank, worker.id if worker else 0, position)
-            yield self.transform(image.convert('RGB')), check_label(target, len(self.classes))
+            image = pictures.finish(image, f'sample {position} of the stream', upright=self.upright)
+            yield self.transform(image), check_label(target, len(self.classes))
 
 
 class StreamLoader:

@@ -249,4 +249,10 @@ def notice(*words):
 
 
 def shows_bar() -> bool:
-    return is_main_process() and sys.stderr.isatty()
+    """Whether progress is a bar on a terminal; one without columns, as some programs make, has no place for it."""
+    if not is_main_process() or not sys.stderr.isatty():
+        return False
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):  # a stream that is no file
+        return False

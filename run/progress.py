@@ -1,5 +1,6 @@
 """How far a loop is, and its batches on the device."""
 import datetime
+import math
 import sys
 import time
 
@@ -17,13 +18,14 @@ class Progress:
         header: what is running.
         device: for peak memory.
         first_step: steps that an earlier process did.
-        every: steps between two lines.
 
     After the loop, `stats()` gives images a second, data time and peak memory.
     """
+    INTERVAL_S = 20.  # between two lines
+    last_line = -math.inf  # when any of them printed one; the first step of a program does
 
-    def __init__(self, loader, header: str, device: torch.device, *, first_step: int = 0, every: int = 50):
-        self.loader, self.header, self.device, self.every = loader, header, device, every
+    def __init__(self, loader, header: str, device: torch.device, *, first_step: int = 0):
+        self.loader, self.header, self.device = loader, header, device
         self.first_step, self.steps = first_step, first_step + len(loader)
         self.values = {}
         self.images = 0
@@ -35,19 +37,17 @@ class Progress:
         bar = tqdm(total=self.steps, initial=self.first_step, desc=self.header, leave=False, disable=not shows_bar())
         self.start = asked = time.perf_counter()
         with bar:
-            step = self.first_step
             for step, batch in enumerate(self.loader, start=self.first_step + 1):
                 self.data_time += time.perf_counter() - asked
                 yield batch
                 self.images += count_images(batch) * get_world_size()
                 bar.set_postfix(self.values, refresh=False)
                 bar.update()
-                if not shows_bar() and step % self.every == 0 and step < self.steps:
-                    notice(self.line(step))
                 asked = time.perf_counter()
+                if not shows_bar() and asked - Progress.last_line >= self.INTERVAL_S:
+                    Progress.last_line = asked
+                    notice(self.line(step))
         self.seconds = time.perf_counter() - self.start
-        if step > self.first_step:
-            notice(self.line(step))
 
     def line(self, step: int) -> str:
         seconds, done = time.perf_counter() - self.start, step - self.first_step
@@ -60,6 +60,24 @@ class Progress:
     def stats(self) -> dict:
         return {'images_per_s': self.images / max(self.seconds, 1e-9),
                 'data_s': self.data_time / max(len(self.loader), 1), 'memory_mb': peak_memory(self.device)}
+
+
+class Table:
+    """Lines with columns under a header, printed one by one; a column is as wide as its name, or `WIDTH`."""
+    WIDTH = 8
+    EVERY = 40  # lines between two headers
+
+    def __init__(self):
+        self.names, self.lines = None, 0
+
+    def add(self, row: dict):
+        """Print a line of texts, by the names of their columns."""
+        widths = [max(len(name), self.WIDTH) for name in row]
+        if [*row] != self.names or self.lines % self.EVERY == 0:
+            self.names, self.lines = [*row], 0
+            notice('  '.join(f'{name:>{width}}' for name, width in zip(row, widths)))
+        self.lines += 1
+        notice('  '.join(f'{text:>{width}}' for text, width in zip(row.values(), widths)))
 
 
 class DevicePrefetch:

@@ -14,6 +14,7 @@ The program keeps its loop:
 """
 import contextlib
 import datetime
+import os
 import signal
 import threading
 import time
@@ -28,6 +29,7 @@ from run.folder import BEST, CHECKPOINT, PREVIOUS, DirectoryLock, set_aside
 from run.logs import EpochLog, environment
 from run.position import Epochs, Iterations
 from run.processes import get_world_size, is_main_process, max_over_processes, notice, sum_over_processes, wait_for_all
+from run.progress import Table
 from run.resume import NOT_SHARED, goes_on_in_place, load_for_resume, trained_with
 from run.signals import StopRequest
 from utils import InputError, Interrupted, first_line, write_json
@@ -54,8 +56,9 @@ class Run:
         self.args, self.position, self.parts, self.optional, self.fixed = args, position, parts, optional, fixed
         if taken := parts.keys() & {*position.state_dict(), 'averages', 'batch', 'args'}:
             raise ValueError(f'{", ".join(sorted(taken))}: a checkpoint has this key already; call the part otherwise')
-        self.sums, self.log, self.stop = {}, None, StopRequest()
+        self.sums, self.log, self.table, self.stop = {}, None, Table(), StopRequest()
         self.folder = Path(args.output_dir) if args.output_dir else None
+        self.untested = False  # whether the newest checkpoint is that of save_untested
         self.writing: Optional[threading.Thread] = None
         self.error: Optional[Exception] = None
 
@@ -137,13 +140,13 @@ class Run:
                     first_update=self.position.updates_before(number), first_step=self.step, sums=self.sums,
                     after_update=self.after_update)
 
-    def finish(self, number: int, stats: dict, *, best: bool, summary: str):
+    def finish(self, number: int, stats: dict, *, best: bool, summary: dict):
         """A round is done and evaluated: log it, store it, and leave if that is asked for.
 
         Args:
             stats: for the log.
             best: whether this is the best so far, and to be kept as best_model.pth; the same on all processes.
-            summary: of the round, for the line that is printed.
+            summary: of the round, for the line that is printed: texts by the names of their columns.
 
         Raises:
             Interrupted: --stop-after-epochs.
@@ -159,7 +162,8 @@ class Run:
         self.save()
         spent, done = time.monotonic() - self.begun, number + 1 - self.first
         left = spent / done * (self.position.total - number - 1)
-        notice(f'{self.position.name(number)} done: {summary}, time left {datetime.timedelta(seconds=int(left))}')
+        self.table.add({self.position.unit: str(stats[self.position.unit]), **summary,
+                        'time left': str(datetime.timedelta(seconds=int(left)))})
         if number + 1 == self.position.total:
             notice(f'Training time {datetime.timedelta(seconds=int(spent))}')
             if self.log is not None:
@@ -182,24 +186,41 @@ class Run:
             'args': vars(self.args),
         }
 
+    def save_untested(self):
+        """Store the training before a round that is done is evaluated, which may fail; the round is not over yet."""
+        self.save(beside=True)
+        self.untested = True
+
+    def take_back(self):
+        """Undo `save_untested`: the model has diverged, and the checkpoint before is the one to go on from."""
+        self.join()
+        if self.folder is not None and is_main_process() and self.error is None:
+            if (self.folder / PREVIOUS).exists():
+                os.replace(self.folder / PREVIOUS, self.folder / CHECKPOINT)
+            else:
+                (self.folder / CHECKPOINT).unlink()
+
     def save(self, *, beside: bool = False):
         """Store the training; `beside`: come back before it is written, once its state is copied to host memory."""
         if self.folder is None:
             return
         state = self.state_dict()
         self.wait()
+        # One that was not tested yet is of no use beside the same training after the test.
+        keep = None if self.untested else self.folder / PREVIOUS
+        self.untested = False
         if not beside:
-            self.write(state)
+            self.write(state, keep)
         elif is_main_process():
-            self.writing = threading.Thread(target=self.note_error, args=(copy_to_host(state),))
+            self.writing = threading.Thread(target=self.note_error, args=(copy_to_host(state), keep))
             self.writing.start()
 
-    def write(self, state: dict):
-        checkpoints.save_checkpoint(state, self.folder / CHECKPOINT, keep=self.folder / PREVIOUS)
+    def write(self, state: dict, keep: Optional[Path]):
+        checkpoints.save_checkpoint(state, self.folder / CHECKPOINT, keep=keep)
 
-    def note_error(self, state: dict):
+    def note_error(self, state: dict, keep: Optional[Path]):
         try:
-            self.write(state)
+            self.write(state, keep)
         except Exception as error:  # for wait() to raise where the training can be stopped
             self.error = error
 
@@ -297,8 +318,8 @@ class Run:
 
     def open_log(self, derived: dict) -> Optional[EpochLog]:
         """Say what is run; prepare --output-dir."""
-        for description in (self.args, environment(), derived):
-            notice(description)
+        for description in (environment(), derived):
+            notice(', '.join(f'{name} {value}' for name, value in description.items()))
         if self.folder is None:
             return None
         if not goes_on_in_place(self.args):

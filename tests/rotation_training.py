@@ -33,7 +33,7 @@ def main(argv=None):
         with run.under_way({}):
             for number in run.rounds(loader):
                 stats = train_one_epoch(wrapped, losses, loader, optimizer=optimizer, **run.options(number, device))
-                run.finish(number, stats, best=True, summary=f'loss {stats["loss"]:.4f}')
+                run.finish(number, stats, best=True, summary={'loss': f'{stats["loss"]:.4f}'})
 
 
 if __name__ == '__main__':

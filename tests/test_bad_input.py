@@ -10,8 +10,8 @@ import timm
 import torch
 from conftest import ROOT, tiny, write_folders, write_image
 
-import datasets
 from engine import NonFiniteLoss
+from loaders import pictures
 from main import main, parse_args
 from utils import InputError
 
@@ -168,21 +168,16 @@ def test_wrong_classes_for_imagenet(tmp_path):
             '1000', 'cat, dog', output_dir=tmp_path / 'run')
 
 
-def test_batch_larger_than_the_data(data, tmp_path):
-    """No full batch could be made."""
-    refused(tiny(data, '--batch-size', '32'), '--batch-size 32', '16 images', output_dir=tmp_path / 'run')
-
-
 def test_more_accumulated_batches_than_there_are(data, tmp_path):
     """No full step could be made."""
     refused(tiny(data, '--accum-iter', '5'), '--accum-iter 5', '4 batches', output_dir=tmp_path / 'run')
 
 
 def test_images_of_different_sizes(tmp_path):
-    """Small evaluation images are not resized, so they must be equally large: found before training."""
+    """Evaluation images that are not resized must be equally large: found before training."""
     write_folders(tmp_path / 'data')
     write_image(tmp_path / 'data' / 'val' / 'cat' / '9.png', size=(40, 30))
-    refused(tiny(tmp_path / 'data'), '(30, 40), (32, 32)', '--full_crop', output_dir=tmp_path / 'run')
+    refused(tiny(tmp_path / 'data', '--no-resize'), '(30, 40), (32, 32)', '--resize', output_dir=tmp_path / 'run')
 
 
 def test_error_of_a_worker_is_one_line(tmp_path):
@@ -191,7 +186,7 @@ def test_error_of_a_worker_is_one_line(tmp_path):
     path = tmp_path / 'data' / 'train' / 'dog' / '7.jpg'
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, 'NUM_PROBED', 1)
+        patch.setattr(pictures, 'NUM_PROBED', 1)
         refused(tiny(tmp_path / 'data', '--num-workers', '1', '--no-repeated-aug'), f'unreadable image {path}')
 
 

@@ -21,6 +21,7 @@ from torchvision import transforms
 import datasets
 import main
 import utils
+from loaders import pictures
 from utils import InputError
 
 CPU = torch.device('cpu')
@@ -592,9 +593,9 @@ def first_eval_batch(*argv):
 
 
 def test_collate_mixed_sizes(mixed_sizes):
-    """Images of several sizes can't make a batch; the one line that says so tells sizes and remedy."""
-    with pytest.raises(InputError, match=r'sizes \(\(32, 32\), \(40, 48\) pixels\): add --full_crop$'):
-        first_eval_batch(mixed_sizes)
+    """Images of several sizes can't make a batch as they are; the one line that says so tells sizes and remedy."""
+    with pytest.raises(InputError, match=r'sizes \(\(32, 32\), \(40, 48\) pixels\): add --resize$'):
+        first_eval_batch(mixed_sizes, '--no-resize')
 
 
 def test_full_crop_mixed_sizes(mixed_sizes):
@@ -623,7 +624,7 @@ def test_resplit_erases_batches_only():
 
 def test_probing_reaches_every_part(tmp_path, monkeypatch):
     """Damage anywhere in the last fifth is found though only some of the images are looked at."""
-    monkeypatch.setattr(datasets, 'NUM_PROBED', 10)
+    monkeypatch.setattr(pictures, 'NUM_PROBED', 10)
     write_classes(tmp_path / 'train', [f'{i:02}' for i in range(19)])
     for name in ('17', '18'):
         (tmp_path / 'train' / name / '0.png').write_bytes(b'')
@@ -635,11 +636,12 @@ def test_mixed_sizes_in_worker(tmp_path):
     """From a loading process, too, the refusal is one line."""
     for i, size in enumerate([(32, 32), (40, 30)]):
         write_image(tmp_path / 'val' / 'cat' / f'{i}.png', size=size)
-    dataset = build('FOLDER', tmp_path, is_train=False)[0]
+    write_image(tmp_path / 'val' / 'dog' / '0.png')
+    dataset = build('FOLDER', tmp_path, '--no-resize', is_train=False)[0]
     with pytest.raises(InputError) as caught:
         list(DataLoader(dataset, batch_size=2, num_workers=1, collate_fn=datasets.collate))
     message, = str(caught.value).splitlines()
-    assert message.startswith('--input-size')
+    assert message.startswith('without --resize')
 
 
 @pytest.mark.parametrize('workers', [0, 1])

@@ -276,7 +276,7 @@ def test_checkpoint_of_another_training_is_refused(program, whole, tmp_path, cha
 
 
 @pytest.mark.parametrize('mistake', [
-    ['--data-path', '/nowhere'], ['--batch-size', '1000'], ['--resume', '/nowhere/checkpoint.pth'], ['--no-such-flag'],
+    ['--data-path', '/nowhere'], ['--accum-iter', '1000'], ['--resume', '/nowhere/checkpoint.pth'], ['--no-such-flag'],
     ['--device', 'cuda:99'], ['--amp', 'fp16'], ['--stop-after-epochs', '-1'], ['--seed', 'x']], ids=' '.join)
 def test_nothing_is_written_after_bad_input(program, tmp_path, mistake):
     """One line that names the flag, and no folder."""

@@ -154,7 +154,7 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120):
 # ----- checkpoints within epochs
 
 def test_save_every(flags, tmp_path, monkeypatch):
-    """Every 3 updates within an epoch, besides the one at its end."""
+    """Every 3 updates within an epoch, besides those at its end: before and after the evaluation."""
     saved = []
     save = checkpoints.save_checkpoint
 
@@ -165,7 +165,7 @@ def test_save_every(flags, tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoints, 'save_checkpoint', noted)
     main([*flags, '--epochs', '2', '--save-every', '3', '--output-dir', str(tmp_path)])
-    assert saved == [(-1, 3), (0, 0), (0, 3), (1, 0)]
+    assert saved == [(-1, 3), (-1, 4), (0, 0), (0, 3), (0, 4), (1, 0)]
 
 
 # ----- several processes
@@ -349,10 +349,10 @@ def test_stored_state_is_that_of_its_step(flags, tmp_path, monkeypatch):
     """What is written beside the training does not see the steps that follow."""
     write, stored = Run.write, []
 
-    def slowly(self, content):
+    def slowly(self, content, keep):
         time.sleep(.5)  # some steps
         stored.append(content)
-        write(self, content)
+        write(self, content, keep)
 
     monkeypatch.setattr(Run, 'write', slowly)
     main([*flags, '--epochs', '1', '--save-every', '1', '--output-dir', str(tmp_path / 'a')])

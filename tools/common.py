@@ -1,27 +1,27 @@
 """What the tools share: a model with its weights, classes and transform, and the pictures to show it."""
 import argparse
 import dataclasses
-import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Iterator, List, Optional, Tuple
 
 import timm
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import ImageNetInfo
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 import datasets
 import weights
 import xcit
+from loaders import pictures
 from run import flags, processes, signals
 from run.commandline import COUNT, COUNT_OR_0
 from run.resume import trained_with
-from utils import InputError, RunStopped
+from utils import InputError, RunStopped, UnreadableImage
 from weights import check_model
 
 
@@ -135,34 +135,35 @@ def names_in_words(given: weights.Weights, model: torch.nn.Module) -> Optional[L
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
-def find_images(given: List[str]) -> List[Path]:
+def find_images(given: List[str], missing: Optional[list] = None) -> List[Path]:
     """The image files among paths: files as they are, and those in folders and their subfolders, sorted.
 
+    Says what about them is not as users may expect: other files in the folders, unusual kinds of pictures.
+
+    Args:
+        missing: gets an InputError for each path that is not there, and each folder without images; None: the first of
+            them is raised.
+
     Raises:
-        InputError: there is no such path, or no image in a folder.
+        InputError: so it is, or none of the paths gives an image.
     """
-    images = []
+    images, problems, left_out = [], [], Counter()
     for path in map(Path, given):
-        if path.is_dir():
-            inside = sorted(Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names
-                            if Path(name).suffix.lower() in IMG_EXTENSIONS)
-            if not inside:
-                raise InputError(f'{path}: no images in this folder (looked for {", ".join(IMG_EXTENSIONS)})')
-            images += inside
-        elif path.exists():
-            images.append(path)
+        inside = sorted(map(Path, pictures.find(path, left_out))) if path.is_dir() else [path]
+        if not inside:
+            problems.append(InputError(f'{path}: no images in this folder (looked for '
+                                       f'{", ".join(sorted(pictures.suffixes()))})'))
+        elif not path.exists():
+            problems.append(InputError(f'{path}: no such file or folder'))
         else:
-            raise InputError(f'{path}: no such file or folder')
+            images += inside
+    if problems and (missing is None or not images):
+        raise problems[0]
+    if problems:
+        missing += problems
+    pictures.notice_left_out('Folders', left_out)
+    pictures.notice_peculiarities(images)
     return images
-
-
-def load_upright(path: Path) -> Image.Image:
-    """An image file as RGB, turned as its camera says.
-
-    Raises:
-        UnreadableImage: it can't be decoded.
-    """
-    return ImageOps.exif_transpose(datasets.load_rgb(str(path)))
 
 
 class ImageFiles(Dataset):
@@ -176,8 +177,8 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, index: int):
         try:
-            return self.transform(load_upright(self.paths[index])), index
-        except datasets.UnreadableImage as error:
+            return self.transform(pictures.load_rgb(self.paths[index])), index
+        except UnreadableImage as error:
             return error, index
 
 
@@ -197,7 +198,7 @@ def batches(paths: List[Path], loaded: LoadedModel, *, batch_size: int, num_work
                         num_workers=processes.usable_workers(num_workers), worker_init_fn=signals.WorkerSignals())
     with tqdm(total=len(paths), unit=' images', disable=not processes.shows_bar()) as bar:
         for samples in loader:
-            unreadable += [image for image, _ in samples if isinstance(image, datasets.UnreadableImage)]
+            unreadable += [image for image, _ in samples if isinstance(image, UnreadableImage)]
             readable = [(image, index) for image, index in samples if isinstance(image, torch.Tensor)]
             if readable:
                 images, indices = zip(*readable)

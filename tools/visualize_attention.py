@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import utils
 import xcit
+from loaders import pictures
 from run import commandline, folder, processes
 from run.commandline import COUNT, Parser
 from run.processes import notice
@@ -348,12 +349,12 @@ def draw_pictures(args) -> List[Path]:
     paths = common.find_images(args.images)
     stems = [Path(args.output_dir, stem) for stem in unique_stems(paths)]
     for path in paths:
-        common.load_upright(path)  # what can't be read is refused before the work
+        pictures.load_rgb(path)  # what can't be read is refused before the work
     attention = build_attention(args)
     check_inputs_are_kept(paths, [file for stem in stems for file in output_files(stem, attention.heads)])
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     for path, stem in zip(tqdm(paths, unit=' images', disable=not processes.shows_bar()), stems):
-        draw_picture(attention, scale_to(common.load_upright(path), args.input_size), stem, save_raw=args.save_raw)
+        draw_picture(attention, scale_to(pictures.load_rgb(path), args.input_size), stem, save_raw=args.save_raw)
     for path, stem in zip(paths, stems):
         notice(f'{path}: {map_path(stem, "sheet")}')
     return [map_path(stem, 'sheet') for stem in stems]

@@ -1,0 +1,304 @@
+"""Users' pictures: which files count, which way up they are, and how any kind of them becomes RGB."""
+import io
+import struct
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, tiniest, write_folders, write_image
+from PIL import ExifTags, Image, features
+
+import datasets
+from loaders import pictures
+from main import main, parse_args
+from tools import common
+from tools.extract_features import class_folders
+from utils import InputError, UnreadableImage
+
+GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
+COLOURS = np.stack([GREY, GREY.T, 255 - GREY], axis=2)
+
+
+def decoded(image: Image.Image, format: str, **options) -> np.ndarray:
+    """What the reader makes of a picture that is stored in a format."""
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    file.seek(0)
+    return np.asarray(pictures.decode(file, 'picture', upright=True))
+
+
+# ----- modes
+
+@pytest.mark.parametrize(('image', 'format'), [
+    (Image.fromarray(GREY.astype(np.uint16) * 257), 'PNG'), (Image.fromarray(GREY.astype(np.uint16) * 257), 'TIFF'),
+    (Image.fromarray((GREY.astype(np.uint16) * 257).astype('>u2')), 'TIFF'),
+    (Image.fromarray(GREY.astype(np.int32) * 1000 - 5), 'TIFF'), (Image.fromarray(GREY / np.float32(100)), 'TIFF'),
+    (Image.fromarray(GREY.astype(np.int32) * 257), 'PPM'), (Image.fromarray(GREY), 'PNG')],
+    ids=['16-bit PNG', '16-bit TIFF', 'big-endian TIFF', '32-bit', 'float', '16-bit PPM', '8-bit'])
+def test_grey_pictures_of_any_depth(image, format):
+    """Their whole range becomes that of 8 bits."""
+    assert (decoded(image, format) == GREY[:, :, None]).all()
+
+
+def test_modes_of_16_bits():
+    """In whichever order the bytes are."""
+    for mode in ('I;16', 'I;16L', 'I;16B'):
+        image = Image.frombytes(mode, (16, 16), (GREY.astype('>u2' if mode == 'I;16B' else '<u2') * 257).astype(
+            '>u2' if mode == 'I;16B' else '<u2').tobytes())
+        assert (np.asarray(pictures.to_rgb(image)) == GREY[:, :, None]).all(), mode
+
+
+@pytest.mark.parametrize('values', [[[np.nan, 0, 1]], [[-np.inf, 0, 1]], [[0, 0, 0]], [[np.nan] * 3]], ids=str)
+def test_floats_that_have_no_range(values):
+    """What is not finite does not spoil the rest, and pictures of one value are black."""
+    rgb = np.asarray(pictures.to_rgb(Image.fromarray(np.array(values, np.float32))))
+    assert rgb[0, :, 0].tolist() == ([0, 0, 255] if values[0][2] == 1 else [0, 0, 0])
+
+
+def transparent(mode: str) -> Image.Image:
+    """COLOURS, or their grey, with every second column transparent."""
+    alpha = np.zeros((16, 16), np.uint8)
+    alpha[:, ::2] = 255
+    image = Image.fromarray(np.dstack([COLOURS if mode == 'RGBA' else GREY, alpha]))
+    assert image.mode == mode
+    return image
+
+
+def test_transparency_is_ignored():
+    """The colours stored beneath count, in every mode that has transparency."""
+    assert (decoded(transparent('RGBA'), 'PNG') == COLOURS).all()
+    assert (decoded(transparent('LA'), 'PNG') == GREY[:, :, None]).all()
+    palette = Image.fromarray(GREY).convert('P')
+    expected = np.asarray(palette.convert('RGB'))
+    assert (decoded(palette, 'PNG', transparency=3) == expected).all()
+    assert (decoded(palette, 'PNG', transparency=bytes(range(256))) == expected).all()
+    assert (decoded(palette, 'GIF', transparency=3) == expected).all()
+    with_alpha = palette.convert('PA')
+    assert (np.asarray(pictures.to_rgb(with_alpha)) == expected).all()
+    assert (decoded(Image.fromarray(COLOURS), 'PNG', transparency=(0, 0, 255)) == COLOURS).all()
+
+
+@pytest.mark.parametrize('mode', ['1', 'L', 'P', 'CMYK', 'YCbCr', 'HSV', 'LAB', 'RGBX', 'RGBa', 'La', 'PA', 'I', 'F'])
+def test_any_mode_becomes_rgb(mode):
+    """Pillow's names of them; none is refused."""
+    source = Image.fromarray(COLOURS)
+    image = Image.new('LAB', (16, 16)) if mode == 'LAB' else (
+        source.convert({'RGBa': 'RGBA', 'La': 'LA'}.get(mode, mode)).convert(mode))
+    assert image.mode == mode
+    assert pictures.to_rgb(image).mode == 'RGB'
+
+
+def test_sixteen_bits_train_like_eight(tmp_path):
+    """Two classes that differ in brightness alone stay as far apart as they were."""
+    for bits, scale in ((8, 1), (16, 257)):
+        for split in ('train', 'val'):
+            for name, low in (('dark', 0), ('light', 200)):
+                folder = tmp_path / str(bits) / split / name
+                folder.mkdir(parents=True)
+                values = (GREY // 8 + low).astype(np.uint16) * scale
+                Image.fromarray(values.astype(np.uint8) if bits == 8 else values).save(folder / '0.png')
+    same = [datasets.build_dataset(parse_args([*TINY, '--data-set', 'FOLDER', '--data-path', str(tmp_path / bits)]),
+                                   is_train=False)[0] for bits in ('8', '16')]
+    for i in range(2):
+        torch.testing.assert_close(same[0][i][0], same[1][i][0], rtol=0, atol=0)
+
+
+def test_unusual_kinds_are_told(tmp_path, capsys):
+    """How many there are, an example, and what becomes of them; 16-bit pictures that hold fewer bits, too."""
+    Image.fromarray(GREY.astype(np.uint16) * 16).save(tmp_path / 'a.png')
+    Image.fromarray(GREY.astype(np.float32)).save(tmp_path / 'b.tif')
+    write_image(tmp_path / 'c.png')
+    common.find_images([str(tmp_path)])
+    out = capsys.readouterr().out
+    assert f'1 of 3 pictures looked at (as {tmp_path}/a.png) are 16-bit: 0 to 65535 becomes 0 to 255' in out
+    assert 'if they hold 12 bits, multiply them by 16' in out
+    assert f'(as {tmp_path}/b.tif) are 32-bit: each is scaled by its own range' in out
+
+
+# ----- the way up
+
+def turned_file(folder: Path, orientation: int, format: str = 'JPEG') -> Path:
+    """COLOURS, stored as a camera would that was held as EXIF's number says."""
+    back = {6: 8, 8: 6}.get(orientation, orientation)
+    stored = Image.fromarray(COLOURS[:, :8])
+    stored = stored.transpose(pictures.TURNS[back]) if back in pictures.TURNS else stored
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = folder / f'{orientation}.{format.lower()}'
+    stored.save(path, format, exif=exif, **({'quality': 100, 'subsampling': 0} if format == 'JPEG' else {}))
+    return path
+
+
+@pytest.mark.parametrize('format', ['JPEG', 'PNG', 'WEBP'])
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_all_orientations(tmp_path, orientation, format):
+    """Each of the eight is turned upright, in each format that has EXIF."""
+    if format == 'WEBP' and not features.check('webp'):
+        pytest.skip('Pillow without WebP')
+    image = np.asarray(pictures.load_rgb(turned_file(tmp_path, orientation, format))).astype(int)
+    assert image.shape == (16, 8, 3)
+    assert abs(image - COLOURS[:, :8]).mean() < 8
+    as_stored = np.asarray(pictures.load_rgb(turned_file(tmp_path, orientation, format), upright=False))
+    assert (as_stored.shape == (16, 8, 3)) == (orientation < 5)
+
+
+@pytest.mark.parametrize(('name', 'flags', 'upright'), [
+    ('FOLDER', [], True), ('FOLDER', ['--no-exif'], False), ('CARS', [], True), ('IMNET', [], False),
+    ('IMNET', ['--exif'], True), ('IMNET22k', [], False), ('INAT', [], False), ('INAT19', [], False),
+    ('hfds/imagenet-1k', [], False), ('hfds//my/phone', [], True)])
+def test_whose_pictures_are_turned(name, flags, upright):
+    """Users' are, published sets are not; --exif and --no-exif decide otherwise."""
+    assert datasets.turns_upright(parse_args(['--device', 'cpu', '--data-set', name, *flags])) is upright
+
+
+@pytest.mark.parametrize('flags', [[], ['--no-exif']], ids=['default', '--no-exif'])
+def test_training_and_evaluation_turn_alike(tmp_path, flags):
+    """A folder's pictures come the same way up from both."""
+    for split in ('train', 'val'):
+        for name in ('a', 'b'):
+            (tmp_path / split / name).mkdir(parents=True)
+            turned_file(tmp_path / split / name, 6)
+    args = parse_args([*TINY, '--data-set', 'FOLDER', '--data-path', str(tmp_path), *flags])
+    for is_train in (True, False):
+        dataset, _ = datasets.build_dataset(args, is_train)
+        dataset.transform = None
+        assert dataset[0][0].size == ((16, 8) if flags else (8, 16))
+
+
+@pytest.mark.parametrize('error', [SyntaxError, struct.error, ValueError, KeyError, TypeError, ZeroDivisionError])
+def test_broken_exif_is_left_aside(tmp_path, monkeypatch, capsys, error):
+    """Whatever Pillow raises about it: the picture is read without, and that is said once."""
+    path = tmp_path / f'{error.__name__}.png'
+    write_image(path)
+
+    def getexif(self):
+        raise error('broken')
+
+    monkeypatch.setattr(Image.Image, 'getexif', getexif)
+    pictures.report_broken_exif.cache_clear()
+    for _ in range(2):
+        assert pictures.load_rgb(path).size == (32, 32)
+    assert capsys.readouterr().err.count(f'{path}: its EXIF is broken ({error.__name__}: ') == 1
+
+
+def test_exif_of_garbage(tmp_path):
+    """A real file whose EXIF block is cut to pieces."""
+    path = tmp_path / 'a.jpg'
+    Image.fromarray(COLOURS).save(path, exif=b'Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0\x01\0\0\0\x06')
+    assert pictures.load_rgb(path).size == (16, 16)
+
+
+@pytest.mark.parametrize('make', [
+    lambda path: path.write_bytes(b''), lambda path: path.write_bytes(b'\xff\xd8\xff\xe0junk'),
+    lambda path: path.mkdir(), lambda path: path.symlink_to('nowhere')],
+    ids=['empty', 'damaged', 'folder', 'dangling link'])
+def test_what_is_no_picture_is_unreadable(tmp_path, make):
+    """One error with the name."""
+    make(tmp_path / 'x.jpg')
+    with pytest.raises(UnreadableImage, match=f'unreadable image {tmp_path}/x.jpg: '):
+        pictures.load_rgb(tmp_path / 'x.jpg')
+
+
+def test_decompression_bomb_is_unreadable(tmp_path, monkeypatch):
+    """Pillow's limit holds, and is named."""
+    write_image(tmp_path / 'x.png')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+    with pytest.raises(UnreadableImage, match='exceeds limit'):
+        pictures.load_rgb(tmp_path / 'x.png')
+
+
+# ----- which files and folders
+
+def cluttered(root: Path) -> Path:
+    """Two classes with 2 pictures each, among what systems and programs leave behind."""
+    write_folders(root, per_class=2)
+    for split in ('train', 'val'):
+        for name in ('.ipynb_checkpoints', '__MACOSX', '@eaDir', '.hidden', '$RECYCLE.BIN', '#recycle', '.thumbnails'):
+            write_image(root / split / name / '0.png')
+            write_image(root / split / 'cat' / name / '0.png')
+        for name in ('._0.jpg', '.DS_Store', '.0.png'):
+            (root / split / 'cat' / name).write_bytes(b'\0\5\x16\7')
+            (root / split / name).write_bytes(b'\0\5\x16\7')
+    return root
+
+
+def test_hidden_files_and_folders_are_skipped(tmp_path, capsys):
+    """They are neither classes nor pictures, nor mentioned."""
+    args = parse_args([*TINY, '--data-set', 'FOLDER', '--data-path', str(cluttered(tmp_path))])
+    for is_train, count in ((True, 4), (False, 2)):
+        dataset, num_classes = datasets.build_dataset(args, is_train)
+        assert (len(dataset), num_classes) == (count, 2)
+    assert 'left out' not in capsys.readouterr().out
+    found = common.find_images([str(tmp_path / 'train')])
+    assert len(found) == 4
+    assert class_folders([str(tmp_path / 'train')], found)[0] == ['cat', 'dog']
+
+
+def test_every_suffix_that_pillow_reads_counts(tmp_path):
+    """In upper case, too; those of formats that it can't decode don't."""
+    names = ['a.jfif', 'b.GIF', 'c.JPEG', 'd.tif', 'e.bmp', 'f.webp', 'g.jpe', 'h.Png', 'i.ppm', 'j.jp2', 'k.tga']
+    for name in names:
+        (tmp_path / name).write_bytes(b'')
+    for name in ('a.h5', 'b.mpg', 'c.pdf', 'd.eps', 'e.txt', 'f'):
+        (tmp_path / name).write_bytes(b'')
+    left_out = Counter()
+    assert [Path(path).name for path in pictures.find(tmp_path, left_out)] == sorted(names)
+    assert left_out == Counter({'.h5': 1, '.mpg': 1, '.pdf': 1, '.eps': 1, '.txt': 1, 'no suffix': 1})
+
+
+def test_files_left_out_are_counted(folders, capsys):
+    """By suffix, in one line for each of the two parts."""
+    for name in ('a.txt', 'b.txt', 'c.csv'):
+        (folders / 'train' / 'cat' / name).write_text('')
+    datasets.build_dataset(parse_args([*TINY, '--data-set', 'FOLDER', '--data-path', str(folders)]), is_train=True)
+    assert '/train: 3 files are left out, as no pictures that Pillow reads: 2 .txt, 1 .csv\n' in capsys.readouterr().out
+
+
+def test_links_that_lead_back_are_not_followed(tmp_path):
+    """Others are."""
+    write_image(tmp_path / 'a' / '0.png')
+    (tmp_path / 'a' / 'loop').symlink_to(tmp_path)
+    write_image(tmp_path / 'elsewhere' / '1.png')
+    (tmp_path / 'a' / 'link').symlink_to(tmp_path / 'elsewhere')
+    assert [Path(path).name for path in pictures.find(tmp_path / 'a', Counter())] == ['0.png', '1.png']
+
+
+def test_one_class_is_refused(tmp_path):
+    """It would be right whatever it says."""
+    write_folders(tmp_path / 'data', classes=('cat',))
+    with pytest.raises(InputError, match=r'has one class \(cat\); a classifier needs two'):
+        main(tiniest(tmp_path / 'data'))
+
+
+def test_class_sizes_are_told(folders, capsys):
+    """Once, with a warning about classes that can't be learnt or tested."""
+    for path in [*(folders / 'val' / 'dog').iterdir(), *list((folders / 'train' / 'cat').iterdir())[1:]]:
+        path.unlink()
+    main(tiniest(folders, '--epochs', '1', '--batch-size', '2'))
+    out = capsys.readouterr().out
+    assert out.count('Pictures of each class for training/evaluation: cat 1/4, dog 8/0\n') == 1
+    assert 'Warning: 1 of 2 classes have less than 2 pictures for training: cat\n' in out
+    assert 'Warning: 1 of 2 classes have no pictures for evaluation: dog\n' in out
+
+
+# ----- small pictures of different sizes
+
+@pytest.mark.parametrize(('sizes', 'resizes'), [
+    ([(32, 32)], False), ([(28, 28)], False), ([(32, 32), (28, 28)], True), ([(60, 40), (50, 90)], True),
+    ([(64, 64)], True)], ids=str)
+def test_small_inputs_of_own_pictures(tmp_path, sizes, resizes):
+    """At 32 pixels, small pictures of one size are padded and cropped, as CIFAR's; all others resized."""
+    for split in ('train', 'val'):
+        for i, size in enumerate(sizes * 2):
+            for name in ('cat', 'dog'):
+                write_image(tmp_path / split / name / f'{i}.png', size=size)
+    args = parse_args([*TINY, '--data-set', 'FOLDER', '--data-path', str(tmp_path)])
+    for is_train, step in ((True, 'RandomCrop'), (False, 'Resize')):
+        dataset, _ = datasets.build_dataset(args, is_train)
+        names = [type(step).__name__ for step in dataset.transform.transforms]
+        assert (step in names) is (resizes != is_train)
+        assert resizes is False or dataset[0][0].shape == (3, 32, 32)
+    assert datasets.build_dataset(parse_args([*TINY, '--data-set', 'FOLDER', '--data-path', str(tmp_path),
+                                              '--resize']), False)[0].resizes

@@ -25,7 +25,7 @@ from loaders import pictures, readers
 from loaders.batches import build_eval_loader, build_train_loader, images_of_epoch
 from losses import DISTILLATION_TYPES, DistillationLoss, classification_loss
 from run import flags, optimization, parts, processes
-from run.commandline import COUNT, COUNT_OR_0, FRACTION, NON_NEGATIVE, POSITIVE, Parser, number, run_program
+from run.commandline import COUNT, COUNT_OR_0, FRACTION, NON_NEGATIVE, PATH, POSITIVE, Parser, number, run_program
 from run.folder import BEST, CHECKPOINT
 from run.logs import environment
 from run.optimization import build_scheduler
@@ -62,17 +62,17 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument('--drop', default=0., type=FRACTION, metavar='FRACTION', help='dropout')
     group.add_argument('--drop-path', default=.1, type=number(float, 0, .999), metavar='FRACTION',
                        help='stochastic depth, the same in all layers of XCiT')
-    group.add_argument('--pretrained', metavar='TAG|PATH|URL|hf-hub:NAME',
+    group.add_argument('--pretrained', type=PATH, metavar='TAG|PATH|URL|hf-hub:NAME',
                        help='initial weights: published ones by their tag (see the README), or any others; a head for '
                        'another number of classes is left out')
-    group.add_argument('--finetune', metavar='TAG|PATH|URL|hf-hub:NAME',
+    group.add_argument('--finetune', type=PATH, metavar='TAG|PATH|URL|hf-hub:NAME',
                        help='the same, with other defaults: '
                        + ', '.join(f'{name} {value}' for name, value in FINETUNING.items()))
     group.add_argument('--freeze-backbone', action=boolean, default=False,
                        help='train the head alone (linear probe); BatchNorm statistics stay as they are, too')
     group.add_argument('--use-ema', action=boolean, default=False,
                        help='take the moving average that a training\'s checkpoint holds beside the weights')
-    group.add_argument('--surgery', metavar='TAG|PATH|URL|hf-hub:NAME',
+    group.add_argument('--surgery', type=PATH, metavar='TAG|PATH|URL|hf-hub:NAME',
                        help='copy the patch stem from these weights and keep it frozen: steadier for large models')
     group.add_argument('--grad-checkpointing', action=boolean, default=False,
                        help='compute activations twice to save memory')
@@ -120,7 +120,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument('--distillation-type', default='none', choices=DISTILLATION_TYPES,
                        help='learn from a teacher\'s probabilities or from its class')
     group.add_argument('--teacher-model', default='regnety_160', help='name of a timm model')
-    group.add_argument('--teacher-path', default='', metavar='TAG|PATH|URL|hf-hub:NAME',
+    group.add_argument('--teacher-path', default='', type=PATH, metavar='TAG|PATH|URL|hf-hub:NAME',
                        help='the teacher\'s weights')
     group.add_argument('--teacher-pretrained', action=boolean, default=False, help='take timm\'s weights instead')
     group.add_argument('--distillation-alpha', default=.5, type=FRACTION, help='weight of the teacher\'s term')
@@ -148,7 +148,7 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     if args.finetune:
-        if args.pretrained:
+        if args.pretrained not in (None, args.finetune):
             raise InputError('--finetune: takes the place of --pretrained; give one of them')
         parser.set_defaults(**FINETUNING)
         args = parser.parse_args(argv)

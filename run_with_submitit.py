@@ -302,7 +302,7 @@ def refusal(message: str) -> Exception:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The job's flags; the program's are left to its own parser."""
-    from run.commandline import COUNT, COUNT_OR_0, POSITIVE, Parser
+    from run.commandline import COUNT, COUNT_OR_0, PATH, POSITIVE, Parser
     parser = Parser(Path(__file__).name, description=__doc__, add_help=False,
                     usage='%(prog)s [flags of the job] [flags of the program]',
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -326,7 +326,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument('--max-restarts', default=20, type=COUNT_OR_0, metavar='N',
                        help=f'how often a job that met its time limit is requeued (local: up to {LOCAL_RESTARTS}); '
                        'preemption counts too where the limit is 10 minutes or less')
-    group.add_argument('--job-dir', default='./runs/%j', metavar='DIR',
+    group.add_argument('--job-dir', default='./runs/%j', type=PATH, metavar='DIR',
                        help='for logs and, without --output-dir, for results; must be on a file system that all nodes '
                        'share; %%j is the job\'s id')
     group.add_argument('--partition', metavar='NAME', help='the cluster\'s default if unset')

@@ -1,11 +1,13 @@
 """Command lines: the parser of every program, types of numbers, and how a program ends."""
 import argparse
 import os
+import re
 import signal
 import sys
 from pathlib import Path
 from typing import Optional
 
+from run import config
 from utils import InputError, RunStopped
 
 
@@ -13,7 +15,8 @@ class Parser(argparse.ArgumentParser):
     """argparse's, with InputError for exit and traceback, and with every option under two spellings.
 
     `--job-dir` and `--job_dir` are one option, however it was added; help shows the spelling that it was added with.
-    Abbreviations are not accepted.
+    Abbreviations are not accepted. Where there is a flag --config, the file that it names comes before the command
+    line's flags (run.config).
     """
 
     def __init__(self, *args, allow_abbrev: bool = False, **kwargs):
@@ -27,7 +30,17 @@ class Parser(argparse.ArgumentParser):
         words = list(sys.argv[1:] if args is None else args)
         end = words.index('--') if '--' in words else len(words)  # after it there are no options
         words[:end] = [respelled(word, own) for word in words[:end]]
+        self.unknown = ''
+        if '--config' in own.values():
+            from_files, self.unknown = config.words_of_files(words[:end], self._actions)
+            words = from_files + words
         return super().parse_known_args(words, namespace)
+
+    def parse_args(self, args: Optional[list] = None, namespace: Optional[argparse.Namespace] = None):
+        parsed = super().parse_args(args, namespace)
+        if self.unknown:  # not before: a program may leave them to another parser
+            raise InputError(self.unknown)
+        return parsed
 
 
 def respelled(word: str, options: dict) -> str:
@@ -39,6 +52,18 @@ def respelled(word: str, options: dict) -> str:
     """
     name, equals, value = word.partition('=')
     return options.get(name.replace('_', '-'), name) + equals + value if name.startswith('--') else word
+
+
+def expanded(text: str) -> str:
+    """An argparse type: a path in which `~` and environment variables are replaced; an address stays as it is."""
+    if text.startswith(('http://', 'https://', 'file://', 'hf-hub:')):
+        return text
+    path = os.path.expanduser(os.path.expandvars(text))
+    unset = re.search(r'\$(\w+|{\w+})', path)
+    if (unset or path.startswith('~')) and not os.path.exists(path):
+        problem = f'{unset[0]} is not set in the environment' if unset else 'there is no such user'
+        raise argparse.ArgumentTypeError(f'{text!r} is not a path: {problem}')
+    return path
 
 
 def number(kind: type, low, high=None, *, above: bool = False):
@@ -58,6 +83,12 @@ def number(kind: type, low, high=None, *, above: bool = False):
     return parse
 
 
+def expanded_path(text: str) -> Path:
+    """The same as a pathlib.Path."""
+    return Path(expanded(text))
+
+
+PATH, PATH_OBJECT = expanded, expanded_path
 COUNT = number(int, 1)
 COUNT_OR_0 = number(int, 0)
 FRACTION = number(float, 0, 1)

@@ -10,7 +10,7 @@ import torch
 from timm.optim import list_optimizers
 
 from run import checkpoints, processes
-from run.commandline import COUNT, COUNT_OR_0, FRACTION, NON_NEGATIVE, POSITIVE, number
+from run.commandline import COUNT, COUNT_OR_0, FRACTION, NON_NEGATIVE, PATH, POSITIVE, number
 from run.folder import check_output_dir
 from utils import InputError, similar
 
@@ -22,7 +22,9 @@ boolean = argparse.BooleanOptionalAction
 # Groups; `group` is what parser.add_argument_group returns
 
 def add_run_flags(group):
-    group.add_argument('--output-dir', default='', metavar='DIR',
+    group.add_argument('--config', type=PATH, metavar='FILE',
+                       help='flags in YAML or JSON, or the args.json of an earlier run; those of the command line win')
+    group.add_argument('--output-dir', default='', type=PATH, metavar='DIR',
                        help='where checkpoints and logs go; empty: nothing is written')
     add_device_flag(group)
     group.add_argument('--seed', default=0, type=number(int, 0, 2 ** 32 - 1),
@@ -48,7 +50,7 @@ def add_compile_flags(group):
 
 
 def add_checkpoint_flags(group):
-    group.add_argument('--resume', default='', metavar='PATH|URL|auto',
+    group.add_argument('--resume', default='', type=PATH, metavar='PATH|URL|auto',
                        help='go on with a training, or evaluate its model; auto: the one in --output-dir, if any')
     group.add_argument('--save-every', default=0, type=COUNT_OR_0, metavar='STEPS',
                        help='steps between two checkpoints within an epoch; 0: at its end only')
@@ -98,7 +100,7 @@ def add_schedule_flags(group):
 
 
 def add_data_path_flag(group, *, default: str = '', help: str = 'where the data are'):
-    group.add_argument('--data-path', default=default, metavar='DIR', help=help)
+    group.add_argument('--data-path', default=default, type=PATH, metavar='DIR', help=help)
 
 
 def add_loader_flags(group):

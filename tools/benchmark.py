@@ -42,7 +42,7 @@ import xcit_linear
 import xcit_zoo
 from loaders.batches import build_train_loader
 from run import commandline, folder, logs, processes
-from run.commandline import COUNT, COUNT_OR_0
+from run.commandline import COUNT, COUNT_OR_0, PATH_OBJECT
 from run.flags import add_device_flag
 from run.processes import notice
 from utils import InputError, similar
@@ -100,7 +100,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     scaling.add_argument('--resolutions', type=size, nargs='+', default=[(n, n) for n in RESOLUTIONS],
                          metavar='PIXELS|HxW', help='of the images, from small to large')
     scaling.add_argument('--batch-size', type=COUNT, default=1, metavar='IMAGES', help='of a step')
-    scaling.add_argument('--output-dir', type=Path, default=Path('runs/scaling'), metavar='DIR',
+    scaling.add_argument('--output-dir', type=PATH_OBJECT, default=Path('runs/scaling'), metavar='DIR',
                          help='for scaling.csv, time.png and memory.png')
 
     compare = command('compare', help='several models side by side')
@@ -142,7 +142,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         parser_of.add_argument('--rounds', type=COUNT, default=7, metavar='N', help='of which the median counts')
 
     data = command('data', help='images/s of one core that loads training images')
-    data.add_argument('--data-path', type=Path, metavar='DIR', help='pictures in class folders; unset: made ones')
+    data.add_argument('--data-path', type=PATH_OBJECT, metavar='DIR',
+                      help='pictures in class folders; unset: made ones')
     data.add_argument('--images', type=COUNT, default=256, metavar='N', help='how many to make, of 500 x 375 pixels')
     data.add_argument('--num-workers', type=COUNT_OR_0, default=0, metavar='N', help='loading processes; 0: this one')
     data.add_argument('--rounds', type=COUNT, default=5, metavar='N', help='of which the median counts')

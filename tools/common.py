@@ -19,7 +19,7 @@ import weights
 import xcit
 from loaders import pictures
 from run import flags, processes, signals
-from run.commandline import COUNT, COUNT_OR_0
+from run.commandline import COUNT, COUNT_OR_0, PATH
 from run.resume import trained_with
 from utils import InputError, RunStopped, UnreadableImage
 from weights import check_model
@@ -57,7 +57,7 @@ def add_weights_arguments(parser: argparse.ArgumentParser):
     group = parser.add_argument_group('model')
     group.add_argument('--model', metavar='NAME', help='one of the 14 XCiT models, or of timm\'s; if unset, what the '
                        'weights say, as a training\'s checkpoint does')
-    group.add_argument('--pretrained', required=True, metavar='TAG|PATH|URL|hf-hub:NAME',
+    group.add_argument('--pretrained', required=True, type=PATH, metavar='TAG|PATH|URL|hf-hub:NAME',
                        help='weights: published ones by their tag (see the README), or any others')
     group.add_argument('--use-ema', action=argparse.BooleanOptionalAction, default=False,
                        help='take the moving average that a training\'s checkpoint holds beside the weights')

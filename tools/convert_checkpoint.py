@@ -15,7 +15,7 @@ import weights
 import xcit
 import xcit_zoo
 from run import checkpoints, commandline
-from run.commandline import Parser
+from run.commandline import PATH, PATH_OBJECT, Parser
 from run.processes import notice
 from utils import InputError
 from weights import check_model
@@ -26,8 +26,9 @@ SUFFIXES = ('.pth', '.safetensors')
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser('python -m tools.convert_checkpoint', description=__doc__,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('source', metavar='IN', help='weights: path, URL, hf-hub:NAME, or with --model a tag')
-    parser.add_argument('target', metavar='OUT', type=Path, help=f'file to write: {" or ".join(SUFFIXES)}')
+    parser.add_argument('source', type=PATH, metavar='IN',
+                        help='weights: path, URL, hf-hub:NAME, or with --model a tag')
+    parser.add_argument('target', metavar='OUT', type=PATH_OBJECT, help=f'file to write: {" or ".join(SUFFIXES)}')
     parser.add_argument('--to', required=True, choices=['original', 'timm'], help='whose names the weights get')
     parser.add_argument('--model', metavar='NAME', help='which of the 14 models a tag is of')
     parser.add_argument('--use-ema', action=argparse.BooleanOptionalAction, default=False,

@@ -18,7 +18,7 @@ import utils
 import xcit
 import xcit_zoo
 from run import commandline, flags, folder
-from run.commandline import COUNT, COUNT_OR_0, Parser
+from run.commandline import COUNT, COUNT_OR_0, PATH, PATH_OBJECT, Parser
 from run.processes import notice
 from utils import InputError, RunStopped
 
@@ -36,14 +36,16 @@ COLUMNS = ('model', 'tag', 'resolution', 'crop', 'published_top1', 'top1', 'top5
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser('python -m tools.eval_zoo', description=__doc__,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--data-path', required=True, metavar='DIR', help='ImageNet: val/ with its class folders')
+    parser.add_argument('--data-path', required=True, type=PATH, metavar='DIR',
+                        help='ImageNet: val/ with its class folders')
     parser.add_argument('--models', nargs='+', choices=xcit.MODELS, metavar='NAME',
                         help='some of the 14 models; all if unset')
     parser.add_argument('--tags', nargs='+', choices=TAGS, metavar='TAG',
                         help=f'some of {", ".join(TAGS)}; all if unset')
-    parser.add_argument('--checkpoints', type=Path, metavar='DIR',
+    parser.add_argument('--checkpoints', type=PATH_OBJECT, metavar='DIR',
                         help='take the files from here, by their published names, and download nothing')
-    parser.add_argument('--output-dir', type=Path, default=Path('runs/zoo'), metavar='DIR', help='where the tables go')
+    parser.add_argument('--output-dir', type=PATH_OBJECT, default=Path('runs/zoo'), metavar='DIR',
+                        help='where the tables go')
     parser.add_argument('--batch-size', default=64, type=COUNT, metavar='IMAGES',
                         help='as for main.py, which evaluates 1.5 times as many at once')
     parser.add_argument('--num-workers', default=10, type=COUNT_OR_0, metavar='N', help='as for main.py')

@@ -21,7 +21,7 @@ import utils
 import xcit
 import xcit_fuse
 from run import commandline
-from run.commandline import NON_NEGATIVE
+from run.commandline import NON_NEGATIVE, PATH_OBJECT
 from run.processes import notice
 from tools import common
 from utils import InputError, RunStopped, first_line
@@ -44,7 +44,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group('export')
     group.add_argument('--format', required=True, choices=list(FORMATS),
                        help='onnx needs the packages of requirements-export.txt; torchscript is deprecated by PyTorch')
-    group.add_argument('--output', required=True, type=Path, metavar='FILE',
+    group.add_argument('--output', required=True, type=PATH_OBJECT, metavar='FILE',
                        help='ends in ' + ', '.join(f'{suffix} ({name})' for name, (suffix, _, _) in FORMATS.items()))
     group.add_argument('--dynamic', action=argparse.BooleanOptionalAction, default=False,
                        help='leave height and width free, each of any size above one patch (XCiT only); a torchscript '

@@ -15,7 +15,7 @@ import torch
 import utils
 import xcit
 from run import commandline, processes
-from run.commandline import COUNT_OR_0, Parser
+from run.commandline import COUNT_OR_0, PATH, Parser
 from tools import common
 from utils import InputError
 
@@ -25,8 +25,9 @@ POOLS = ('token', 'avg')
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser('python -m tools.extract_features', description=__doc__,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('data', nargs='+', metavar='DATA', help='folders of images, with their subfolders, or files')
-    parser.add_argument('--output', required=True, metavar='FILE', help='.npz or .safetensors')
+    parser.add_argument('data', nargs='+', type=PATH, metavar='DATA',
+                        help='folders of images, with their subfolders, or files')
+    parser.add_argument('--output', required=True, type=PATH, metavar='FILE', help='.npz or .safetensors')
     parser.add_argument('--pool', choices=POOLS,
                         help='of an XCiT: the CLS token, or the mean of the patches; what the classifier sees if unset')
     parser.add_argument('--skip-bad-images', default=0, type=COUNT_OR_0, metavar='N',

@@ -1,7 +1,7 @@
 """Say what is in pictures: the most probable classes of each.
 
 Prints a block for each picture, or with --json a line: {"path", "predictions": [{"class", "index", "probability"}]}.
-A picture that can't be read is named on stderr, and makes the exit code 1; the others are predicted.
+A picture that is not there or can't be read is named on stderr, and makes the exit code 1; the others are predicted.
 """
 import argparse
 import contextlib
@@ -13,7 +13,7 @@ from typing import List, Optional
 import torch
 
 from run import commandline
-from run.commandline import COUNT, Parser
+from run.commandline import COUNT, PATH, Parser
 from tools import common
 from utils import InputError
 
@@ -21,7 +21,8 @@ from utils import InputError
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser('python -m tools.predict', description=__doc__,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image files, and folders with all that is in them')
+    parser.add_argument('images', nargs='+', type=PATH, metavar='IMAGE',
+                        help='image files, and folders with all that is in them')
     parser.add_argument('--topk', default=5, type=COUNT, metavar='K', help='classes to name for each picture')
     parser.add_argument('--json', action='store_true', help='print a line of JSON for each picture')
     common.add_weights_arguments(parser)
@@ -51,19 +52,19 @@ def print_prediction(path: Path, predictions: List[dict], *, as_json: bool):
 def main(argv: Optional[list] = None) -> List[List[dict]]:
     """Predict, with a command line (`sys.argv` if None); returns what was printed of each readable picture."""
     args = get_args_parser().parse_args(argv)
-    paths = common.find_images(args.images)
+    unreadable, results = [], []
+    paths = common.find_images(args.images, missing=unreadable)
     with contextlib.redirect_stdout(sys.stderr):  # what was read of the weights is no part of the output
         loaded = common.load_model(args)
     if loaded.model.num_classes == 0:
         raise InputError(f'--pretrained {args.pretrained}: has no head to predict classes with')
-    unreadable, results = [], []
     for images, indices in common.batches(paths, loaded, batch_size=args.batch_size, num_workers=args.num_workers,
                                           unreadable=unreadable):
         logits = common.forward(loaded, loaded.model, images)
         for index, probabilities in zip(indices, logits.softmax(dim=1)):
             results.append(describe(probabilities, loaded.classes, args.topk))
             print_prediction(paths[index], results[-1], as_json=args.json)
-    common.report_unreadable(unreadable, len(paths))
+    common.report_unreadable(unreadable, len(results) + len(unreadable))
     return results
 
 

@@ -22,7 +22,7 @@ import utils
 import xcit
 from loaders import pictures
 from run import commandline, folder, processes
-from run.commandline import COUNT, Parser
+from run.commandline import COUNT, PATH, PATH_OBJECT, Parser
 from run.processes import notice
 from tools import common
 from utils import InputError, RunStopped, first_line
@@ -47,11 +47,11 @@ def get_args_parser() -> argparse.ArgumentParser:
         'sheet gives in multiples of uniform attention (the same to every token). In a video the scale follows '
         'slowly, so that it does not flicker. Sound is left out.')
     group = parser.add_argument_group('pictures')
-    group.add_argument('images', nargs='*', metavar='IMAGE', help='files, or folders with images in them')
-    group.add_argument('--video', type=Path, metavar='FILE',
+    group.add_argument('images', nargs='*', type=PATH, metavar='IMAGE', help='files, or folders with images in them')
+    group.add_argument('--video', type=PATH_OBJECT, metavar='FILE',
                        help='instead of images: writes STEM_attention.mp4, each frame beside its mean attention; needs '
                        'PyAV (requirements-video.txt)')
-    group.add_argument('--output-dir', required=True, metavar='DIR', help='where the maps go')
+    group.add_argument('--output-dir', required=True, type=PATH, metavar='DIR', help='where the maps go')
     group.add_argument('--input-size', default=1024, type=COUNT, metavar='PIXELS',
                        help='longer side that a picture is scaled to, up or down; it keeps its shape, uncropped')
     common.add_weights_arguments(parser)

@@ -39,6 +39,7 @@ SAMPLE_DATA = Path(__file__).parent / 'sample_data'  # part of Fashion-MNIST, se
 NUM_FASHION = 10  # classes
 SMALL = 32  # up to this many pixels, images are cropped but not resized
 HELD_OUT = ('val', 'test')  # folders beside train/
+NO_HELD_OUT = '; where there is no val/, --val-fraction 0.2 sets pictures aside for evaluation'
 PUBLISHED = ('imnet', 'imagenet', 'inat')  # in the names of data sets that stay as they were published
 NUM_LISTED = 20  # classes whose numbers of pictures are listed
 ARRAYS = ('CIFAR10', 'CIFAR100', 'FASHION', 'SAMPLE')  # data sets that are no files of pictures
@@ -234,14 +235,14 @@ def read_json(path: Path):
         raise InputError(f'--data-path: {path} is not valid JSON ({error})') from None
 
 
-def split_folder(root: Path, names: Tuple[str, ...]) -> Path:
-    """The first of the folders `names` that `root` has."""
+def split_folder(root: Path, names: Tuple[str, ...], *, remedy: str = '') -> Path:
+    """The first of the folders `names` that `root` has; the error if there is none ends with a remedy."""
     for name in names:
         if (root / name).is_dir():
             return root / name
-    there = sorted(p.name for p in root.iterdir() if p.is_dir())
+    there = pictures.visible_folders(root)
     raise InputError(f'--data-path {root}: no {" or ".join(f"{n}/" for n in names)} folder there '
-                     f'(it has: {utils.abridge(there) or "no folders"})')
+                     f'(it has: {utils.abridge(there) or "no folders"}){remedy}')
 
 
 def build_imagenet(args, is_train: bool, subset: str = 'imagenet-1k'):
@@ -266,9 +267,9 @@ def build_folder(args, is_train: bool, num_classes: Optional[int] = None):
 def own_split(args, root: Path, is_train: bool) -> ClassFolders:
     """One of a folder's own two parts, which have the same classes."""
     folders = {'train': ('train',), 'held out': HELD_OUT}
-    mine = split_folder(root, folders.pop('train' if is_train else 'held out'))
+    mine = split_folder(root, folders.pop('train' if is_train else 'held out'), remedy=NO_HELD_OUT)
     if is_train or (root / 'train').is_dir():  # evaluation alone needs no training images
-        other = split_folder(root, *folders.values())
+        other = split_folder(root, *folders.values(), remedy=NO_HELD_OUT)
         for here, there in ((mine, other), (other, mine)):
             lonely = sorted(set(pictures.visible_folders(here)) - set(pictures.visible_folders(there)))
             if lonely:

@@ -19,6 +19,31 @@ def classification_loss(*, soft_targets: bool, smoothing: float) -> nn.Module:
     return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
 
 
+class TeacherOfOtherImages(nn.Module):
+    """A teacher that sees the student's images as it is used to: normalised its own way, and at a size of its own.
+
+    Args:
+        teacher: the model.
+        student: the mean and the standard deviation of each channel by which the images come normalised.
+        own: those that the teacher was trained with.
+        size: (img_h, img_w) that they are resized to; None: as they come.
+    """
+
+    def __init__(self, teacher: nn.Module, *, student: Tuple[tuple, tuple], own: Tuple[tuple, tuple],
+                 size: Optional[Tuple[int, int]] = None):
+        super().__init__()
+        self.teacher, self.size = teacher, size
+        (mean, std), (own_mean, own_std) = (map(torch.tensor, pair) for pair in (student, own))
+        self.register_buffer('scale', (std / own_std)[:, None, None])
+        self.register_buffer('shift', ((mean - own_mean) / own_std)[:, None, None])
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        images = images * self.scale + self.shift
+        if self.size is not None:
+            images = F.interpolate(images, self.size, mode='bicubic', antialias=True)
+        return self.teacher(images)
+
+
 class DistillationLoss(nn.Module):
     """Weighted sum of a classification loss and of the distance to a teacher's prediction.
 

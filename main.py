@@ -13,7 +13,7 @@ from typing import Callable, Optional
 import timm
 import torch
 import torchvision
-from timm.data import Mixup
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
 from timm.utils import ModelEmaV3
 
 import datasets
@@ -23,7 +23,7 @@ import xcit
 from engine import NonFiniteLoss, evaluate, train_one_epoch
 from loaders import pictures, readers
 from loaders.batches import build_eval_loader, build_train_loader, images_of_epoch
-from losses import DISTILLATION_TYPES, DistillationLoss, classification_loss
+from losses import DISTILLATION_TYPES, DistillationLoss, TeacherOfOtherImages, classification_loss
 from run import flags, optimization, parts, processes
 from run.commandline import COUNT, COUNT_OR_0, FRACTION, NON_NEGATIVE, PATH, POSITIVE, Parser, number, run_program
 from run.folder import BEST, CHECKPOINT
@@ -31,7 +31,7 @@ from run.logs import environment
 from run.optimization import build_scheduler
 from run.position import Epochs
 from run.processes import notice
-from run.resume import load_for_resume
+from run.resume import load_for_resume, trained_with
 from run.training import Run
 from utils import InputError, first_line, seed_everything, write_json
 
@@ -123,6 +123,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument('--teacher-path', default='', type=PATH, metavar='TAG|PATH|URL|hf-hub:NAME',
                        help='the teacher\'s weights')
     group.add_argument('--teacher-pretrained', action=boolean, default=False, help='take timm\'s weights instead')
+    group.add_argument('--teacher-mean', type=float, nargs=3, metavar='MEAN',
+                       help='of each channel, by which the teacher\'s images were normalised; timm\'s value if unset')
+    group.add_argument('--teacher-std', type=POSITIVE, nargs=3, metavar='DEVIATION', help='likewise')
     group.add_argument('--distillation-alpha', default=.5, type=FRACTION, help='weight of the teacher\'s term')
     group.add_argument('--distillation-tau', default=1., type=POSITIVE, help='temperature of "soft"')
 
@@ -169,7 +172,7 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
         raise InputError(f'--batch-size {args.batch_size}: mixup and cutmix mix pairs of images and need an even '
                          f'number (or --mixup 0 --cutmix 0)')
     if args.distillation_type == 'none':
-        for flag in ('teacher_path', 'teacher_pretrained'):
+        for flag in ('teacher_path', 'teacher_pretrained', 'teacher_mean', 'teacher_std'):
             if getattr(args, flag):
                 raise InputError(f'--{flag.replace("_", "-")}: has no effect without --distillation-type soft or hard')
     else:
@@ -294,9 +297,39 @@ def build_teacher(args, num_classes: int) -> torch.nn.Module:
         if not args.teacher_pretrained:
             raise
         raise InputError(f'{source}: timm can\'t get the weights ({first_line(error)})') from None
+    trained = {}
     if args.teacher_path:
-        weights.load(teacher, weights.read(args.teacher_path, '--teacher-path', args.teacher_model))
-    return teacher.eval().requires_grad_(False)
+        given = weights.read(args.teacher_path, '--teacher-path', args.teacher_model)
+        weights.load(teacher, given)
+        trained = trained_with(given.checkpoint)
+    return adapt_teacher(args, teacher.eval().requires_grad_(False), own='train_interpolation' in trained)
+
+
+def adapt_teacher(args, teacher: torch.nn.Module, *, own: bool) -> torch.nn.Module:
+    """Let a teacher see the images as it was trained, if that is not how the student sees them; and say so.
+
+    Args:
+        own: it was trained by this program, which normalises as ImageNet's statistics say.
+
+    Raises:
+        InputError: it can't see images of --input-size, nor resized ones.
+    """
+    config, student = getattr(teacher, 'pretrained_cfg', {}), (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    mean, std = student if own else (tuple(config.get(name) or default) for name, default in
+                                     zip(('mean', 'std'), student))
+    mean, std = tuple(args.teacher_mean or mean), tuple(args.teacher_std or std)
+    size = None
+    if not weights.takes(teacher, (args.input_size, args.input_size)):
+        size = tuple(config.get('input_size', (3, 224, 224))[1:])
+        if not weights.takes(teacher, size):
+            raise InputError(f'--teacher-model {args.teacher_model}: can see images neither of {args.input_size} '
+                             f'pixels (--input-size) nor of {size[0]}')
+    if size is None and (mean, std) == student:
+        return teacher
+    resized = f'resized to {size[0]} x {size[1]} pixels and ' if size else ''
+    notice(f'--teacher-model {args.teacher_model}: sees the images {resized}normalised by mean {mean} and standard '
+           f'deviation {std}, as it was trained')
+    return TeacherOfOtherImages(teacher, student=student, own=(mean, std), size=size)
 
 
 def replaced(args, **values) -> argparse.Namespace:

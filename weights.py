@@ -2,7 +2,7 @@
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 import huggingface_hub
 import safetensors
@@ -52,6 +52,16 @@ def check_model(flag: str, name: str):
     known = [full.partition('.')[2] for full in timm.list_pretrained(f'{base}.*')]
     if tag and tag not in known:
         raise InputError(f'{flag} {name}: {base} has no such tag; it has: {", ".join(known)}')
+
+
+@torch.no_grad()
+def takes(model: torch.nn.Module, size: Tuple[int, int]) -> bool:
+    """Whether a model in eval mode can see images of (img_h, img_w)."""
+    try:
+        model(torch.zeros(1, 3, *size))
+        return True
+    except (AssertionError, RuntimeError, ValueError):
+        return False
 
 
 @torch.no_grad()

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 import datasets
 import samplers
 from loaders import readers, streams
+from loaders.workers import Loader
 from run.position import Iterations
-from run.processes import get_rank, get_world_size, notice, usable_workers
-from run.signals import WorkerSignals
+from run.processes import get_rank, get_world_size, notice
 from utils import InputError
 
 
@@ -101,12 +101,11 @@ class Rounds:
 def build_loader(dataset: Dataset, args, device: torch.device, *, workers: Optional[int] = None,
                  persistent: bool = True, **kwargs) -> DataLoader:
     """torch's loader with the flags of run.flags.add_loader_flags; `kwargs` are its own."""
-    workers = usable_workers(args.num_workers) if workers is None else workers
+    workers = args.num_workers if workers is None else workers
     # Where `import datasets` means Hugging Face's package, a fresh process would not find datasets.py.
     context = 'fork' if workers and readers.means_hugging_face_datasets() else None
-    return DataLoader(dataset, num_workers=workers, persistent_workers=persistent and workers > 0,
-                      worker_init_fn=WorkerSignals(), multiprocessing_context=context,
-                      pin_memory=args.pin_mem and device.type == 'cuda', **kwargs)
+    return Loader(dataset, num_workers=workers, persistent_workers=persistent and workers > 0,
+                  multiprocessing_context=context, pin_memory=args.pin_mem and device.type == 'cuda', **kwargs)
 
 
 def build_sampler(dataset: Dataset, args) -> samplers.TrainingSampler:

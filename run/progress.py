@@ -122,14 +122,19 @@ class DevicePrefetch:
 
 def map_tensors(batch, change):
     """The same lists, tuples and dicts with `change` applied to each tensor in them."""
-    if isinstance(batch, torch.Tensor):
+    return map_leaves(batch, torch.Tensor, change)
+
+
+def map_leaves(batch, kind: type, change):
+    """The same lists, tuples and dicts with `change` applied to each object of a kind in them."""
+    if isinstance(batch, kind):
         return change(batch)
     if isinstance(batch, dict):
-        return {key: map_tensors(value, change) for key, value in batch.items()}
+        return {key: map_leaves(value, kind, change) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, '_fields'):  # a named tuple
-        return type(batch)(*(map_tensors(value, change) for value in batch))
+        return type(batch)(*(map_leaves(value, kind, change) for value in batch))
     if isinstance(batch, (list, tuple)):
-        return type(batch)(map_tensors(value, change) for value in batch)
+        return type(batch)(map_leaves(value, kind, change) for value in batch)
     return batch
 
 

@@ -3,8 +3,9 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision import transforms
 
-from losses import DistillationLoss, classification_loss
+from losses import DistillationLoss, TeacherOfOtherImages, classification_loss
 
 
 class FixedTeacher(nn.Module):
@@ -67,3 +68,17 @@ def test_soft_targets_are_taken_as_they_are():
     logits, targets = torch.randn(4, 5), torch.randn(4, 5).softmax(dim=1)
     loss = classification_loss(soft_targets=True, smoothing=.1)(logits, targets)
     torch.testing.assert_close(loss, F.cross_entropy(logits, targets))
+
+
+def test_teacher_sees_images_as_it_was_trained():
+    """Normalised its own way, and at its own size."""
+    torch.manual_seed(0)
+    seen = nn.Identity()
+    teacher = TeacherOfOtherImages(seen, student=((.5, .4, .3), (.2, .3, .4)), own=((.1, .2, .3), (.5, .5, 1.)))
+    pixels = torch.rand(2, 3, 4, 6)
+    normalized = transforms.Normalize((.5, .4, .3), (.2, .3, .4))(pixels)
+    torch.testing.assert_close(teacher(normalized), transforms.Normalize((.1, .2, .3), (.5, .5, 1.))(pixels))
+    teacher.size = (8, 12)
+    expected = torch.nn.functional.interpolate(transforms.Normalize((.1, .2, .3), (.5, .5, 1.))(pixels), (8, 12),
+                                               mode='bicubic', antialias=True)
+    torch.testing.assert_close(teacher(normalized), expected)

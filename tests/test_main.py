@@ -11,8 +11,10 @@ from typing import List, Tuple
 import pytest
 import timm
 import torch
+import torchvision
 from conftest import ROOT, tiniest, write_folders
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import datasets
 from main import build_optimizer, build_run, build_scheduler, build_teacher, main, parse_args
@@ -395,6 +397,25 @@ def test_distillation_trains(folders, tmp_path, kind):
     own, plain = main([*flags, '--distillation-alpha', '.9']), main([*flags, '--distillation-alpha', '0'])
     assert math.isfinite(own['train_loss'])
     assert own['train_loss'] != plain['train_loss']
+
+
+def test_teacher_of_other_images(folders, tmp_path, capsys):
+    """One of 224 pixels and another mean sees the images as it was trained; the flags have the last word."""
+    teacher = timm.create_model('vit_tiny_patch16_224', num_classes=2).eval()
+    torch.save(teacher.state_dict(), tmp_path / 'teacher.pth')
+    flags = tiniest(folders, '--distillation-type', 'hard', '--teacher-model', 'vit_tiny_patch16_224',
+                    '--teacher-path', str(tmp_path / 'teacher.pth'))
+    pixels = torch.rand(2, 3, 32, 32)
+    normalize = torchvision.transforms.Normalize
+    resized = torch.nn.functional.interpolate(normalize(*[(.5,) * 3] * 2)(pixels), 224, mode='bicubic', antialias=True)
+    images = normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)(pixels)
+    torch.testing.assert_close(build_teacher(parse_args(flags), 2)(images), teacher(resized), rtol=1e-4, atol=1e-4)
+    out = capsys.readouterr().out
+    assert 'sees the images resized to 224 x 224 pixels and normalised by mean (0.5, 0.5, 0.5)' in out
+    own = build_teacher(parse_args([*flags, '--teacher-mean', *map(str, IMAGENET_DEFAULT_MEAN), '--teacher-std',
+                                    *map(str, IMAGENET_DEFAULT_STD)]), 2)
+    resized = torch.nn.functional.interpolate(images, 224, mode='bicubic', antialias=True)
+    torch.testing.assert_close(own(images), teacher(resized), rtol=1e-4, atol=1e-4)
 
 
 def test_teacher_from_timm(folders, tmp_path, monkeypatch):

@@ -11,14 +11,15 @@ import timm
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import datasets
 import weights
 import xcit
 from loaders import pictures
-from run import flags, processes, signals
+from loaders.workers import Loader
+from run import flags, processes
 from run.commandline import COUNT, COUNT_OR_0, PATH
 from run.resume import trained_with
 from utils import InputError, RunStopped, UnreadableImage
@@ -194,8 +195,8 @@ def batches(paths: List[Path], loaded: LoadedModel, *, batch_size: int, num_work
     """
     if not datasets.resizes_for_evaluation(loaded):
         batch_size = 1  # the images keep their sizes, and need not be alike
-    loader = DataLoader(ImageFiles(paths, loaded.transform), batch_size=batch_size, collate_fn=list,
-                        num_workers=processes.usable_workers(num_workers), worker_init_fn=signals.WorkerSignals())
+    loader = Loader(ImageFiles(paths, loaded.transform), batch_size=batch_size, collate_fn=list,
+                    num_workers=num_workers)
     with tqdm(total=len(paths), unit=' images', disable=not processes.shows_bar()) as bar:
         for samples in loader:
             unreadable += [image for image, _ in samples if isinstance(image, UnreadableImage)]

@@ -465,7 +465,8 @@ def build_train_transform(args) -> transforms.Compose:
     transform.transforms[first:first + 2] = [ToNormalizedTensor()]
     if not resizes(args):
         # faithful: small images (CIFAR) are padded and cropped, not resized (original datasets.py, build_transform)
-        # differs: small images - still smaller ones are padded up to the size, where the original raises an error
+        # differs: small images - still smaller ones are padded up to the size, where the original raises an error;
+        # larger ones, and those of different sizes, are resized (decide_resize)
         transform.transforms[0] = transforms.RandomCrop(args.input_size, padding=4, pad_if_needed=True)
     return transform
 

@@ -151,7 +151,7 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     if args.finetune:
-        if args.pretrained not in (None, args.finetune):
+        if args.pretrained:
             raise InputError('--finetune: takes the place of --pretrained; give one of them')
         parser.set_defaults(**FINETUNING)
         args = parser.parse_args(argv)
@@ -546,7 +546,9 @@ def evaluate_only(args, device: torch.device) -> dict:
         notice_published_setting(args)
     else:
         notice('Neither --resume nor --pretrained: the weights are random')
+    crop = 1. if args.full_crop or not datasets.resizes_for_evaluation(args) else .875
     notice(', '.join(f'{name} {value}' for name, value in environment().items()))
+    notice(f'{args.model}: {len(dataset)} images at {args.input_size} pixels, crop {crop:g}')
     if checkpoint is not None and checkpoint.get('classes') not in (None, datasets.class_names(dataset)):
         notice(f'{source}: was trained on classes of other names, or in another order, than these')
     loader = build_eval_loader(dataset, args, device)
@@ -555,8 +557,7 @@ def evaluate_only(args, device: torch.device) -> dict:
     if args.compile:
         model.compile(mode=args.compile_mode)
     stats = evaluate(model.to(device), loader, device=device, amp_dtype=flags.amp_dtype(args, device))
-    stats.update(model=args.model, weights=args.resume or args.pretrained,
-                 crop=1. if args.full_crop or not datasets.resizes_for_evaluation(args) else .875)
+    stats.update(model=args.model, weights=args.resume or args.pretrained, crop=crop)
     if args.output_dir and processes.is_main_process():
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         write_json(Path(args.output_dir, 'eval.json'),

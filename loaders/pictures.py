@@ -161,6 +161,7 @@ def to_rgb(image: Image.Image, *, sixteen_bit: bool = False) -> Image.Image:
     Args:
         sixteen_bit: mode `I` holds 16 bits.
     """
+    # differs: pictures - 16 and 32 bits keep their range; Pillow's own conversion, and so the original's, clips at 255
     if image.mode.startswith('I;16') or (image.mode == 'I' and sixteen_bit):
         values = np.asarray(image).astype(np.int64)
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert('RGB')

@@ -14,6 +14,7 @@ from conftest import ROOT, seeded_model, write_image
 import main as classification
 import xcit
 import xcit_zoo
+from loaders import pictures
 from run.folder import DirectoryLock
 from tools import eval_zoo
 from tools.eval_zoo import COLUMNS, deviation, main
@@ -107,7 +108,7 @@ def test_resolution_is_the_published_one(imagenet, published, tmp_path):
     """The 384 weights see 384 pixels, at crop 1.0."""
     row, = main(flags(imagenet, published, tmp_path / 'zoo', tags=['fb_dist_in1k_384']))
     assert (row['resolution'], row['crop'], row['published_top1']) == ('384', '1.0', '75.4')
-    assert 'input_size=384' in (tmp_path / 'zoo' / 'zoo.log').read_text()
+    assert 'images at 384 pixels, crop 1\n' in (tmp_path / 'zoo' / 'zoo.log').read_text()
 
 
 def test_row_tells_where_it_comes_from(measured, imagenet, published):
@@ -296,7 +297,7 @@ def test_bad_arguments_are_refused(imagenet, published, tmp_path, change, words)
 @pytest.mark.parametrize('probed', [1000, 1])
 def test_unreadable_image_stops_the_program(published, tmp_path, monkeypatch, probed):
     """It is the data's fault, found at once or while evaluating: no checkpoint is blamed."""
-    monkeypatch.setattr(eval_zoo.datasets, 'NUM_PROBED', probed)
+    monkeypatch.setattr(pictures, 'NUM_PROBED', probed)
     folder = tmp_path / 'imagenet' / 'val' / WORDNET[0]
     write_image(folder / '0.JPEG')
     (folder / '1.JPEG').write_bytes(b'no image')

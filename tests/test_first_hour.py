@@ -56,8 +56,9 @@ def test_home_and_variables(monkeypatch):
     monkeypatch.setenv('HOME', '/home/me')
     monkeypatch.setenv('SCRATCH', '~/scratch')
     for text, path in {'~': '/home/me', '~/a': '/home/me/a', '$HOME/a': '/home/me/a',
-                       '${SCRATCH}/b': '/home/me/scratch/b', 'a~b/~': 'a~b/~', '': '', 'auto': 'auto', 'https://x/~a/$b': 'https://x/~a/$b',
-                       'hf-hub:a/b@$c': 'hf-hub:a/b@$c', 'runs/%j': 'runs/%j'}.items():
+                       '${SCRATCH}/b': '/home/me/scratch/b', 'a~b/~': 'a~b/~', '': '', 'auto': 'auto',
+                       'https://x/~a/$b': 'https://x/~a/$b', 'hf-hub:a/b@$c': 'hf-hub:a/b@$c',
+                       'runs/%j': 'runs/%j'}.items():
         assert commandline.PATH(text) == path
     assert commandline.PATH_OBJECT('~/a') == Path('/home/me/a')
 

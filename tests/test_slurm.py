@@ -272,7 +272,7 @@ def test_two_nodes_train_to_the_end(finished):
     code, printed, base = finished
     job_id = re.match(r'Job (\d+) ', printed)[1]
     assert code == 0
-    assert 'Epoch 0 done' in printed
+    assert re.search(r'^ +0 +\d\.\d{4} ', printed, re.MULTILINE)  # the epoch's line of the table
     assert printed.endswith(f'Job {job_id}: COMPLETED\n')
     assert epochs_of(base / job_id) == [0]
     assert json.loads((base / job_id / 'args.json').read_text())['derived']['processes'] == 2

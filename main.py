@@ -72,6 +72,8 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help='train the head alone (linear probe); BatchNorm statistics stay as they are, too')
     group.add_argument('--use-ema', action=boolean, default=False,
                        help='take the moving average that a training\'s checkpoint holds beside the weights')
+    group.add_argument('--checkpoint-key', default='', metavar='KEY',
+                       help='where the weights are in a file that holds several, as in state_dict.student')
     group.add_argument('--surgery', type=PATH, metavar='TAG|PATH|URL|hf-hub:NAME',
                        help='copy the patch stem from these weights and keep it frozen: steadier for large models')
     group.add_argument('--grad-checkpointing', action=boolean, default=False,
@@ -190,6 +192,8 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
             weights.check_exists(getattr(args, flag), f'--{option}', model)
     if args.use_ema and not args.pretrained and not (args.eval and args.resume):
         raise InputError('--use-ema: needs weights to take the average from: --pretrained, or --eval with --resume')
+    if args.checkpoint_key and not args.pretrained and not (args.eval and args.resume):
+        raise InputError('--checkpoint-key: needs weights to choose from: --pretrained, or --eval with --resume')
     if args.start_epoch >= args.epochs:
         raise InputError(f'--start-epoch {args.start_epoch}: must be less than --epochs {args.epochs}')
     try:
@@ -222,7 +226,7 @@ def build_model(args, num_classes: int, *, new_head: bool) -> torch.nn.Module:
         weights.check_input_size(args, model)
     if args.pretrained:
         flag = '--finetune' if args.finetune else '--pretrained'
-        given = weights.read(args.pretrained, flag, args.model, use_ema=args.use_ema)
+        given = weights.read(args.pretrained, flag, args.model, use_ema=args.use_ema, key=args.checkpoint_key)
         weights.load(model, given, new_head=new_head)
     if args.surgery:
         transplant_stem(model, args)
@@ -539,7 +543,8 @@ def evaluate_only(args, device: torch.device) -> dict:
     model = build_model(args, num_classes, new_head=False)
     checkpoint, source = load_for_resume(args)
     if checkpoint is not None:
-        weights.load(model, weights.extract(checkpoint, source, use_ema=args.use_ema))
+        weights.load(model, weights.extract(checkpoint, source, own=weights.names_of(args.model), use_ema=args.use_ema,
+                                            key=args.checkpoint_key))
     elif args.resume:
         raise InputError(f'--resume auto: no {CHECKPOINT} in {args.output_dir} to evaluate')
     elif args.pretrained:
@@ -549,7 +554,8 @@ def evaluate_only(args, device: torch.device) -> dict:
     crop = 1. if args.full_crop or not datasets.resizes_for_evaluation(args) else .875
     notice(', '.join(f'{name} {value}' for name, value in environment().items()))
     notice(f'{args.model}: {len(dataset)} images at {args.input_size} pixels, crop {crop:g}')
-    if checkpoint is not None and checkpoint.get('classes') not in (None, datasets.class_names(dataset)):
+    if checkpoint is not None and parts.class_list(checkpoint.get('classes')) not in (
+            None, datasets.class_names(dataset)):
         notice(f'{source}: was trained on classes of other names, or in another order, than these')
     loader = build_eval_loader(dataset, args, device)
     if isinstance(model, xcit.Xcit):

@@ -1,8 +1,10 @@
 """Weights by name: from a published tag, a file, a URL or the Hugging Face hub, in whichever format, into a model."""
 import contextlib
 import dataclasses
+import functools
+import re
 from pathlib import Path
-from typing import List, Optional, Tuple
+from typing import List, Optional, Set, Tuple
 
 import huggingface_hub
 import safetensors
@@ -14,11 +16,11 @@ import xcit
 import xcit_zoo
 from run import checkpoints
 from run.processes import notice
+from run.resume import trained_with
 from utils import InputError, abridge, first_line, similar
 
 HUB = 'hf-hub:'  # before the name of a repository there
 HUB_FILE = 'model.safetensors'
-AVERAGES = ('model_ema', 'state_dict_ema')  # the moving average: ours and the original's, timm's
 
 
 @dataclasses.dataclass
@@ -115,14 +117,15 @@ def check_exists(given: str, flag: str, model_name: str):
     raise InputError(f'{flag} {given}: no such file{allowed}')
 
 
-def read(given: str, flag: str, model_name: str = '', *, use_ema: bool = False) -> Weights:
+def read(given: str, flag: str, model_name: str = '', *, use_ema: bool = False, key: str = '') -> Weights:
     """Read weights from wherever `given` says.
 
     Args:
         given: a tag of the model, a path (.pth or .safetensors), a URL, or `hf-hub:OWNER/NAME`.
         flag: the option that gave it, for messages.
-        model_name: whose tags count.
+        model_name: whose tags count, and whose names are looked for; '': what the file says, or any XCiT.
         use_ema: take the moving average that a training checkpoint holds.
+        key: which of several sets of weights to take.
 
     Raises:
         InputError: not there, damaged, or without weights.
@@ -134,7 +137,9 @@ def read(given: str, flag: str, model_name: str = '', *, use_ema: bool = False) 
         content = read_hub(given.removeprefix(HUB), flag)
     else:
         content = checkpoints.load_checkpoint(given, flag)
-    return extract(content, f'{flag} {given}', use_ema=use_ema)
+    name = model_name or model_of_training(content) or ''
+    own = names_of(name) if timm.is_model(name.partition('.')[0]) else None
+    return extract(content, f'{flag} {given}', own=own, use_ema=use_ema, key=key)
 
 
 def read_published(checkpoint: xcit_zoo.Published, flag: str) -> dict:
@@ -182,32 +187,81 @@ def about(source: str, message: str) -> str:
     return f'{source}: {message}' if source else message
 
 
-def extract(checkpoint: dict, source: str, *, use_ema: bool = False) -> Weights:
+def extract(checkpoint: dict, source: str, *, own: Optional[Set[str]] = None, use_ema: bool = False, key: str = ''
+            ) -> Weights:
     """Find the weights in a file's content, and give them the published names.
 
-    Known are the published files, bare state dicts, DINO's trainings (the teacher's backbone), timm's naming, and what
-    DistributedDataParallel and torch.compile put in front of names.
+    Known are the published files, bare state dicts, DINO's trainings (the teacher's backbone), timm's naming, and
+    whatever other programs put around the weights or before their names.
+
+    Args:
+        own: the model's names (`names_of`); None: it may be any XCiT.
+        use_ema: take the moving average.
+        key: which of several sets of weights to take: where they are in the file, or what stands before their names.
 
     Raises:
-        InputError: there are none.
+        InputError: there are none, or several that differ, or they are of another task.
     """
-    entries = AVERAGES if use_ema else xcit_zoo.ENTRIES
-    entry = next((name for name in entries if isinstance(checkpoint.get(name), dict)), None)
-    if use_ema and entry is None:
+    own = own or names_of('')
+    found = xcit_zoo.find_weights(checkpoint, own)
+    refuse_other_tasks(checkpoint, source)
+    try:
+        one = xcit_zoo.choose(found, average=use_ema, key=key)
+    except ValueError as error:
+        raise InputError(about(source, f'{error}; choose one of them by --checkpoint-key')) from None
+    if one is None and key:
+        there = ', '.join(found.label for found in found) or abridge(list(checkpoint))
+        raise InputError(about(source, f'no weights under {key} (--checkpoint-key); it has: {there}'))
+    if one is None and use_ema:
         raise InputError(f'{source}: holds no moving average (--use-ema); it has: {abridge(list(checkpoint))}')
-    tensors = checkpoint if entry is None else checkpoint[entry]
-    if not any(isinstance(value, torch.Tensor) for value in tensors.values()) or not all(
-            isinstance(key, str) for key in tensors):
+    one = one or of_another_model(checkpoint)
+    if one is None:
         raise InputError(about(source, f'no weights under \'model\'; the file has: {abridge(list(checkpoint))}'))
-    found = ['a bare state dict' if entry is None else f'\'{entry}\'']
-    tensors, removed = xcit_zoo.strip_prefixes(tensors)
-    found += [f'names without {" and ".join(removed)}'] if removed else []
+    tensors, words = one.tensors, [f'\'{one.entry}\'' if one.entry else 'a bare state dict']
+    removed = [*one.cleared, *([one.prefix] if one.prefix else [])]
+    words += [f'names without {" and ".join(removed)}'] if removed else []
     if xcit_zoo.has_timm_names(tensors):
         tensors = xcit_zoo.from_timm_names(tensors)
-        found.append('timm\'s names')
+        words.append('timm\'s names')
+    words += [f'{len(one.beside)} other tensors are left ({abridge(one.beside, 3)})'] if one.beside else []
     if isinstance(checkpoint.get('epoch'), int):
-        found.append(f'of epoch {checkpoint["epoch"]}')
-    return Weights(tensors, source, ', '.join(found), checkpoint)
+        words.append(f'of epoch {checkpoint["epoch"]}')
+    return Weights(tensors, source, ', '.join(words), checkpoint)
+
+
+def of_another_model(checkpoint: dict) -> Optional[xcit_zoo.Found]:
+    """The weights in a file of no known model, under the names that most programs use for them."""
+    there = dict(xcit_zoo.dicts_of_tensors(checkpoint))
+    entry = next((entry for entry in ('model', 'state_dict', 'teacher', '') if entry in there), None)
+    if entry is None:
+        return None
+    tensors, cleared = xcit_zoo.without_wrappers(there[entry])
+    prefix = 'module.' if all(key.startswith('module.') for key in tensors) else ''
+    tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return xcit_zoo.Found(entry, prefix, tensors, [], cleared)
+
+
+def refuse_other_tasks(checkpoint: dict, source: str):
+    """Raises InputError: the file is of a detector or of a segmenter."""
+    for _, tensors in xcit_zoo.dicts_of_tensors(checkpoint):
+        parts = xcit_zoo.of_other_task(list(tensors))
+        if parts:
+            raise InputError(about(source, f'the weights of a detector or a segmenter ({", ".join(parts)}), which are '
+                                           f'neither a classifier\'s nor a backbone\'s'))
+
+
+@functools.cache
+def names_of(model_name: str) -> Set[str]:
+    """What the weights of a model are called, in the published naming and in timm's; of all XCiT, where it is ''."""
+    if not model_name:
+        return names_of('xcit_large_24_p16') | names_of('xcit_large_24_p8')
+    base = model_name.partition('.')[0]
+    try:
+        with torch.device('meta'):
+            names = timm.create_model(base).state_dict()
+    except (RuntimeError, NotImplementedError, TypeError):  # some can't be built without storage
+        names = timm.create_model(base).state_dict()
+    return xcit_zoo.in_both_namings(names)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,8 +320,11 @@ def load(model: torch.nn.Module, weights: Weights, *, new_head: bool = False):
             problem = 'have no head'
         elif head[0] not in own:
             problem = f'have a head for {len(given[head[0]])} classes, which the model has no place for'
-        else:
+        elif len(given[head[0]]) != len(own[head[0]]):
             problem = f'are for {len(given[head[0]])} classes, not {len(own[head[0]])}'
+        else:
+            problem = (f'have a head of another width: {head[0]} {tuple(given[head[0]].shape)}, model has '
+                       f'{tuple(own[head[0]].shape)}')
         if head[0] in own and not new_head:
             raise InputError(about(weights.source, f'the weights {problem}'))
         notice(about(weights.source, f'the weights {problem}: all but the head is taken'))
@@ -285,7 +342,16 @@ class ModelPart:
         return self.model.state_dict()
 
     def load_state_dict(self, state: dict):
-        load(self.model, extract({'model': state}, ''))
+        load(self.model, extract({'model': state}, '', own=xcit_zoo.in_both_namings(self.model.state_dict())))
+
+
+def model_of_training(checkpoint: dict) -> Optional[str]:
+    """The model that a file says it is of; this repository's where timm has the same under a name with a resolution."""
+    trained = trained_with(checkpoint)
+    named = (trained.get('model'), trained.get('arch'), checkpoint.get('arch'))
+    name = next((name for name in named if isinstance(name, str) and name), None)
+    own = re.sub(r'_(224|384)(\..*)?$', '', str(name))
+    return own if own in xcit.MODELS else name
 
 
 def create_model(name: str, pretrained=False, **kwargs) -> torch.nn.Module:

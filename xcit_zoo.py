@@ -4,7 +4,8 @@ Paper: https://arxiv.org/abs/2106.09681, tables 1 and 2.
 """
 import dataclasses
 import re
-from typing import Iterator, List, Optional, Tuple
+from collections import Counter
+from typing import Iterable, Iterator, List, Optional, Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -78,22 +79,141 @@ ZOO = {f'{entry.model}.{entry.tag}': entry for entry in published()}
 # ---------------------------------------------------------------------------------------------------------------------
 # What files hold, timm's naming and registry
 
-ENTRIES = ('model', 'state_dict', 'teacher')  # under which files keep weights: published and ours, many others, DINO
+# Where networks of other tasks keep what no classifier or backbone has
+OTHER_TASKS = ('neck', 'fpn', 'rpn_head', 'roi_head', 'bbox_head', 'mask_head', 'decode_head', 'auxiliary_head', 'rpn',
+               'roi_heads', 'pixel_decoder', 'sem_seg_head')
+AVERAGE = re.compile(r'(^|[._])(ema|averaged?|swa)([._]|$)')  # in the name of a moving average of the weights
+DEPTH = 4  # of dicts within dicts that are searched
 
 
-def strip_prefixes(weights: dict) -> Tuple[dict, List[str]]:
-    """Names without what wrappers put in front of them; and which these were."""
-    removed = []
-    if any('_orig_mod.' in key for key in weights):  # torch.compile, of the whole or of parts
-        weights, removed = {key.replace('_orig_mod.', ''): value for key, value in weights.items()}, ['_orig_mod.']
-    if weights and all(key.startswith('module.') for key in weights):  # DistributedDataParallel
-        weights = {key.removeprefix('module.'): value for key, value in weights.items()}
-        removed.append('module.')
-    prefix = 'backbone.'  # DINO, whose projection head ('head.') is no part of the model
-    if any(key.startswith(prefix) for key in weights):
-        weights = {key.removeprefix(prefix): value for key, value in weights.items() if not key.startswith('head.')}
-        removed.append(prefix)
-    return weights, removed
+@dataclasses.dataclass
+class Found:
+    """Weights of a model in a file: those behind one prefix in one of its dicts.
+
+    Args:
+        entry: where the dict is in the file, e.g. 'state_dict'; '' for the file itself.
+        prefix: what stands before the model's own names, e.g. 'module.backbone.'.
+        tensors: by the model's names, or timm's for them.
+        beside: names in the dict of what is not the model's.
+        cleared: what wrappers had put within names, and pruning beside them.
+    """
+    entry: str
+    prefix: str
+    tensors: dict
+    beside: List[str]
+    cleared: List[str]
+
+    @property
+    def label(self) -> str:
+        """What users call it."""
+        return f'{self.entry}.{self.prefix}'.strip('.') or 'the file itself'
+
+    @property
+    def is_average(self) -> bool:
+        return bool(AVERAGE.search(self.label))
+
+    def equals(self, other: 'Found') -> bool:
+        return self.tensors.keys() == other.tensors.keys() and all(
+            value.shape == other.tensors[key].shape and bool((value == other.tensors[key]).all())
+            for key, value in self.tensors.items())
+
+
+def find_weights(content: dict, own: Set[str]) -> List[Found]:
+    """All places in a file's content where a model's names stand behind one prefix.
+
+    Args:
+        content: dicts in dicts.
+        own: the model's names, and other names for the same; of an unknown model, those of all XCiT.
+
+    Returns:
+        The places with half as many names as the best, or more.
+    """
+    found = []
+    for entry, tensors in dicts_of_tensors(content):
+        tensors, cleared = without_wrappers(tensors)
+        counts = Counter(prefix for key in tensors for prefix in prefixes(key, own))
+        found += [(count, entry, prefix, tensors, cleared) for prefix, count in counts.items()]
+    most = max((count for count, *_ in found), default=0)
+    return [behind_prefix(*rest, own) for count, *rest in found if count >= max(most / 2, 4)]
+
+
+def dicts_of_tensors(content: dict, entry: str = '', depth: int = DEPTH) -> Iterator[Tuple[str, dict]]:
+    """(where it is, its tensors by name) of each dict in a dict that has any."""
+    tensors = {key: value for key, value in content.items()
+               if isinstance(key, str) and isinstance(value, torch.Tensor)}
+    if tensors:
+        yield entry, tensors
+    for key, value in content.items():
+        if depth and isinstance(key, str) and isinstance(value, dict):
+            yield from dicts_of_tensors(value, f'{entry}.{key}'.strip('.'), depth - 1)
+
+
+def without_wrappers(tensors: dict) -> Tuple[dict, List[str]]:
+    """Names as if the model had never been compiled or pruned; and what was done."""
+    cleared = []
+    if any('_orig_mod.' in key for key in tensors):  # torch.compile, of the whole or of parts
+        tensors, cleared = {key.replace('_orig_mod.', ''): value for key, value in tensors.items()}, ['_orig_mod.']
+    pruned = {key.removesuffix('_orig') for key in tensors if key.endswith('_orig')
+              and f'{key.removesuffix("_orig")}_mask' in tensors}  # torch.nn.utils.prune
+    if pruned:
+        rest = {key: value for key, value in tensors.items() if re.sub('_(orig|mask)$', '', key) not in pruned}
+        tensors = {**rest, **{key: tensors[f'{key}_orig'] * tensors[f'{key}_mask'] for key in pruned}}
+        cleared = [*cleared, f'{len(pruned)} pruned ones as pruning leaves them']
+    return tensors, cleared
+
+
+def prefixes(key: str, own: Set[str]) -> Iterator[str]:
+    """What stands before one of a model's own names in a key; there may be several ways to see it."""
+    parts = key.split('.')
+    for i in range(len(parts)):
+        if '.'.join(parts[i:]) in own:
+            yield ''.join(f'{part}.' for part in parts[:i])
+
+
+def behind_prefix(entry: str, prefix: str, tensors: dict, cleared: List[str], own: Set[str]) -> Found:
+    """What of a dict is the model's: all names behind the prefix that begin as one of its own does."""
+    first = {name.partition('.')[0] for name in own}
+    mine = {key.removeprefix(prefix): value for key, value in tensors.items()
+            if key.startswith(prefix) and key.removeprefix(prefix).partition('.')[0] in first}
+    names = {prefix + key for key in mine}
+    around = prefix.removesuffix('backbone.')
+    if around != prefix and not any(key.startswith('head.') for key in mine):  # mmpretrain's head lies beside it
+        for part in ('weight', 'bias'):
+            if f'{around}head.fc.{part}' in tensors:
+                mine[f'head.{part}'] = tensors[f'{around}head.fc.{part}']
+                names.add(f'{around}head.fc.{part}')
+    return Found(entry, prefix, mine, [key for key in tensors if key not in names], cleared)
+
+
+def of_other_task(beside: List[str]) -> List[str]:
+    """The parts of a detector or of a segmenter among names, if there are any."""
+    return sorted({part for key in beside for part in key.split('.')[:3] if part.rstrip('0123456789') in OTHER_TASKS})
+
+
+def choose(found: List[Found], *, average: bool = False, key: str = '') -> Optional[Found]:
+    """The weights that are meant among those in a file; None: there are none of that kind.
+
+    Args:
+        average: take the moving average.
+        key: the label of those to take, or how it begins.
+
+    Raises:
+        ValueError: there are several that differ.
+    """
+    if key:
+        found = [one for one in found if one.label == key] or [
+            one for one in found if f'{one.label}.'.startswith(f'{key}.')]
+    elif average:
+        found = [one for one in found if one.is_average]
+    else:
+        found = [one for one in found if not one.is_average] or found
+        if any(one.entry == 'teacher' for one in found):  # of a training by DINO, whose student is not what it is for
+            found = [one for one in found if one.entry != 'student']
+    different = found[:1] + [one for one in found[1:] if not one.equals(found[0])]
+    if len(different) > 1:
+        raise ValueError(f'holds {len(different)} sets of weights that differ: '
+                         f'{", ".join(one.label for one in different)}')
+    return found[0] if found else None
 
 
 def has_timm_names(weights: dict) -> bool:
@@ -130,16 +250,22 @@ def to_timm_names(weights: dict) -> dict:
     return renamed
 
 
+def in_both_namings(names: Iterable[str]) -> Set[str]:
+    """A model's names, and what they are in the other naming."""
+    tensors = dict.fromkeys(names, torch.empty(3, device='meta'))
+    return {*tensors, *to_timm_names(tensors), *from_timm_names(tensors)}
+
+
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     """What timm loads from a file, in whichever format XCiT weights come.
 
     Raises:
         ValueError: weights are missing or left over; where the head is for other classes, timm itself would not tell.
     """
-    weights = next((state_dict[name] for name in ENTRIES if isinstance(state_dict.get(name), dict)), state_dict)
-    weights, _ = strip_prefixes(weights)
-    weights = from_timm_names(weights) if has_timm_names(weights) else weights
     own = model.state_dict()
+    found = choose(find_weights(state_dict, in_both_namings(own)))
+    weights = state_dict if found is None else found.tensors
+    weights = from_timm_names(weights) if has_timm_names(weights) else weights
     if 'pos_embeder.token_projection.weight' not in own:  # use_pos_embed=False
         weights = {key: value for key, value in weights.items() if not key.startswith('pos_embeder.')}
     for what, keys in (('missing', own.keys() - weights.keys()), ('unexpected', weights.keys() - own.keys())):

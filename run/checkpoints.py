@@ -1,8 +1,8 @@
 """Checkpoint files: plain values and state dicts, written whole or not at all, read without executing anything."""
-import argparse
 import contextlib
 import glob
 import http.client
+import json
 import os
 import pickle
 import re
@@ -19,6 +19,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from run import file_kinds, harmless
 from run.processes import is_main_process, shows_bar
 from utils import InputError, RunStopped, first_line, sync_to_disk
 
@@ -28,12 +29,16 @@ except ImportError:  # Windows
     fcntl = None
 
 
-def save_checkpoint(state: dict, path: Path, *, keep: Optional[Path] = None):
+DESCRIPTION = ('args', 'classes', 'accuracy', 'epoch')  # what a .safetensors file keeps of a training's checkpoint
+
+
+def save_checkpoint(state: dict, path: Path, *, keep: Optional[Path] = None, metadata: Optional[dict] = None):
     """Write `state` so that `path` holds either the old file or the whole new one, at every moment.
 
     Args:
         state: for a path that ends in .safetensors, tensors alone.
         keep: where the old file goes; None: it is replaced.
+        metadata: of a path that ends in .safetensors: texts by name.
 
     Raises:
         RunStopped: the disk is full, or can't be written to; the old file is as it was.
@@ -44,7 +49,7 @@ def save_checkpoint(state: dict, path: Path, *, keep: Optional[Path] = None):
     try:
         with open(unfinished, 'wb') as file:
             if path.suffix == '.safetensors':
-                file.write(safetensors.torch.save(state, metadata={'format': 'pt'}))
+                file.write(safetensors.torch.save(state, metadata=metadata or {'format': 'pt'}))
             else:
                 torch.save(state, file)
             sync_to_disk(file)
@@ -188,23 +193,71 @@ def wait_for_lock(file):
             fcntl.flock(file, fcntl.LOCK_EX)
 
 
+def load_safetensors(path: Path) -> dict:
+    """The tensors of a .safetensors file; as a training's checkpoint, if its metadata say what that would."""
+    tensors = safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, 'pt') as file:
+        metadata = file.metadata() or {}
+    described = described_in(metadata)
+    return {'model': tensors, **described} if described else tensors
+
+
+def metadata_of(checkpoint: dict) -> dict:
+    """What a .safetensors file is to keep of a training's checkpoint beside its tensors: texts by name."""
+    kept = {key: checkpoint[key] for key in DESCRIPTION if checkpoint.get(key) is not None}
+    return {'format': 'pt', **{key: json.dumps(value, default=str) for key, value in kept.items()}}
+
+
+def described_in(metadata: dict) -> dict:
+    """What `metadata_of` has kept; nothing of metadata by others."""
+    found = {}
+    for key in DESCRIPTION:
+        with contextlib.suppress(KeyError, ValueError):
+            found[key] = json.loads(metadata[key])
+    return found if isinstance(found.get('args'), dict) and 'model' in found['args'] else {}
+
+
+def problem_of_pickle(path: Path, error: pickle.UnpicklingError) -> str:
+    """Why torch refuses a file: something in it that is no plain value, by its name, or damage."""
+    found = re.search(r'GLOBAL (\S+)', str(error))
+    if found is None:
+        return ('damaged, truncated or not a checkpoint of tensors and plain values (files that need Python code to be '
+                'run are refused)')
+    refused = found[1]
+    with contextlib.suppress(Exception):  # only files that are zip archives can be asked
+        for other in torch.serialization.get_unsafe_globals_in_checkpoint(path):
+            if other.startswith(('torch.nn.modules.', 'timm.models.', 'timm.layers.', 'torchvision.models.')):
+                refused = other
+    if refused.startswith(('torch.nn.modules.', 'timm.', 'torchvision.')):
+        return (f'is a whole pickled model ({refused}), which could run code; where it comes from, save its weights '
+                f'alone: torch.save(model.state_dict(), FILE)')
+    return (f'holds a Python object of type {refused}, which could run code; where it comes from, save the weights '
+            f'alone: torch.save(model.state_dict(), FILE)')
+
+
 def load_file(path: Path, name: str) -> dict:
     """Read a file, which messages call `name`; see `load_checkpoint`."""
     try:
-        if path.suffix == '.safetensors':
-            return safetensors.torch.load_file(path)
-        # Checkpoints of the original's main.py hold its parsed arguments, which can do no harm.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        if path.is_dir():
+            raise IsADirectoryError
+        kind = file_kinds.kind_of(path)
+        if kind == file_kinds.SAFETENSORS:
+            return load_safetensors(path)
+        if kind:
+            raise InputError(f'{name}: is {kind}')
+        with torch.serialization.safe_globals(harmless.safe_globals()), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # torch's about the format of files that it then refuses
             check_integrity(path)
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+            with open(path, 'rb') as file:  # of a path, torch believes the suffix
+                checkpoint = torch.load(file, map_location='cpu', weights_only=True)
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f'{name}: no such file') from None
     except IsADirectoryError:
         raise InputError(f'{name}: a directory, not a checkpoint file') from None
-    except pickle.UnpicklingError:
-        raise InputError(f'{name}: damaged, truncated or not a checkpoint of tensors and plain values (files that need '
-                         f'Python code to be run are refused)') from None
+    except pickle.UnpicklingError as error:
+        raise InputError(f'{name}: {problem_of_pickle(path, error)}') from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile,
             safetensors.SafetensorError) as error:
         raise InputError(f'{name}: damaged, truncated or not a checkpoint ({first_line(error)})') from None

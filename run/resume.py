@@ -61,6 +61,7 @@ def goes_on_in_place(args) -> bool:
 
 
 def trained_with(checkpoint: dict) -> dict:
-    """The flags of the training that wrote a checkpoint; empty if it does not say."""
-    args = checkpoint.get('args', {})
-    return args if isinstance(args, dict) else vars(args)
+    """The flags of the training that wrote a checkpoint; empty if it does not say, or not by name."""
+    args = checkpoint.get('args')
+    args = args if isinstance(args, dict) else getattr(args, '__dict__', {})
+    return {name: value for name, value in args.items() if isinstance(name, str)}

@@ -218,7 +218,7 @@ def test_out_must_be_a_file_in_a_directory(original, tmp_path):
     (lambda: {'model': {}}, ['no weights']),
     (lambda: {k: v for k, v in seeded_model(NAME).state_dict().items() if k != 'norm.bias'},
      ['missing keys: norm.bias']),
-    (lambda: {**seeded_model(NAME).state_dict(), 'odd': torch.ones(1)}, ['unexpected keys: odd']),
+    (lambda: {**seeded_model(NAME).state_dict(), 'norm.odd': torch.ones(1)}, ['unexpected keys: norm.odd']),
 ], ids=['resnet', 'vit', 'cait', 'nothing', 'missing', 'left over'])
 def test_other_weights_are_refused(tmp_path, content, words):
     """What is no XCiT's, or not all of it; an existing OUT stays as it was."""

@@ -1,7 +1,6 @@
 """What the tools share: a model with its weights, classes and transform, and the pictures to show it."""
 import argparse
 import dataclasses
-import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -21,6 +20,7 @@ from loaders import pictures
 from loaders.workers import Loader
 from run import flags, processes
 from run.commandline import COUNT, COUNT_OR_0, PATH
+from run.parts import class_list
 from run.resume import trained_with
 from utils import InputError, RunStopped, UnreadableImage
 from weights import check_model
@@ -60,8 +60,15 @@ def add_weights_arguments(parser: argparse.ArgumentParser):
                        'weights say, as a training\'s checkpoint does')
     group.add_argument('--pretrained', required=True, type=PATH, metavar='TAG|PATH|URL|hf-hub:NAME',
                        help='weights: published ones by their tag (see the README), or any others')
+    add_choice_of_weights(group)
+
+
+def add_choice_of_weights(group):
+    """The flags that say which of several sets of weights in a file it is."""
     group.add_argument('--use-ema', action=argparse.BooleanOptionalAction, default=False,
                        help='take the moving average that a training\'s checkpoint holds beside the weights')
+    group.add_argument('--checkpoint-key', default='', metavar='KEY',
+                       help='where the weights are in a file that holds several, as in state_dict.student')
 
 
 def add_square_arguments(parser: argparse.ArgumentParser):
@@ -93,10 +100,11 @@ def load_model(args, *, fuse: bool = True) -> LoadedModel:
     if args.model:
         check_model('--model', args.model)
     weights.check_exists(args.pretrained, '--pretrained', args.model or '')
-    given = weights.read(args.pretrained, '--pretrained', args.model or '', use_ema=args.use_ema)
+    given = weights.read(args.pretrained, '--pretrained', args.model or '', use_ema=args.use_ema,
+                         key=args.checkpoint_key)
     trained = trained_with(given.checkpoint)
     published = weights.published(args.model or '', args.pretrained) or weights.published_as(args.pretrained)
-    name = args.model or (published and published.model) or model_of_training(trained)
+    name = args.model or (published and published.model) or weights.model_of_training(given.checkpoint)
     if name is None:
         raise InputError(f'--model: is needed, since {args.pretrained} does not say what it is the weights of')
     check_model('--model', name)
@@ -105,7 +113,8 @@ def load_model(args, *, fuse: bool = True) -> LoadedModel:
     model.eval().requires_grad_(False)
     if fuse and isinstance(model, xcit.Xcit):
         xcit.fuse(model)
-    own_size = published.resolution if published else trained.get('input_size') or model.default_cfg['input_size'][-1]
+    own_size = published.resolution if published else side_of(trained.get('input_size')) or (
+        model.default_cfg['input_size'][-1])
     own_crop = .875 if not published and trained.get('full_crop') is False else 1.
     return LoadedModel(
         model.to(device), name, names_in_words(given, model),
@@ -114,16 +123,20 @@ def load_model(args, *, fuse: bool = True) -> LoadedModel:
         device=device, amp_dtype=flags.amp_dtype(args, device))
 
 
-def model_of_training(trained: dict) -> Optional[str]:
-    """The model of a training's flags; this repository's where timm has the same under a name with a resolution."""
-    name = trained.get('model')
-    own = re.sub(r'_(224|384)(\..*)?$', '', str(name))
-    return own if own in xcit.MODELS else name
+def side_of(size) -> Optional[int]:
+    """The side of square images from what files hold for it: a number, or (3, img_h, img_w) or so; else None."""
+    sides = size[-2:] if isinstance(size, (list, tuple)) and size else [size]
+    sides = {int(side) for side in sides if str(side).isdecimal()}
+    return sides.pop() if len(sides) == 1 else None
 
 
 def names_in_words(given: weights.Weights, model: torch.nn.Module) -> Optional[List[str]]:
     """The names in a training's checkpoint, or ImageNet's for a model of 1000 classes without any."""
-    names = given.checkpoint.get('classes')
+    names = class_list(given.checkpoint.get('classes'))
+    if names is not None and len(names) != model.num_classes:
+        processes.notice(f'{given.source}: its {len(names)} names of classes are left, since it has '
+                         f'{model.num_classes} classes')
+        names = None
     if names is None and model.num_classes == 1000:
         names = ImageNetInfo('imagenet-1k').label_names()
     if names is None:

@@ -1,14 +1,16 @@
 """Convert XCiT weights between the published naming and timm's, bit by bit.
 
-Reads whatever the other programs read: a training's checkpoint, a published file, timm's copy. Writes a bare state dict
-to a .safetensors file and in timm's naming; `{'model': ...}` in the original's to a .pth file, with the classes and
-flags that a training's checkpoint has. Resolution and crop of published weights are in their name alone: repeat them.
+Reads whatever the other programs read: a training's checkpoint, a published file, timm's copy. The model's name, the
+classes, the resolution and the crop go with the weights: beside them in a .pth file in the original's naming, in the
+metadata of a .safetensors file. In timm's naming, a config.json beside the file says the same to timm.
 """
 import argparse
+import json
 from pathlib import Path
 from typing import Optional
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import utils
 import weights
@@ -16,8 +18,11 @@ import xcit
 import xcit_zoo
 from run import checkpoints, commandline
 from run.commandline import PATH, PATH_OBJECT, Parser
+from run.parts import class_list
 from run.processes import notice
-from utils import InputError
+from run.resume import trained_with
+from tools import common
+from utils import InputError, write_json
 from weights import check_model
 
 SUFFIXES = ('.pth', '.safetensors')
@@ -31,8 +36,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('target', metavar='OUT', type=PATH_OBJECT, help=f'file to write: {" or ".join(SUFFIXES)}')
     parser.add_argument('--to', required=True, choices=['original', 'timm'], help='whose names the weights get')
     parser.add_argument('--model', metavar='NAME', help='which of the 14 models a tag is of')
-    parser.add_argument('--use-ema', action=argparse.BooleanOptionalAction, default=False,
-                        help='take the moving average that a training\'s checkpoint holds beside the weights')
+    common.add_choice_of_weights(parser)
     return parser
 
 
@@ -61,6 +65,41 @@ def model_of(given: weights.Weights) -> str:
     raise InputError(f'{given.source}: not the weights of an XCiT model; it has: {utils.abridge(list(given.tensors))}')
 
 
+def describe(given: weights.Weights, name: str, published: Optional[xcit_zoo.Published]) -> dict:
+    """What a training's checkpoint says beside its weights, in plain values; of a published file, what is known."""
+    trained = trained_with(given.checkpoint)
+    known = {'input_size': published.resolution, 'full_crop': published.crop == 1.} if published else {}
+    names = class_list(given.checkpoint.get('classes'))
+    kept = {key: given.checkpoint[key] for key in ('accuracy', 'epoch') if key in given.checkpoint}
+    return {'args': {**trained, **known, 'model': name}, **({'classes': names} if names else {}), **kept}
+
+
+def check_config(path: Path):
+    """Refuse to replace a config.json that is not about a timm model."""
+    try:
+        if path.exists() and 'architecture' not in json.loads(path.read_text()):
+            raise ValueError
+    except (OSError, ValueError, TypeError):
+        raise InputError(f'OUT: {path} is there, and is not timm\'s; choose another folder') from None
+
+
+def timm_config(name: str, described: dict, given: weights.Weights, published: Optional[xcit_zoo.Published]) -> dict:
+    """What timm reads beside weights in its naming, to open them as its own model with the right images and classes."""
+    trained, num_classes = described['args'], weights.num_classes(name, given)
+    side = common.side_of(trained.get('input_size')) or 224
+    config = {'architecture': f'{name}_{published.resolution if published else 224}', 'num_classes': num_classes,
+              'num_features': given.tensors['cls_token'].shape[-1],
+              'pretrained_cfg': {
+                  'tag': published.tag if published else 'trained', 'num_classes': num_classes,
+                  'input_size': [3, side, side], 'mean': list(IMAGENET_DEFAULT_MEAN),
+                  'std': list(IMAGENET_DEFAULT_STD), 'interpolation': 'bicubic', 'fixed_input_size': False,
+                  'crop_pct': .875 if trained.get('full_crop') is False else 1., 'crop_mode': 'center',
+                  'pool_size': None, 'first_conv': 'patch_embed.proj.0.0', 'classifier': 'head'}}
+    if len(described.get('classes', [])) == num_classes > 0:
+        config['label_names'] = described['classes']
+    return config
+
+
 def main(argv: Optional[list] = None) -> dict:
     """Convert; returns the weights as they were written, by name.
 
@@ -71,21 +110,30 @@ def main(argv: Optional[list] = None) -> dict:
     if args.model:
         check_model('--model', args.model)
     check_target(args.source, args.target)
+    config = args.target.with_name('config.json')
+    if args.to == 'timm':
+        check_config(config)
     weights.check_exists(args.source, 'IN', args.model or '')
-    given = weights.read(args.source, 'IN', args.model or '', use_ema=args.use_ema)
+    given = weights.read(args.source, 'IN', args.model or '', use_ema=args.use_ema, key=args.checkpoint_key)
     name = model_of(given)
     if args.model and args.model.split('.')[0] != name:
         raise InputError(f'--model {args.model}: {given.source} has the weights of {name}')
     weights.check(weights.build_without_storage(name, given), given)
+    published = weights.published(args.model or '', args.source) or weights.published_as(args.source)
     num_classes = weights.num_classes(name, given)
     # As files of their own: without what a tensor may share with others, and in one piece.
     tensors = {key: value.clone(memory_format=torch.contiguous_format) for key, value in given.tensors.items()}
     tensors = xcit_zoo.to_timm_names(tensors) if args.to == 'timm' else tensors
-    bare = args.to == 'timm' or args.target.suffix == '.safetensors'
-    kept = {key: given.checkpoint[key] for key in ('classes', 'args') if key in given.checkpoint}
-    checkpoints.save_checkpoint(tensors if bare else {'model': tensors, **kept}, args.target)
+    described = describe(given, name, published)
+    if args.target.suffix == '.safetensors':
+        checkpoints.save_checkpoint(tensors, args.target, metadata=checkpoints.metadata_of(described))
+    else:
+        checkpoints.save_checkpoint(tensors if args.to == 'timm' else {'model': tensors, **described}, args.target)
     notice(f'{given.source}: {given.description}')
     notice(f'{args.target}: {name}, {num_classes} classes, {len(tensors)} tensors in {args.to} naming')
+    if args.to == 'timm':
+        write_json(config, timm_config(name, described, given, published))
+        notice(f'{config}: for timm.create_model(\'local-dir:{config.absolute().parent}\')')
     return tensors
 
 

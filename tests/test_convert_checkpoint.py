@@ -1,4 +1,5 @@
 """tools.convert_checkpoint: both ways, bitwise, and into timm's own models."""
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -80,19 +81,19 @@ def test_round_trip_from_timm_is_bitwise(tmp_path):
     ('original', '.pth', 'model'), ('timm', '.pth', None), ('original', '.safetensors', None),
     ('timm', '.safetensors', None)])
 def test_file_has_the_layout_of_its_kind(original, tmp_path, to, suffix, entry):
-    """{'model': ...} in the original's .pth, else the weights alone; each in the naming that was asked for."""
+    """{'model': ..., 'args': ...} in the original's .pth, else the weights alone; in the naming that was asked for."""
     content = convert(original, tmp_path / f'out{suffix}', to)
-    assert set(content) == {'model'} if entry else len(content) > 100
+    assert set(content) == {'model', 'args'} if entry else len(content) > 100
     tensors = content[entry] if entry else content
     assert xcit_zoo.has_timm_names(tensors) == (to == 'timm')
     assert all(isinstance(value, torch.Tensor) for value in tensors.values())
 
 
 def test_safetensors_say_whose_tensors_they_are(original, tmp_path):
-    """The metadata that other libraries ask for."""
+    """The metadata that other libraries ask for, and the model's name."""
     convert(original, tmp_path / 'out.safetensors', 'timm')
     with safetensors.safe_open(tmp_path / 'out.safetensors', 'pt') as file:
-        assert file.metadata() == {'format': 'pt'}
+        assert file.metadata() == {'format': 'pt', 'args': json.dumps({'model': NAME})}
 
 
 def test_odd_layouts_in_memory_are_written(tmp_path):
@@ -172,7 +173,8 @@ def test_program_says_what_it_did(original, tmp_path):
     assert result.stdout.splitlines() == [
         f"IN {original}: 'model'",
         f'{tmp_path}/out.pth: {NAME}, {CLASSES} classes, {len(load(tmp_path / "out.pth"))} tensors in timm '
-        f'naming']
+        f'naming',
+        f"{tmp_path}/config.json: for timm.create_model('local-dir:{tmp_path}')"]
     assert (result.returncode, result.stderr) == (0, '')
 
 

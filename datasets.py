@@ -5,9 +5,11 @@ into `BUILDERS`. Images reach the transform as RGB.
 """
 import argparse
 import contextlib
+import copy
 import gzip
 import itertools
 import json
+import pkgutil
 import sys
 import zlib
 from collections import Counter
@@ -96,6 +98,7 @@ class ClassFolders(datasets.ImageFolder):
         root: the folder.
         standard: class names in the order of their indices, which a subset of them keeps; None: the folders' names,
             sorted.
+        numbers: of the classes, by the names of their folders, where these are no standard names.
         upright: turn pictures as their EXIF orientation says.
         allow_empty: classes may have no pictures.
 
@@ -104,8 +107,8 @@ class ClassFolders(datasets.ImageFolder):
     """
 
     def __init__(self, root: Path, transform: Optional[Callable] = None, *, standard: Optional[List[str]] = None,
-                 upright: bool = True, allow_empty: bool = False):
-        self.standard, self.upright = standard, upright
+                 numbers: Optional[Dict[str, int]] = None, upright: bool = True, allow_empty: bool = False):
+        self.standard, self.numbers, self.upright = standard, numbers, upright
         super().__init__(root, transform=transform, loader=partial(load_rgb, upright=upright),
                          allow_empty=allow_empty)
 
@@ -117,6 +120,8 @@ class ClassFolders(datasets.ImageFolder):
         if not classes:
             raise InputError(f'--data-path: {directory} has no class folders')
         class_to_idx = {name: i for i, name in enumerate(classes)}
+        if self.numbers is not None:
+            return classes, {name: self.numbers[name] for name in classes}
         if self.standard is None:
             return classes, class_to_idx
         index = {name: i for i, name in enumerate(self.standard)}
@@ -251,6 +256,44 @@ def build_imagenet(args, is_train: bool, subset: str = 'imagenet-1k'):
     return ClassFolders(root, standard=standard, upright=turns_upright(args)), len(standard)
 
 
+def build_test_set(args, is_train: bool, subset: str = ''):
+    """One of ImageNet's other test sets; `subset` is timm's name for its 200 classes, '' if it has all 1000."""
+    if is_train:
+        raise InputError(f'--data-set {args.data_set}: is a test set, for --eval alone')
+    standard = ImageNetInfo().label_names()
+    known = pkgutil.get_data('timm.data', f'_info/{subset}_synsets.txt').decode().split() if subset else standard
+    numbers = {name: standard.index(name) for name in known}
+    if not subset:  # ImageNet-V2 comes with folders 0 to 999, which as texts are in another order
+        numbers.update({name: int(name) for i in range(len(standard)) for name in (str(i), f'{i:03}', f'{i:04}')})
+    root = folder_of_classes(Path(args.data_path), numbers)
+    dataset = ClassFolders(root, standard=standard, numbers=numbers, upright=turns_upright(args))
+    missing = len(known) - len(dataset.classes)
+    if missing:
+        notice(f'--data-path: {root} has {len(dataset.classes)} of the {len(known)} classes of {args.data_set}: its '
+               f'accuracy is not to be compared')
+    dataset.possible = sorted(numbers[name] for name in known) if subset else None
+    dataset.classes = standard
+    return dataset, len(standard)
+
+
+def folder_of_classes(root: Path, known: Dict[str, int]) -> Path:
+    """Where the class folders of a test set are: in `root`, or in a folder there, as archives unpack.
+
+    Raises:
+        InputError: nowhere, or among others that are no classes of the set.
+    """
+    inside = pictures.visible_folders(root)
+    problem = f'no class folders (as n01440764) there or one level below; it has: {utils.abridge(inside) or "none"}'
+    for folder in (root, *(root / name for name in inside)):
+        names = pictures.visible_folders(folder)
+        unknown = [name for name in names if name not in known]
+        if names and not unknown:
+            return folder
+        if len(unknown) < len(names):
+            problem = f'{folder} has {len(unknown)} folders that are none of its classes: {utils.abridge(unknown)}'
+    raise InputError(f'--data-path {root}: {problem}')
+
+
 def build_folder(args, is_train: bool, num_classes: Optional[int] = None):
     root = Path(args.data_path)
     stored = split.read(run_of(args))
@@ -331,6 +374,10 @@ def build_inaturalist(args, is_train: bool, year: int):
 BUILDERS = {
     'IMNET': build_imagenet,
     'IMNET22k': partial(build_imagenet, subset='imagenet-22k'),
+    'IMNET_V2': build_test_set,
+    'IMNET_SKETCH': build_test_set,
+    'IMNET_A': partial(build_test_set, subset='imagenet_a'),
+    'IMNET_R': partial(build_test_set, subset='imagenet_r'),
     'CIFAR10': partial(build_cifar, cls=datasets.CIFAR10),
     'CIFAR100': partial(build_cifar, cls=datasets.CIFAR100),
     'FASHION': lambda args, is_train: (FashionMNIST(Path(args.data_path), is_train), NUM_FASHION),
@@ -433,6 +480,20 @@ def notice_class_sizes(train: Dataset, held_out: Dataset):
                            ('no pictures for evaluation', [names[i] for i in there if not held_out[i]])):
         if found:
             notice(f'Warning: {len(found)} of {len(there)} classes have {problem}: {utils.abridge(found)}')
+
+
+def picture_of(dataset: Dataset) -> Optional[Callable[[int], Image.Image]]:
+    """A function that gives the image of a number, as it is before any transform; None of a stream, without numbers."""
+    if isinstance(dataset, IterableDataset):
+        return None
+    plain = copy.copy(dataset)
+    plain.transform = None
+    return lambda index: plain[index][0]
+
+
+def possible_classes(dataset: Dataset) -> Optional[List[int]]:
+    """The only classes that images of a test set have; None: all that the model knows."""
+    return getattr(dataset, 'possible', None)
 
 
 def class_names(dataset: Dataset) -> List[str]:

@@ -4,7 +4,7 @@ The same loops for every device, precision and number of processes.
 """
 import contextlib
 import math
-from typing import Callable, Iterable, Optional, Union
+from typing import Callable, Iterable, Optional, Sequence, Union
 
 import torch
 import torch.nn as nn
@@ -155,7 +155,9 @@ def learning_rate(optimizer: torch.optim.Optimizer) -> float:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: Iterable, *, device: torch.device, amp_dtype: Optional[torch.dtype] = None,
-             header: str = 'Test', after_batch: Optional[Callable[[], None]] = None, announce: bool = True) -> dict:
+             header: str = 'Test', after_batch: Optional[Callable[[], None]] = None, announce: bool = True,
+             classes: Optional[Sequence[int]] = None,
+             collect: Optional[Callable[[torch.Tensor, torch.Tensor], None]] = None) -> dict:
     """Top-1 and top-5 accuracy (percent) and mean cross-entropy over the images of all processes' loaders.
 
     Args:
@@ -164,6 +166,8 @@ def evaluate(model: nn.Module, loader: Iterable, *, device: torch.device, amp_dt
         after_batch: called after each batch, equally often on all processes; never, where these can't know how often
             that is.
         announce: print the result.
+        classes: the only ones that a prediction can be, for test sets that have some of a model's classes; None: all.
+        collect: called with the logits (B, K), of other classes -inf, and the targets (B,) of each batch.
 
     Returns:
         acc1, acc5, loss, images (their number), resolution ([img_h, img_w] of the last), images_per_s.
@@ -183,6 +187,10 @@ def evaluate(model: nn.Module, loader: Iterable, *, device: torch.device, amp_dt
         resolution = list(images.shape[-2:])
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             logits = model(images)
+        if classes is not None:
+            logits = only_classes(logits, classes)
+        if collect is not None:
+            collect(logits, targets)
         # differs: evaluation loss - the mean over images; the original's over batches, of which the last is short
         loss = F.cross_entropy(logits.float(), targets, reduction='none')
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
@@ -197,6 +205,13 @@ def evaluate(model: nn.Module, loader: Iterable, *, device: torch.device, amp_dt
         notice(f'* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}')
     return {'acc1': acc1, 'acc5': acc5, 'loss': loss, 'images': loader.images_evaluated(int(count)),
             'resolution': resolution, 'images_per_s': progress.stats()['images_per_s']}
+
+
+def only_classes(logits: torch.Tensor, classes: Sequence[int]) -> torch.Tensor:
+    """Logits (B, K) in which all other classes are impossible."""
+    possible = torch.full_like(logits, -math.inf)
+    possible[:, classes] = logits[:, classes]
+    return possible
 
 
 def skip():

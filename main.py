@@ -8,7 +8,7 @@ import dataclasses
 import math
 import shlex
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Callable, Dict, List, Optional, Tuple
 
 import timm
 import torch
@@ -24,6 +24,8 @@ from engine import NonFiniteLoss, evaluate, train_one_epoch
 from loaders import pictures, readers
 from loaders.batches import build_eval_loader, build_train_loader, images_of_epoch
 from losses import DISTILLATION_TYPES, DistillationLoss, TeacherOfOtherImages, classification_loss
+from reports import drawings, real_labels, tables
+from reports.predictions import Predictions
 from run import flags, optimization, parts, processes
 from run.commandline import COUNT, COUNT_OR_0, FRACTION, NON_NEGATIVE, PATH, POSITIVE, Parser, number, run_program
 from run.folder import BEST, CHECKPOINT
@@ -137,6 +139,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group('evaluation')
     group.add_argument('--eval', action='store_true', help='evaluate only')
+    group.add_argument('--report', action=boolean, default=True,
+                       help='with --output-dir: figures of each class, confusions and mistakes in its folder report')
+    group.add_argument('--real-labels', type=PATH, metavar=f'FILE|{real_labels.OF_TIMM}',
+                       help='with --eval and IMNET: the accuracy by reassessed labels, too (real.json; '
+                       f'{real_labels.OF_TIMM}: the one that comes with timm)')
     group.add_argument('--test-freq', default=1, type=COUNT, metavar='N', help='epochs between two evaluations')
     group.add_argument('--full-crop', action=boolean, default=False,
                        help='evaluate the whole shorter side (crop 1.0, as published) instead of 0.875 of it')
@@ -194,6 +201,8 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
         raise InputError('--use-ema: needs weights to take the average from: --pretrained, or --eval with --resume')
     if args.checkpoint_key and not args.pretrained and not (args.eval and args.resume):
         raise InputError('--checkpoint-key: needs weights to choose from: --pretrained, or --eval with --resume')
+    if args.real_labels and not (args.eval and args.data_set == 'IMNET'):
+        raise InputError(f'--real-labels {args.real_labels}: needs --eval and --data-set IMNET')
     if args.start_epoch >= args.epochs:
         raise InputError(f'--start-epoch {args.start_epoch}: must be less than --epochs {args.epochs}')
     try:
@@ -416,6 +425,7 @@ def train(args, device: torch.device) -> dict:
             notice_pace(args, batches=len(train_loader), images=images_of_epoch(dataset_train, args))
             show_first_images(args, run, train_loader)
             for epoch in run.rounds(train_loader):
+                best = False
                 train_stats = train_one_epoch(
                     ddp_model, losses, train_loader, optimizer=optimizer, clip_grad=args.clip_grad,
                     frozen=frozen_part(args, model),
@@ -425,19 +435,24 @@ def train(args, device: torch.device) -> dict:
                 if epoch % args.test_freq == 0 or epoch == args.epochs - 1:
                     run.save_untested()  # an evaluation picture may be unreadable, which ends the run
                     try:
-                        stats.update(test(model, model_ema, eval_loader, device=device, amp_dtype=amp_dtype,
-                                          where=f'the end of epoch {epoch}', after_batch=run.look_up))
+                        tested, found = test(model, model_ema, eval_loader, device=device, amp_dtype=amp_dtype,
+                                             where=f'the end of epoch {epoch}', after_batch=run.look_up,
+                                             collects=bool(args.report and args.output_dir))
                     except NonFiniteLoss:
                         run.take_back()
                         raise
-                    note(accuracy, stats)
+                    stats.update(tested)
+                    best = note(accuracy, stats, epoch)
+                    if best and found:
+                        predictions = found['average' if accuracy['better_is_average'] else 'model']
+                        predictions.gather(eval_loader)
+                        write_tables(args, dataset_val, predictions)
                 # faithful: stepped with the epoch just finished, so that epochs 0 and 1 share a rate (original main.py)
                 scheduler.step(epoch, accuracy['last'])
                 stats['n_parameters'] = derived['n_parameters']
-                run.finish(epoch, stats, best=stats.get('test_acc1', -1.) >= accuracy['best'],
-                           summary=line_of_table(stats))
+                run.finish(epoch, stats, best=best, summary=line_of_table(stats))
     if args.output_dir:
-        notice('Next, evaluate the best model:\n  ' + evaluation_command(args))
+        conclude(args, accuracy, dataset_val)
     return stats
 
 
@@ -459,9 +474,20 @@ def build_run(args, model: torch.nn.Module, model_ema: Optional[ModelEmaV3], opt
 
 
 def test(model: torch.nn.Module, model_ema: Optional[ModelEmaV3], loader, *, device: torch.device,
-         amp_dtype: Optional[torch.dtype], where: str, after_batch: Callable[[], None]) -> dict:
-    """Evaluate the model and its moving average; `where` is for the error of a model that has diverged."""
-    stats = evaluate(model, loader, device=device, amp_dtype=amp_dtype, after_batch=after_batch, announce=False)
+         amp_dtype: Optional[torch.dtype], where: str, after_batch: Callable[[], None], collects: bool
+         ) -> Tuple[dict, Dict[str, Predictions]]:
+    """Evaluate the model and its moving average.
+
+    Args:
+        where: for the error of a model that has diverged.
+        collects: keep what they predict.
+
+    Returns:
+        The figures; and the predictions of 'model' and 'average', where they are kept.
+    """
+    found = {name: Predictions() for name in ('model', 'average')} if collects else {}
+    stats = evaluate(model, loader, device=device, amp_dtype=amp_dtype, after_batch=after_batch, announce=False,
+                     collect=found.get('model'))
     if not math.isfinite(stats['loss']):
         raise NonFiniteLoss('evaluation loss', stats['loss'], where)
     result = {f'test_{k}': v for k, v in stats.items() if k not in ('images', 'resolution')}
@@ -470,16 +496,55 @@ def test(model: torch.nn.Module, model_ema: Optional[ModelEmaV3], loader, *, dev
         if model_ema.device is not None:
             average = copy.deepcopy(average).to(device)
         ema_stats = evaluate(average, loader, device=device, amp_dtype=amp_dtype,
-                             header='Test of the moving average', after_batch=after_batch, announce=False)
+                             header='Test of the moving average', after_batch=after_batch, announce=False,
+                             collect=found.get('average'))
         result.update({f'test_ema_{k}': ema_stats[k] for k in ('acc1', 'acc5', 'loss')})
-    return result
+    return result, found
 
 
-def note(accuracy: parts.Metrics, stats: dict):
-    """Enter an evaluation. Not before all of it is known: a run that is stopped within it does it again."""
-    accuracy['last'] = stats['test_acc1']
-    accuracy.note_best('best', stats['test_acc1'])
-    accuracy.note_best('best_ema', stats.get('test_ema_acc1', 0.))
+def note(accuracy: parts.Metrics, stats: dict, epoch: int) -> bool:
+    """Enter an evaluation; whether the model, or its average, is as good as any before.
+
+    Not before all of it is known: a run that is stopped within it does it again.
+    """
+    model, average = stats['test_acc1'], stats.get('test_ema_acc1', -1.)
+    accuracy['last'] = model
+    before = max(accuracy['best'], accuracy['best_ema'])
+    accuracy.note_best('best', model)
+    accuracy.note_best('best_ema', max(average, 0.))
+    if max(model, average) < before:
+        return False
+    accuracy.update(better_is_average=float(average > model), best_epoch=float(epoch))
+    return True
+
+
+def write_tables(args, dataset, predictions: Predictions):
+    """The tables of a report, on the main process, of what all of them have predicted."""
+    if processes.is_main_process():
+        tables.write(Path(args.output_dir, tables.FOLDER), predictions, datasets.class_names(dataset),
+                     datasets.files_of(dataset) or None)
+
+
+def draw_report(output_dir: str, dataset):
+    """The pictures of a report whose tables are there, and of a training's log."""
+    folder = Path(output_dir, tables.FOLDER)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawings.draw(folder, Path(output_dir, 'log.txt'), datasets.picture_of(dataset))
+    notice(f'Report: {folder}')
+
+
+def conclude(args, accuracy: parts.Metrics, dataset):
+    """After a training: its report, which model is best, and what to do with it."""
+    if args.report and processes.is_main_process():
+        draw_report(args.output_dir, dataset)
+    if 'best_epoch' in accuracy:
+        which = 'the moving average' if accuracy['better_is_average'] else 'the model'
+        best = accuracy['best_ema' if accuracy['better_is_average'] else 'best']
+        notice(f'Best: epoch {accuracy["best_epoch"]:.0f}, {which}, Acc@1 {best:.3f}, in {best_weights(args)}')
+    ema = ['--use-ema'] if accuracy.get('better_is_average') else []
+    notice('Next, evaluate it, or predict pictures of your own:\n  ' + shlex.join(evaluation_command(args) + ema)
+           + '\n  ' + shlex.join(['python', '-m', 'tools.predict', 'PICTURE.jpg', '--pretrained',
+                                  str(best_weights(args)), *ema]))
 
 
 def notice_pace(args, *, batches: int, images: int):
@@ -520,10 +585,13 @@ def show_first_images(args, run: Run, loader):
                 'train/images', torchvision.utils.make_grid(images, normalize=True, scale_each=True))
 
 
-def evaluation_command(args) -> str:
+def best_weights(args) -> Path:
     best = Path(args.output_dir, BEST)
-    weights = best if best.exists() else Path(args.output_dir, CHECKPOINT)  # no new best after a resume from elsewhere
-    words = ['python', 'main.py', '--eval', '--resume', str(weights), '--model', args.model,
+    return best if best.exists() else Path(args.output_dir, CHECKPOINT)  # no new best after a resume from elsewhere
+
+
+def evaluation_command(args) -> List[str]:
+    words = ['python', 'main.py', '--eval', '--resume', str(best_weights(args)), '--model', args.model,
              '--input-size', str(args.input_size), '--data-set', args.data_set]
     words += [] if args.data_set == 'SAMPLE' else ['--data-path', args.data_path]
     words += ['--inat-category', args.inat_category] if args.data_set.startswith('INAT') else []
@@ -531,12 +599,15 @@ def evaluation_command(args) -> str:
     if readers.prefix_of(args.data_set):
         words += ['--val-split', args.val_split]
         words += ['--num-classes', str(args.num_classes)] if args.num_classes else []
-    return shlex.join(words)
+    return words
 
 
 def evaluate_only(args, device: torch.device) -> dict:
     """Evaluate a model; returns and stores its statistics."""
     dataset, num_classes = datasets.build_dataset(args, is_train=False)
+    if args.real_labels:  # what can't be read is refused before the work
+        real_labels.read(args.real_labels)
+        real_labels.numbers_of(datasets.files_of(dataset))
     args = replaced(args, resize=dataset.resizes)
     pictures.notice_peculiarities(datasets.files_of(dataset))
     datasets.probe_images(dataset, same_size=not datasets.resizes_for_evaluation(args))
@@ -562,13 +633,30 @@ def evaluate_only(args, device: torch.device) -> dict:
         xcit.fuse(model.eval())
     if args.compile:
         model.compile(mode=args.compile_mode)
-    stats = evaluate(model.to(device), loader, device=device, amp_dtype=flags.amp_dtype(args, device))
+    predictions = Predictions()
+    stats = evaluate(model.to(device), loader, device=device, amp_dtype=flags.amp_dtype(args, device),
+                     classes=datasets.possible_classes(dataset), collect=predictions)
+    predictions.gather(loader)
+    if args.real_labels:
+        stats.update(evaluate_real_labels(args, dataset, predictions))
     stats.update(model=args.model, weights=args.resume or args.pretrained, crop=crop)
     if args.output_dir and processes.is_main_process():
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         write_json(Path(args.output_dir, 'eval.json'),
                    {**stats, 'args': vars(args), 'environment': environment()})
+    if args.output_dir and args.report:
+        write_tables(args, dataset, predictions)
+        if processes.is_main_process():
+            draw_report(args.output_dir, dataset)
     return stats
+
+
+def evaluate_real_labels(args, dataset, predictions: Predictions) -> dict:
+    """Accuracies by --real-labels, which are printed too."""
+    labels = real_labels.read(args.real_labels)
+    top1, top5, count = real_labels.accuracy(predictions, datasets.files_of(dataset), labels)
+    notice(f'* ReaL Acc@1 {top1:.3f} Acc@5 {top5:.3f} of {count} images')
+    return {'real_acc1': top1, 'real_acc5': top5, 'real_images': count}
 
 
 def notice_published_setting(args):

@@ -4,6 +4,7 @@ What all of them have (of a training in rounds, `Rounds` has the first two):
     len(loader)                 batches that are left of the epoch; of an evaluation by a stream, about
     set_position(epoch, step)   the next iteration gives what follows `step` batches of this epoch
     counts_batches              whether every process knows how many batches each other has
+    shares_images               of an evaluation: whether the processes share the images, or each has all of them
     images_evaluated(count)     how many different images `count` results of all processes are of; raises InputError
                                 where some are lost
     first_images(count)         images (count, 3, img_h, img_w) of the position, to be looked at; None where that is not
@@ -30,12 +31,12 @@ class Batches:
 
     Args:
         loader: in training, with a sampler that has `set_epoch(epoch, first)` as `samplers.TrainingSampler` does.
-        shared: in evaluation, whether the processes share the images, or each has all of them.
+        shares_images: in evaluation, whether the processes share the images, or each has all of them.
     """
     counts_batches = True
 
-    def __init__(self, loader: DataLoader, *, shared: bool = True):
-        self.loader, self.shared = loader, shared
+    def __init__(self, loader: DataLoader, *, shares_images: bool = True):
+        self.loader, self.shares_images = loader, shares_images
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -47,7 +48,7 @@ class Batches:
         self.loader.sampler.set_epoch(epoch, first=step * self.loader.batch_size)
 
     def images_evaluated(self, count: int) -> int:
-        return count if self.shared else count // get_world_size()
+        return count if self.shares_images else count // get_world_size()
 
     def first_images(self, count: int) -> Optional[torch.Tensor]:
         keys = itertools.islice(self.loader.sampler, min(count, self.loader.batch_size))
@@ -158,4 +159,4 @@ def build_eval_loader(dataset: Dataset, args, device: torch.device, *, collate_f
     replicas, rank = (get_world_size(), get_rank()) if args.dist_eval else (1, 0)
     share = samplers.evaluation_indices(dataset, num_replicas=replicas, rank=rank)
     return Batches(build_loader(datasets.EvaluationSamples(dataset), args, device, sampler=share, batch_size=batch_size,
-                                collate_fn=collate_fn), shared=args.dist_eval)
+                                collate_fn=collate_fn), shares_images=args.dist_eval)

@@ -56,6 +56,7 @@ class StreamLoader:
     """
 
     counts_batches = False  # in evaluation, the processes may have different numbers
+    shares_images = True
 
     def __init__(self, loader: DataLoader, steps: int):
         self.loader, self.steps, self.first = loader, steps, 0

@@ -15,7 +15,7 @@ except ImportError:  # Windows
 
 CHECKPOINT, PREVIOUS, BEST = 'checkpoint.pth', 'checkpoint_previous.pth', 'best_model.pth'
 DAMAGED = 'checkpoint_damaged.pth'
-RUN_FILES = (CHECKPOINT, PREVIOUS, DAMAGED, BEST, 'log.txt', 'args.json', 'split.json', 'eval.json', 'tb')
+RUN_FILES = (CHECKPOINT, PREVIOUS, DAMAGED, BEST, 'log.txt', 'args.json', 'split.json', 'eval.json', 'report', 'tb')
 
 
 def check_output_dir(path: str):

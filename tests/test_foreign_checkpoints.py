@@ -102,7 +102,8 @@ class Evil:
 
 
 @pytest.mark.parametrize('zipped', [True, False])
-@pytest.mark.parametrize(('thing', 'word'), [(Config(), 'test_foreign_checkpoints.Config'), (Evil(), '(builtins.)?print')],
+@pytest.mark.parametrize(('thing', 'word'), [(Config(), 'test_foreign_checkpoints.Config'),
+                                             (Evil(), '(builtins.)?print')],
                          ids=['class', 'function'])
 def test_refused_type_is_named(tmp_path, capsys, thing, word, zipped):
     """In one line with the remedy, and nothing is executed."""

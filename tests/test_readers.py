@@ -104,6 +104,15 @@ def test_stream_evaluation_is_exact_for_two_processes(shards, weights, expected,
     assert stats['loss'] == pytest.approx(expected['loss'], abs=1e-6)
 
 
+@pytest.mark.parametrize('world', [1, 2])
+def test_stream_has_a_report_without_files(shards, weights, tmp_path, world):
+    """Each image once, by its number in the order of the processes."""
+    run([ROOT / 'main.py', *wds(shards, '--eval', '--pretrained', weights, '--output-dir', str(tmp_path))], world)
+    lines = (tmp_path / 'report' / 'predictions.csv').read_text().splitlines()[1:]
+    assert [line.split(',')[0] for line in lines] == [str(i) for i in range(16)]
+    assert sorted(line.split(',')[1] for line in lines) == ['0'] * 8 + ['1'] * 8
+
+
 def test_stream_trains_with_two_processes(shards, tmp_path):
     """Both make the same number of steps, and the log has both epochs."""
     run([ROOT / 'main.py', *wds(shards, '--output-dir', str(tmp_path))], 2)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-FILES = [*ROOT.glob('*.py'), *(path for folder in ('run', 'loaders', 'tools') for path in ROOT.glob(f'{folder}/*.py'))]
+FILES = [*ROOT.glob('*.py'), *(path for folder in ('run', 'loaders', 'reports', 'tools') for path in ROOT.glob(f'{folder}/*.py'))]
 MODULES = {'.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__'): path for path in FILES}
 
 
@@ -31,10 +31,11 @@ def test_no_import_circle():
     assert left == {}
 
 
-@pytest.mark.parametrize('folder', ['run', 'loaders'])
+@pytest.mark.parametrize('folder', ['run', 'loaders', 'reports'])
 def test_run_machinery_knows_no_task(folder):
-    """What surrounds a training step imports no program, and run/ no data and no model either."""
-    allowed = {'run': {'utils', 'run'}, 'loaders': {'utils', 'run', 'loaders', 'datasets', 'samplers'}}[folder]
+    """What surrounds a training step imports no program, and run/ and reports/ no data and no model either."""
+    allowed = {'run': {'utils', 'run'}, 'loaders': {'utils', 'run', 'loaders', 'datasets', 'samplers'},
+               'reports': {'utils', 'run', 'reports'}}[folder]
     assert {name.split('.')[0] for path in ROOT.glob(f'{folder}/*.py') for name in imports(path)} <= allowed
 
 

@@ -1,0 +1,1 @@
+"""What is learnt from an evaluation: tables and pictures for people, in the folder `report` of a run."""

@@ -29,8 +29,8 @@ def read(source: str) -> List[List[int]]:
                 else Path(source).read_bytes())
         labels = json.loads(text)
     except (OSError, ValueError) as error:
-        raise InputError(f'--real-labels {source}: can\'t be read as JSON ({first_line(error)}); {OF_TIMM}: the file that '
-                         f'comes with timm') from None
+        raise InputError(f'--real-labels {source}: can\'t be read as JSON ({first_line(error)}); {OF_TIMM}: the file '
+                         f'that comes with timm') from None
     if not isinstance(labels, list) or len(labels) != IMAGES or not all(
             isinstance(one, list) and all(isinstance(label, int) for label in one) for one in labels):
         raise InputError(f'--real-labels {source}: must be a list of {IMAGES} lists of classes, for '

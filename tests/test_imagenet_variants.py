@@ -164,7 +164,7 @@ def labels(imagenet, model, tmp_path_factory) -> tuple:
 
 
 def test_real_labels(imagenet, weights, labels, tmp_path, capsys):
-    """Over the images that have labels, right if among them; beside the usual figures, on the screen and in the file."""
+    """Over the images that have labels, right if among them; beside the usual figures, on screen and in the file."""
     path, top1, top5 = labels
     stats = main(real_flags(imagenet, weights, path, '--output-dir', str(tmp_path)))
     assert (stats['real_acc1'], stats['real_acc5'], stats['real_images']) == (top1, top5, 4)

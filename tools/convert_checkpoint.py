@@ -83,18 +83,19 @@ def check_config(path: Path):
         raise InputError(f'OUT: {path} is there, and is not timm\'s; choose another folder') from None
 
 
-def timm_config(name: str, described: dict, given: weights.Weights, published: Optional[xcit_zoo.Published]) -> dict:
+def timm_config(name: str, described: dict, model: torch.nn.Module, published: Optional[xcit_zoo.Published]) -> dict:
     """What timm reads beside weights in its naming, to open them as its own model with the right images and classes."""
-    trained, num_classes = described['args'], weights.num_classes(name, given)
+    trained, num_classes = described['args'], model.num_classes
     side = common.side_of(trained.get('input_size')) or 224
-    config = {'architecture': f'{name}_{published.resolution if published else 224}', 'num_classes': num_classes,
-              'num_features': given.tensors['cls_token'].shape[-1],
+    architecture = f'{name}_{published.resolution if published else 224}' if name in xcit.MODELS else name
+    config = {'architecture': architecture, 'num_classes': num_classes, 'num_features': model.num_features,
               'pretrained_cfg': {
                   'tag': published.tag if published else 'trained', 'num_classes': num_classes,
                   'input_size': [3, side, side], 'mean': list(IMAGENET_DEFAULT_MEAN),
                   'std': list(IMAGENET_DEFAULT_STD), 'interpolation': 'bicubic', 'fixed_input_size': False,
                   'crop_pct': .875 if trained.get('full_crop') is False else 1., 'crop_mode': 'center',
-                  'pool_size': None, 'first_conv': 'patch_embed.proj.0.0', 'classifier': 'head'}}
+                  'pool_size': None, 'first_conv': model.default_cfg['first_conv'],
+                  'classifier': model.default_cfg['classifier']}}
     if len(described.get('classes', [])) == num_classes > 0:
         config['label_names'] = described['classes']
     return config
@@ -118,7 +119,8 @@ def main(argv: Optional[list] = None) -> dict:
     name = model_of(given)
     if args.model and args.model.split('.')[0] != name:
         raise InputError(f'--model {args.model}: {given.source} has the weights of {name}')
-    weights.check(weights.build_without_storage(name, given), given)
+    model = weights.build_without_storage(name, given)
+    weights.check(model, given)
     published = weights.published(args.model or '', args.source) or weights.published_as(args.source)
     num_classes = weights.num_classes(name, given)
     # As files of their own: without what a tensor may share with others, and in one piece.
@@ -132,7 +134,7 @@ def main(argv: Optional[list] = None) -> dict:
     notice(f'{given.source}: {given.description}')
     notice(f'{args.target}: {name}, {num_classes} classes, {len(tensors)} tensors in {args.to} naming')
     if args.to == 'timm':
-        write_json(config, timm_config(name, described, given, published))
+        write_json(config, timm_config(name, described, model, published))
         notice(f'{config}: for timm.create_model(\'local-dir:{config.absolute().parent}\')')
     return tensors
 

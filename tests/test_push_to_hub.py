@@ -1,0 +1,104 @@
+"""What is published: a folder that timm and this repository read, and a card with measured figures only."""
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from conftest import seeded_images, seeded_model, tiny, write_folders
+
+import weights
+from main import main as train
+from tools.push_to_hub import main
+from utils import InputError, RunStopped
+
+NAME = 'xcit_nano_12_p16'
+FILES = ['README.md', 'config.json', 'model.safetensors']
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory) -> Path:
+    """A training that was evaluated in its folder."""
+    folder = tmp_path_factory.mktemp('run')
+    data = write_folders(folder / 'data')
+    train(tiny(data, '--epochs', '1', '--output-dir', str(folder / 'run')))
+    train(tiny(data, '--eval', '--resume', str(folder / 'run' / 'best_model.pth'), '--output-dir', str(folder / 'run')))
+    return folder / 'run'
+
+
+def dry_run(folder: Path, weights_file, *words: str) -> str:
+    main(['--pretrained', str(weights_file), '--repo', 'me/my-pets', '--dry-run', '--output-dir', str(folder), *words])
+    return (folder / 'README.md').read_text()
+
+
+def test_folder_is_read_by_timm_and_here(run, tmp_path):
+    """The same logits, names of classes and images."""
+    dry_run(tmp_path / 'hub', run / 'best_model.pth')
+    assert sorted(file.name for file in (tmp_path / 'hub').iterdir()) == FILES
+    images = seeded_images(2, 3, 32, 32)
+    own = timm.create_model(NAME, num_classes=2).eval()
+    weights.load(own, weights.read(str(run / 'best_model.pth'), '', NAME))
+    theirs = timm.create_model(f'local-dir:{tmp_path / "hub"}', pretrained=True).eval()
+    again = weights.create_model(NAME, str(tmp_path / 'hub' / 'model.safetensors'))
+    with torch.no_grad():
+        for model in (theirs, again.eval()):
+            torch.testing.assert_close(model(images), own(images), rtol=1e-4, atol=1e-5)
+    assert theirs.pretrained_cfg['label_names'] == ['cat', 'dog']
+    assert list(theirs.pretrained_cfg['input_size']) == [3, 32, 32]
+
+
+def test_card_has_what_was_measured(run, tmp_path):
+    """By the training and by the evaluation beside it, with what it was measured on; and how to use the model."""
+    card = dry_run(tmp_path / 'hub', run / 'best_model.pth', '--license', 'mit')
+    stats = json.loads((run / 'eval.json').read_text())
+    assert f'- {stats["acc1"]:.2f} % top-1 and {stats["acc5"]:.2f} % top-5 on 8 pictures (`--data-set FOLDER`)' in card
+    assert 'on the evaluation pictures of the training (`--data-set FOLDER`)' in card
+    assert 'license: mit\n' in card
+    assert "timm.create_model('hf-hub:me/my-pets', pretrained=True)" in card
+    assert '2 classes: cat, dog' in card
+
+
+def test_card_of_bare_weights(tmp_path):
+    """It has no figures."""
+    torch.save(seeded_model(NAME, num_classes=3).state_dict(), tmp_path / 'w.pth')
+    card = dry_run(tmp_path / 'hub', tmp_path / 'w.pth', '--model', NAME)
+    assert 'Nothing was measured with this file.' in card
+    assert '%' not in card
+
+
+def test_upload(run, tmp_path, monkeypatch, capsys):
+    """The three files, to the repository that is made if it is not there."""
+    calls = []
+    monkeypatch.setattr(huggingface_hub.HfApi, 'create_repo', lambda self, *args, **kwargs: (
+        calls.append((args, kwargs))))
+    monkeypatch.setattr(huggingface_hub.HfApi, 'upload_folder', lambda self, *, folder_path, repo_id, commit_message: (
+        calls.append((repo_id, sorted(file.name for file in Path(folder_path).iterdir())))))
+    address = main(['--pretrained', str(run / 'best_model.pth'), '--repo', 'me/my-pets', '--private'])
+    assert calls == [(('me/my-pets',), {'private': True, 'exist_ok': True}), ('me/my-pets', FILES)]
+    assert address == 'https://huggingface.co/me/my-pets'
+    assert f'{address}: uploaded' in capsys.readouterr().out
+
+
+def test_hub_that_cannot_be_reached(run, monkeypatch):
+    """One line, with what a token needs."""
+    def fail(*args, **kwargs):
+        raise ConnectionError('no network\nat all')
+
+    monkeypatch.setattr(huggingface_hub.HfApi, 'create_repo', fail)
+    message = r'--repo me/x: can.t be uploaded \(no network\); a token comes from'
+    with pytest.raises(RunStopped, match=message) as caught:
+        main(['--pretrained', str(run / 'best_model.pth'), '--repo', 'me/x'])
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(('words', 'message'), [
+    (['--repo', 'me', '--dry-run'], '--repo me: must be OWNER/NAME'),
+    (['--repo', 'me/x', '--dry-run'], '--dry-run: needs --output-dir'),
+    (['--repo', 'me/x', '--dry-run', '--output-dir', 'OTHER'], 'holds other files')])
+def test_mistakes(run, tmp_path, words, message):
+    """One line, before anything is written."""
+    (tmp_path / 'thesis.tex').write_text('mine')
+    with pytest.raises(InputError, match=message):
+        main(['--pretrained', str(run / 'best_model.pth'), *(str(tmp_path) if w == 'OTHER' else w for w in words)])
+    assert [file.name for file in tmp_path.iterdir()] == ['thesis.tex']

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Optional
 
-from run import config
+from run import config, launch
 from utils import InputError, RunStopped
 
 
@@ -104,8 +104,7 @@ def run_program(main):
     try:
         main()
     except (InputError, RunStopped) as error:
-        rank = os.environ.get('RANK', '0')
-        where = '' if rank == '0' else f' (rank {rank})'
+        where = f' (rank {launch.rank()})' if launch.rank() else ''
         print(f'{Path(sys.argv[0]).name}: error{where}: {error}', file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

@@ -7,11 +7,12 @@ import ctypes
 import datetime
 import os
 import sys
-from typing import Callable, Iterator, Optional
+from typing import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 
+from run.launch import Launch, find_launch
 from utils import InputError, Interrupted, RunStopped, first_line, seed_everything
 
 
@@ -72,7 +73,7 @@ def on_main_process(decide: Callable[[], str]) -> str:
 
 
 def init_distributed(device: torch.device, *, world_size: int, dist_url: str, timeout_minutes: float) -> torch.device:
-    """Join the other processes where a launcher, such as torchrun, has set the environment.
+    """Join the other processes where a launcher, such as torchrun, srun or mpirun, has set the environment.
 
     Args:
         device: the kind of device, e.g. `cuda`.
@@ -87,44 +88,44 @@ def init_distributed(device: torch.device, *, world_size: int, dist_url: str, ti
         InputError: the environment is set in part, or to what can't be.
         RunStopped: the processes can't meet.
     """
-    needed = ['RANK'] + ['WORLD_SIZE'] * (world_size == 1) + ['MASTER_ADDR', 'MASTER_PORT'] * (dist_url == 'env://')
-    given = [name for name in ('RANK', 'WORLD_SIZE') if name in os.environ]
-    missing = [name for name in needed if name not in os.environ]
-    if not given and world_size == 1:
+    launch = find_launch(world_size=world_size, dist_url=dist_url)
+    if launch is None:
         return device
-    if missing:
-        raise InputError(f'{", ".join(given) or f"--world-size {world_size}"} is set, but {", ".join(missing)} is not: '
-                         f'start the processes with torchrun, or set all of them')
-    world_size = integer_from_environment('WORLD_SIZE', low=1, default=world_size)
-    rank = integer_from_environment('RANK', high=world_size - 1)
     if device.type == 'cuda' and device.index is None:
-        local_rank = integer_from_environment('LOCAL_RANK', high=torch.cuda.device_count() - 1, default=0)
-        device = torch.device('cuda', local_rank)
+        device = torch.device('cuda', own_gpu(launch))
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(minutes=timeout_minutes)
-    meeting = {'init_method': dist_url}
-    port = integer_from_environment('MASTER_PORT', low=1, high=65535) if dist_url == 'env://' else None
     # Small messages about the run go by gloo on GPUs too: they need not wait for what the GPUs are computing.
     backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
     try:
-        if dist_url == 'env://' and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
-            # torchrun's store outlives a restart of the processes (--max-restarts), with the addresses of the dead ones
-            store = dist.TCPStore(os.environ['MASTER_ADDR'], port, is_master=False, timeout=timeout)
-            meeting = {'store': dist.PrefixStore(f'restart_{os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)}
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **meeting)
+        meeting = {'store': store_of(launch, timeout)} if dist_url == 'env://' else {'init_method': dist_url}
+        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, **meeting)
     except (dist.DistError, ValueError, OSError) as error:
-        where = dist_url if port is None else f'{os.environ["MASTER_ADDR"]}:{port}'
+        where = f'{launch.address}:{launch.port}' if dist_url == 'env://' else dist_url
         raise RunStopped(f'the processes can\'t meet at {where} ({first_line(error)})') from None
+    if launch.launcher != 'torchrun':
+        notice(f'{launch.launcher} has started {launch.world_size} processes, which work together')
     return device
 
 
-def integer_from_environment(name: str, *, low: int = 0, high: Optional[int] = None, default: Optional[int] = None
-                             ) -> int:
-    value = os.environ.get(name, str(default))
-    if not value.isdecimal() or int(value) < low or (high is not None and int(value) > high):
-        raise InputError(f'{name}={value} in the environment: must be an integer from {low} on'
-                         + ('' if high is None else f' to {high}'))
-    return int(value)
+def own_gpu(launch: Launch) -> int:
+    """Index of this process's GPU; srun and others may show each process its own one alone."""
+    gpus = torch.cuda.device_count()
+    if launch.launcher != 'torchrun' and gpus == 1:
+        return 0
+    if launch.local_rank is None or launch.local_rank >= gpus:
+        number = 'which is not known here' if launch.local_rank is None else launch.local_rank
+        raise InputError(f'LOCAL_RANK, {number}, says which GPU a process takes: must be from 0 to {gpus - 1}')
+    return launch.local_rank
+
+
+def store_of(launch: Launch, timeout: datetime.timedelta) -> dist.Store:
+    """Where the processes tell each other their addresses."""
+    of_torchrun = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
+    store = dist.TCPStore(launch.address, launch.port, timeout=timeout, multi_tenant=True,
+                          is_master=launch.rank == 0 and not of_torchrun)
+    # torchrun's store outlives a restart of the processes (--max-restarts), with the addresses of the dead ones
+    return dist.PrefixStore(f'restart_{os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)
 
 
 def wrap_for_distributed(model: torch.nn.Module, device: torch.device, *, sync_bn: bool) -> torch.nn.Module:

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -296,6 +297,22 @@ def test_dry_run_prints_what_is_submitted(finished, data, capsys):
     script, command = capsys.readouterr().out.split('\n# Each process runs: ')
     assert script.strip() == next(base.glob('*/*_submission.sh')).read_text().strip()
     assert command.startswith(f'python -u {ROOT / "main.py"} --model')
+
+
+# ----- without the wrapper
+
+def test_srun_starts_ranks_and_a_batch_script_one_process(cluster, data, tmp_path):
+    """`srun python main.py` on two nodes is one training of two; the same line without srun, before it, is alone."""
+    script, train = tmp_path / 'job.sh', [sys.executable, ROOT / 'main.py', *tiny(data, '--epochs', '1')]
+    script.write_text('#!/bin/bash\nset -e\nexport OMP_NUM_THREADS=1\n' + ''.join(
+        f'{shlex.join(map(str, [*words, *train, "--output-dir", tmp_path / name]))}\n'
+        for name, words in (('alone', []), ('ranks', ['srun']))))
+    job_id = subprocess.run(['sbatch', '--parsable', '-N2', '-n2', '-o', tmp_path / 'log', script], check=True,
+                            capture_output=True, text=True).stdout.strip()
+    assert end_of(job_id) == 'COMPLETED', (tmp_path / 'log').read_text()
+    told = {name: json.loads((tmp_path / name / 'args.json').read_text())['derived'] for name in ('alone', 'ranks')}
+    assert (told['alone']['processes'], told['ranks']['processes']) == (1, 2)
+    assert 'srun has started 2 processes' in (tmp_path / 'log').read_text()
 
 
 # ----- time limit and preemption

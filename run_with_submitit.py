@@ -6,6 +6,8 @@ A job that meets its time limit or is preempted saves its state, is requeued, an
 """
 # A job's own processes import this file too, each beside its training: torch and what needs it (the program, run/,
 # utils.py) are imported only where a command line is read.
+import run.startup  # noqa: F401  first of all
+
 import argparse
 import contextlib
 import ctypes

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import Optional
 
-from run import config, launch
-from utils import InputError, RunStopped
+from run import config, launch, startup
+from run.output import BROKEN_PIPE, discard, has_no_reader
+from utils import InputError, Interrupted, RunStopped
 
 
 class Parser(argparse.ArgumentParser):
@@ -99,13 +100,41 @@ POSITIVE = number(float, 0, above=True)
 def run_program(main):
     """Run a program's `main()`; what stops it for a known reason is one line on stderr, and the exit code.
 
-    2: the user's input; 128 + n: signal n; 1: anything else.
+    2: the user's input; 128 + n: signal n, also if only the reader of the output has left, which needs no line; 1:
+    anything else.
     """
+    if signal.getsignal(signal.SIGINT) is startup.leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code = exit_code_of(main)
+        sys.stdout.flush()  # here, where it can still be answered that nobody reads it
+    except BrokenPipeError:
+        if not any(map(has_no_reader, (sys.stdout, sys.stderr))):
+            raise  # another pipe
+        code = BROKEN_PIPE
+    if code == BROKEN_PIPE:
+        for stream in (sys.stdout, sys.stderr):  # Python would complain about what is left in them
+            if has_no_reader(stream):
+                discard(stream)
+    if code:
+        sys.exit(code)
+
+
+def exit_code_of(main):
+    """What sys.exit takes; the reason is printed."""
+    name, where = Path(sys.argv[0]).name, f' (rank {launch.rank()})' if launch.rank() else ''
     try:
         main()
+    except Interrupted as error:
+        if error.exit_code != BROKEN_PIPE:
+            print(f'{name}{where}: {error}', file=sys.stderr, flush=True)
+        return error.exit_code
     except (InputError, RunStopped) as error:
-        where = f' (rank {launch.rank()})' if launch.rank() else ''
-        print(f'{Path(sys.argv[0]).name}: error{where}: {error}', file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+        print(f'{name}: error{where}: {error}', file=sys.stderr, flush=True)
+        return error.exit_code
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        print(f'{name}{where}: interrupted', file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
+    except SystemExit as ended:  # --help
+        return ended.code
+    return 0

@@ -7,12 +7,13 @@ import ctypes
 import datetime
 import os
 import sys
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Optional
 
 import torch
 import torch.distributed as dist
 
 from run.launch import Launch, find_launch
+from run.output import discard, has_no_reader
 from utils import InputError, Interrupted, RunStopped, first_line, seed_everything
 
 
@@ -243,10 +244,26 @@ def set_malloc(*, mmap_threshold: int, trim_threshold: int):
 # ---------------------------------------------------------------------------------------------------------------------
 # What one process says for all
 
+class Output:
+    """Standard output; `on_broken_pipe` is called, instead of an error, where nobody reads it any more."""
+    on_broken_pipe: Optional[Callable[[], None]] = None
+
+
 def notice(*words):
-    """Print on the main process only."""
-    if is_main_process():
+    """Print on the main process only.
+
+    Raises:
+        BrokenPipeError: nobody reads it, and the program is not at a place where that is noted (run.signals).
+    """
+    if not is_main_process():
+        return
+    try:
         print(*words, flush=True)
+    except BrokenPipeError:
+        if Output.on_broken_pipe is None or not has_no_reader(sys.stdout):
+            raise
+        discard(sys.stdout)
+        Output.on_broken_pipe()
 
 
 def shows_bar() -> bool:

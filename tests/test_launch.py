@@ -1,12 +1,20 @@
 """How processes that were started together find out that they were, and how a program starts and ends."""
+import errno
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, tiniest, write_folders
+import torch
+from conftest import ROOT, tiniest, tiny, write_folders
 from processes import finish, start
+from tensorboard.summary.writer.record_writer import RecordWriter
 
+from main import main
 from run import launch
 from utils import InputError
 
@@ -132,3 +140,122 @@ def test_mpirun_trains_together(data, tmp_path):
     assert out.startswith('Open MPI has started 2 processes, which work together\n')
     assert silent == ''
     assert json.loads((tmp_path / 'run' / 'args.json').read_text())['derived']['processes'] == 2
+
+
+# ----- how a program starts and ends
+
+PROGRAMS = [['main.py'], ['run_with_submitit.py', '--dry-run'], ['-m', 'tools.predict', '--help']]
+
+
+@pytest.mark.parametrize('program', PROGRAMS, ids=' '.join)
+def test_ctrl_c_while_the_libraries_are_loaded(program):
+    """One line, and exit code 130; not a traceback of imports."""
+    process = subprocess.Popen([sys.executable, *program], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    time.sleep(.7)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    name = program[0] if program[0] != '-m' else 'predict.py'
+    assert (process.returncode, err) == (128 + signal.SIGINT, f'{name}: interrupted\n')
+
+
+def test_import_leaves_ctrl_c_alone():
+    """In a program of somebody else, which imports one of these, it stays Python's."""
+    code = 'import signal, main; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler'
+    (status, _, err), = finish(start(['-c', code], 1))
+    assert (status, err) == (0, '')
+
+
+def ended(code: str, *argv: str) -> tuple:
+    """(exit code, stdout, stderr) of `run_program(program)` after some lines of code that define `program`."""
+    (result,) = finish(start(['-c', f'{code}\nfrom run.commandline import run_program\nrun_program(program)', *argv],
+                             1, lambda *_: {}))
+    return result
+
+
+def test_ctrl_c_in_a_program_is_no_error():
+    """It is answered in one line without the word, and with exit code 130."""
+    assert ended('def program(): raise KeyboardInterrupt') == (130, '', '-c: interrupted\n')
+
+
+def test_a_stop_is_no_error():
+    """Nor is a signal that a run was stopped by, with its state stored."""
+    code = 'from utils import Interrupted\ndef program(): raise Interrupted(15, "SIGTERM: stopped at epoch 3, step 4")'
+    assert ended(code) == (143, '', '-c: SIGTERM: stopped at epoch 3, step 4\n')
+
+
+def cut_off(command: list, lines: int) -> tuple:
+    """Exit code and stderr of a program of whose output so many lines are read."""
+    process = subprocess.Popen(list(map(str, [sys.executable, *command])), cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    for _ in range(lines):
+        process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    return process.wait(timeout=60), err
+
+
+def test_training_into_head_is_stored(data, tmp_path):
+    """`main.py | head -3`: exit code 141 and not a word, and the run goes on from where it was."""
+    run = tmp_path / 'run'
+    command = tiny(data, '--epochs', '50', '--output-dir', str(run))
+    assert cut_off(['main.py', *command], 3) == (141, '')
+    stored = torch.load(run / 'checkpoint.pth', weights_only=True)
+    assert 0 < stored['step'] + 4 * (stored['epoch'] + 1) < 50
+    main([*command, '--epochs', str(stored['epoch'] + 2), '--resume', 'auto'])
+
+
+@pytest.mark.parametrize('flags', [[], ['-u']])
+def test_tool_into_head(data, tmp_path, flags):
+    """The same for what prints without looking, buffered or not."""
+    code = 'import run.commandline\ndef program():\n    for _ in range(100000): print("word")\n' \
+           'run.commandline.run_program(program)'
+    assert cut_off([*flags, '-c', code], 1) == (141, '')
+
+
+def test_another_pipe_that_breaks_is_an_error():
+    """A pipe between processes says something of the program, not of who reads its output."""
+    status, _, err = ended('def program(): raise BrokenPipeError("of a worker")')
+    assert status == 1
+    assert 'BrokenPipeError: of a worker' in err
+
+
+# ----- TensorBoard, without which a run goes on
+
+def missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
+    return 'import of torch.utils.tensorboard halted'
+
+
+def broken(monkeypatch):
+    def fail(*_, **__):
+        raise TypeError('Descriptors cannot be created directly')
+
+    monkeypatch.setattr('torch.utils.tensorboard.SummaryWriter', fail)
+    return 'Descriptors cannot be created directly'
+
+
+def full(monkeypatch):
+    """Its disk is, from the second event on: what the writer's own thread meets."""
+    writes, write = [], RecordWriter.write
+
+    def fail(self, data):
+        writes.append(data)
+        if len(writes) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, data)
+
+    monkeypatch.setattr(RecordWriter, 'write', fail)
+    return 'No space left on device'
+
+
+@pytest.mark.parametrize('fault', [missing, broken, full])
+def test_training_goes_on_without_tensorboard(data, tmp_path, monkeypatch, capfd, fault):
+    """One notice with the reason; log and checkpoints are as ever."""
+    reason = fault(monkeypatch)
+    main(tiniest(data, '--output-dir', str(tmp_path)))
+    out, err = capfd.readouterr()
+    notice, = [line for line in out.splitlines() if 'TensorBoard' in line]
+    assert notice.startswith(f'{tmp_path}/tb: there will be no more files for TensorBoard ({reason}')
+    assert 'Traceback' not in err
+    assert [json.loads(line)['epoch'] for line in (tmp_path / 'log.txt').read_text().splitlines()] == [0, 1]
+    assert torch.load(tmp_path / 'checkpoint.pth', weights_only=True)['epoch'] == 1

@@ -4,6 +4,8 @@ Reads whatever the other programs read: a training's checkpoint, a published fil
 to a .safetensors file and in timm's naming; `{'model': ...}` in the original's to a .pth file, with the classes and
 flags that a training's checkpoint has. Resolution and crop of published weights are in their name alone: repeat them.
 """
+import run.startup  # noqa: F401  first of all
+
 import argparse
 from pathlib import Path
 from typing import Optional

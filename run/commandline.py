@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Optional
 
-from run import config, launch, startup
+from run import config, launch, processes, startup
 from run.output import BROKEN_PIPE, discard, has_no_reader
 from utils import InputError, Interrupted, RunStopped
 
@@ -122,19 +122,26 @@ def run_program(main):
 
 def exit_code_of(main):
     """What sys.exit takes; the reason is printed."""
-    name, where = Path(sys.argv[0]).name, f' (rank {launch.rank()})' if launch.rank() else ''
     try:
         main()
     except Interrupted as error:
         if error.exit_code != BROKEN_PIPE:
-            print(f'{name}{where}: {error}', file=sys.stderr, flush=True)
+            say(str(error))
         return error.exit_code
     except (InputError, RunStopped) as error:
-        print(f'{name}: error{where}: {error}', file=sys.stderr, flush=True)
-        return error.exit_code
+        words = str(error)
+        said = processes.say_once(words, lambda: say(words, error=True))
+        return error.exit_code if said or not launch.is_watched_with_rank_0() else 0
     except KeyboardInterrupt:
-        print(f'{name}{where}: interrupted', file=sys.stderr, flush=True)
+        say('interrupted')
         return 128 + signal.SIGINT
     except SystemExit as ended:  # --help
         return ended.code
     return 0
+
+
+def say(words: str, *, error: bool = False):
+    """Print why the program ends, with its name, and tell torchrun."""
+    name, kind, rank = Path(sys.argv[0]).name, ': error' if error else '', launch.rank()
+    print(f'{name}{kind}{f" (rank {rank})" if rank else ""}: {words}', file=sys.stderr, flush=True)
+    launch.tell_torchrun(f'{name}{kind}: {words}')

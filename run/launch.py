@@ -3,11 +3,15 @@
 torchrun says it in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. SLURM's srun and the launchers of MPI
 have variables of their own.
 """
+import contextlib
 import dataclasses
+import json
 import os
 import re
 import sys
+import time
 import zlib
+from pathlib import Path
 from typing import Callable, Optional
 
 from utils import InputError
@@ -147,6 +151,23 @@ def rank() -> int:
     variables = launcher_variables()
     value = os.environ.get('RANK' if variables is None or 'RANK' in os.environ else variables.rank, '')
     return int(value) if value.isdecimal() else 0
+
+
+def is_watched_with_rank_0() -> bool:
+    """Whether the torchrun that waits for this process waits for rank 0, too.
+
+    Its exit code is then that of rank 0, if that one fails; it reports each process that fails in seven lines.
+    """
+    return 'TORCHELASTIC_RUN_ID' in os.environ and os.environ.get('GROUP_RANK') == '0'
+
+
+def tell_torchrun(words: str):
+    """Have torchrun's report of a process that failed, which ends with the cause, say why."""
+    path = os.environ.get('TORCHELASTIC_ERROR_FILE')
+    if path:
+        message = {'message': words, 'extraInfo': {'timestamp': str(int(time.time()))}}
+        with contextlib.suppress(OSError):  # the words are on stderr, too
+            Path(path).write_text(json.dumps({'message': message}))
 
 
 def first_host(variables: Variables, size: int) -> str:

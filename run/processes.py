@@ -6,7 +6,9 @@ import contextlib
 import ctypes
 import datetime
 import os
+import socket
 import sys
+import time
 from typing import Callable, Iterator, Optional
 
 import torch
@@ -15,6 +17,13 @@ import torch.distributed as dist
 from run.launch import Launch, find_launch
 from run.output import discard, has_no_reader
 from utils import InputError, Interrupted, RunStopped, first_line, seed_everything
+
+PATIENCE_S = 3.  # for what processes say to each other when they end
+
+
+class Meeting:
+    """Where the processes have met; None: nowhere, or by --dist-url."""
+    store: Optional[dist.Store] = None
 
 
 def is_distributed() -> bool:
@@ -99,7 +108,8 @@ def init_distributed(device: torch.device, *, world_size: int, dist_url: str, ti
     # Small messages about the run go by gloo on GPUs too: they need not wait for what the GPUs are computing.
     backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
     try:
-        meeting = {'store': store_of(launch, timeout)} if dist_url == 'env://' else {'init_method': dist_url}
+        Meeting.store = store_of(launch, timeout) if dist_url == 'env://' else None
+        meeting = {'store': Meeting.store} if Meeting.store else {'init_method': dist_url}
         dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, **meeting)
     except (dist.DistError, ValueError, OSError) as error:
         where = f'{launch.address}:{launch.port}' if dist_url == 'env://' else dist_url
@@ -107,6 +117,69 @@ def init_distributed(device: torch.device, *, world_size: int, dist_url: str, ti
     if launch.launcher != 'torchrun':
         notice(f'{launch.launcher} has started {launch.world_size} processes, which work together')
     return device
+
+
+def say_once(words: str, say: Callable[[], None]) -> bool:
+    """Call `say()` at the end of a program, unless the main process ends with the same words.
+
+    The processes need not have met: the environment is enough.
+
+    Returns:
+        Whether it was called.
+    """
+    try:
+        launch = find_launch(world_size=1, dist_url='env://')
+    except InputError:
+        launch = None
+    if launch is None or launch.world_size == 1 or launch.rank == 0:
+        say()
+    if launch is None or launch.world_size == 1:
+        return True
+    with contextlib.suppress(RuntimeError, ValueError, OSError):  # they can't meet
+        if launch.rank == 0:
+            tell_last_words(launch, words)
+        elif last_words(launch) == words:
+            return False
+    if launch.rank > 0:
+        say()
+    return True
+
+
+def tell_last_words(launch: Launch, words: str):
+    """Of the main process; waits some seconds for the others to hear them, since the store ends with it."""
+    store = Meeting.store or store_of(launch, datetime.timedelta(seconds=PATIENCE_S))
+    store.set('last words', words)
+    if not is_store_of_torchrun():
+        wait_for(lambda: store.add('heard', 0) >= launch.world_size - 1)
+
+
+def last_words(launch: Launch) -> str:
+    """Those of the main process; '': none within some seconds."""
+    # torch would say sixty lines of a store that is not there
+    if Meeting.store is None and not wait_for(lambda: is_reachable(launch)):
+        return ''
+    store = Meeting.store or store_of(launch, datetime.timedelta(seconds=PATIENCE_S))
+    if not wait_for(lambda: store.check(['last words'])):
+        return ''
+    heard = store.get('last words').decode()
+    store.add('heard', 1)
+    return heard
+
+
+def is_reachable(launch: Launch) -> bool:
+    try:
+        socket.create_connection((launch.address, launch.port), timeout=PATIENCE_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def wait_for(condition: Callable[[], bool]) -> bool:
+    """Whether it has come true within PATIENCE_S."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (true := condition()) and time.monotonic() < deadline:
+        time.sleep(.05)
+    return true
 
 
 def own_gpu(launch: Launch) -> int:
@@ -122,11 +195,14 @@ def own_gpu(launch: Launch) -> int:
 
 def store_of(launch: Launch, timeout: datetime.timedelta) -> dist.Store:
     """Where the processes tell each other their addresses."""
-    of_torchrun = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
     store = dist.TCPStore(launch.address, launch.port, timeout=timeout, multi_tenant=True,
-                          is_master=launch.rank == 0 and not of_torchrun)
+                          is_master=launch.rank == 0 and not is_store_of_torchrun())
     # torchrun's store outlives a restart of the processes (--max-restarts), with the addresses of the dead ones
     return dist.PrefixStore(f'restart_{os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)
+
+
+def is_store_of_torchrun() -> bool:
+    return os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
 
 
 def wrap_for_distributed(model: torch.nn.Module, device: torch.device, *, sync_bn: bool) -> torch.nn.Module:
@@ -165,6 +241,7 @@ def broadcast_buffers(model: torch.nn.Module):
 def end_distributed():
     if is_distributed():
         dist.destroy_process_group()
+    Meeting.store = None
 
 
 @contextlib.contextmanager
@@ -181,6 +258,8 @@ def joined(args, *, trains: bool = True) -> Iterator[torch.device]:
                               timeout_minutes=args.dist_timeout)
     if device.type == 'cpu' and trains:
         keep_freed_memory()
+    if device.type == 'cpu':
+        notice_busy_cores()
     try:
         yield device
     except Interrupted:
@@ -217,8 +296,28 @@ def choose_device(name: str) -> torch.device:
 
 def usable_workers(wanted: int) -> int:
     """So many data-loading processes, but not more than there are cores for this process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return min(wanted, cores)
+    return min(wanted, usable_cores())
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def notice_busy_cores():
+    """Say so where other programs have the cores that torch's threads count on.
+
+    These wait for each other at every step by spinning: on cores that are taken, a training can be ten times slower.
+    """
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):  # Windows; not to be had
+        return
+    cores = usable_cores()
+    free = max(0., cores - load)
+    if load > free and torch.get_num_threads() > 1 and 'OMP_NUM_THREADS' not in os.environ:
+        notice(f'Other programs are using this machine: its load is {load:.1f}, and this one has {cores} cores and '
+               f'{torch.get_num_threads()} threads; if it is slow, set OMP_NUM_THREADS={max(1, int(free))} in front of '
+               f'the command')
 
 
 def keep_freed_memory():

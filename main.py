@@ -2,6 +2,8 @@
 
 The recipe is the paper's by default. Data flows one way: arguments -> builders -> loop -> checkpoint.
 """
+import run.startup  # noqa: F401  first of all
+
 import argparse
 import copy
 import dataclasses
@@ -581,8 +583,8 @@ def show_first_images(args, run: Run, loader):
     if run.log is not None and run.first == 0:
         images = loader.first_images(min(args.batch_size, 32))
         if images is not None:
-            run.log.tensorboard.add_image(
-                'train/images', torchvision.utils.make_grid(images, normalize=True, scale_each=True))
+            run.log.tensorboard.do(
+                'add_image', 'train/images', torchvision.utils.make_grid(images, normalize=True, scale_each=True))
 
 
 def best_weights(args) -> Path:

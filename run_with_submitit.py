@@ -6,6 +6,8 @@ A job that meets its time limit or is preempted saves its state, is requeued, an
 """
 # A job's own processes import this file too, each beside its training: torch and what needs it (the program, run/,
 # utils.py) are imported only where a command line is read.
+import run.startup  # noqa: F401  first of all
+
 import argparse
 import contextlib
 import ctypes
@@ -15,11 +17,11 @@ import io
 import json
 import os
 import re
-import select
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import List, Optional, Tuple
@@ -45,6 +47,10 @@ ENDED = ('COMPLETED', 'FAILED', 'CANCELLED', 'TIMEOUT', 'NODE_FAIL', 'OUT_OF_MEM
 # ---------------------------------------------------------------------------------------------------------------------
 # Inside the job
 
+class NotRequeued(Exception):
+    """The cluster doesn't start the job again: nodes may have no scontrol, or requeues may be forbidden."""
+
+
 class TrainingEnded(Exception):
     """The training reached its end while it was asked to stop."""
 
@@ -61,6 +67,7 @@ class Task:
         environment: variables to set (None: to remove).
         restarts: how often the job was requeued, where the cluster doesn't count.
         program: its module, e.g. `main` or `dino.train`.
+        submission: the command line that has submitted the job.
     """
     argv: List[str]
     output_dir: str
@@ -69,6 +76,7 @@ class Task:
     environment: dict
     restarts: int = 0
     program: str = 'main'  # jobs that were submitted before there were others don't say
+    submission: str = ''
 
     def __post_init__(self):
         self.child = None
@@ -83,14 +91,14 @@ class Task:
         if job.global_rank == 0 and self.failure.code() is None:  # one of an earlier restart would be reported again
             self.failure.path.unlink(missing_ok=True)
         self.catch_signals(local=job.name() == 'local')
-        self.child = subprocess.Popen(self.command(job), env=self.child_environment(job),
-                                      preexec_fn=end_with_parent if sys.platform == 'linux' else None)
+        self.start(job)
         try:
             return self.conclude(job, self.wait())
         except TrainingEnded:
             return 0
-        except UncompletedJobError as error:  # submitit's, of a job that met its time limit too often
-            say(f'{error} To go on, submit it again with --output-dir {self.output_dir_of(job)} --resume auto')
+        except (NotRequeued, UncompletedJobError) as error:  # submitit's, of a job that met its time limit too often
+            say(str(error))
+            self.say_how_to_go_on(job)
             self.fail(job, 128 + REQUEUE_SIGNAL)
         finally:
             signal.signal(REQUEUE_SIGNAL, signal.SIG_IGN)  # there is nothing left to stop
@@ -100,7 +108,7 @@ class Task:
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Stop the training. submitit calls it on the main rank, in its handler, and requeues what it returns."""
         if self.child is not None:
-            os.kill(self.child.pid, REQUEUE_SIGNAL)
+            self.child.send_signal(REQUEUE_SIGNAL)
             deadline = time.monotonic() + self.patience_s
             while (code := self.exit_code()) is None and time.monotonic() < deadline:
                 time.sleep(.1)
@@ -134,12 +142,15 @@ class Task:
 
         def stop(signum, frame):
             self.stopping = True
-            requeue(signum, frame)
+            try:
+                requeue(signum, frame)
+            except (OSError, subprocess.SubprocessError) as error:  # of scontrol
+                raise NotRequeued(f'The job can\'t be requeued ({error}).') from None
 
         def forward(signum, frame):
             if self.child is None:
                 sys.exit(128 + signum)
-            os.kill(self.child.pid, signum)
+            self.child.send_signal(signum)
 
         signal.signal(REQUEUE_SIGNAL, stop)
         if local:
@@ -147,25 +158,29 @@ class Task:
             signal.signal(signal.SIGTERM, forward)
             signal.signal(signal.SIGINT, lambda *_: sys.exit(128 + signal.SIGINT))  # submitit's last before SIGKILL
 
-    def exit_code(self) -> Optional[int]:
-        """The child's exit code, 128 + signal if one ended it; None while it runs.
+    def start(self, job):
+        """Start the program. A thread waits for its end, for this process to see even in a signal handler.
 
-        Popen's own methods take a lock, and would wait for ever in a signal handler that interrupts one of them.
+        Popen's own methods take a lock, for which a handler that interrupts one of them would wait for ever.
         """
-        ended = os.waitid(os.P_PID, self.child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if ended is None:
-            return None
-        return ended.si_status if ended.si_code == os.CLD_EXITED else 128 + ended.si_status
+        self.child = subprocess.Popen(self.command(job), env=self.child_environment(job),
+                                      preexec_fn=end_with_parent if sys.platform == 'linux' else None)
+        self.ended = threading.Event()
+        threading.Thread(target=lambda: (self.child.wait(), self.ended.set()), daemon=True).start()
+
+    def exit_code(self) -> Optional[int]:
+        """The child's exit code, 128 + signal if one ended it; None while it runs."""
+        code = self.child.poll()  # never waits for the lock
+        return 128 - code if code is not None and code < 0 else code
 
     def wait(self) -> int:
         """The child's exit code, noticed at once, so that the first failure written down is the cause of the others."""
-        child = [os.pidfd_open(self.child.pid)] if hasattr(os, 'pidfd_open') else []
         while (code := self.exit_code()) is None:
             failed = self.failure.code()
             if failed is not None:
                 say(f'Another process of the job has failed (exit code {failed})')
                 sys.exit(failed)
-            select.select(child, [], [], POLL_S)
+            self.ended.wait(POLL_S)
         return code
 
     def conclude(self, job, code: int) -> int:
@@ -181,7 +196,20 @@ class Task:
             # SIGTERM is all the warning that some clusters give: what follows is the same as for the signal asked for
             signal.raise_signal(REQUEUE_SIGNAL)
         say(f'Rank {job.global_rank}: {program_name(self.program)} ended with exit code {code}')
+        if stopped:
+            self.say_how_to_go_on(job)
         self.fail(job, code)
+
+    def say_how_to_go_on(self, job):
+        """The last line of the log: on a cluster the job's script prints it, after what srun says of the end."""
+        if not self.resumes:
+            return
+        command = (f'{self.submission or "submit it again with"} --output-dir {shlex.quote(self.output_dir_of(job))} '
+                   f'--resume auto')
+        if job.name() == 'slurm' and self.submission:
+            go_on_path(job.paths.folder, job.job_id).write_text(f'To go on: {command}\n')
+        else:
+            say(f'To go on: {command}')
 
     def fail(self, job, code: int):
         self.failure.write(code)
@@ -226,10 +254,15 @@ def failure_path(folder: Path, job_id: str) -> Path:
     return folder / f'{job_id}_failure.json'
 
 
+def go_on_path(folder: Path, job_id: str) -> Path:
+    return folder / f'{job_id}_go_on.txt'
+
+
 def remove_leftovers(paths: JobPaths, *, main_rank: bool):
     """Results of this rank from before a requeue, which submitit would take for the job's, and half-written files."""
     leftovers = [paths.result_pickle, Path(f'{paths.result_pickle}.save_tmp')]
-    leftovers += [Path(f'{paths.submitted_pickle}.save_tmp')] if main_rank else []
+    leftovers += [Path(f'{paths.submitted_pickle}.save_tmp'),
+                  go_on_path(paths.folder, paths.job_id)] if main_rank else []
     for path in leftovers:
         path.unlink(missing_ok=True)
 
@@ -360,7 +393,7 @@ def load_program(name: str):
     return module
 
 
-def parse_args(argv: Optional[list] = None) -> Tuple[argparse.Namespace, list]:
+def parse_args(argv: list) -> Tuple[argparse.Namespace, list]:
     """Parse the command line and refuse what can't work before a job waits for hours to find out.
 
     Returns:
@@ -372,7 +405,7 @@ def parse_args(argv: Optional[list] = None) -> Tuple[argparse.Namespace, list]:
     from run import flags
     from run.commandline import Parser
     job_parser = get_args_parser()
-    args, program_argv = job_parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    args, program_argv = job_parser.parse_known_args(argv)
     program = load_program(args.program)
     if args.help:
         print(job_parser.format_help())
@@ -427,18 +460,22 @@ def signal_delay(args) -> int:
     return min(120, 60 * args.timeout // 4)
 
 
-def make_task(args, program_argv: list, output_dir: str) -> Task:
+def make_task(args, program_argv: list, output_dir: str, argv: list) -> Task:
     gpus = os.environ.get('CUDA_VISIBLE_DEVICES') if args.ngpus else ''
     environment = {'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', str(args.cpus_per_task))}
     if args.cluster == 'local':
         environment['CUDA_VISIBLE_DEVICES'] = gpus  # submitit would set it to 0, 1, ...
     return Task(program_argv, output_dir, patience_s=.75 * signal_delay(args), resumes=not args.eval,
-                environment=environment, program=args.program)
+                environment=environment, program=args.program,
+                submission=shlex.join(['python', __file__, *argv]))
 
 
 def slurm_parameters(args) -> dict:
     """The request, in submitit's words for SLURM."""
     # srun doesn't take --cpus-per-task over from sbatch since SLURM 22.05
+    words = go_on_path(JobPaths(args.job_dir).folder, '%j')
+    words = '"$SLURM_JOB_ID"'.join(shlex.quote(part) for part in str(words).split('%j'))
+    say_how_to_go_on = f'at_end() {{ [ ! -e {words} ] || echo "$(<{words})"; }}; trap at_end EXIT'
     srun_args = [f'--cpus-per-task={args.cpus_per_task}', '--kill-on-bad-exit=1']
     return dict(
         job_name='xcit' if args.program == 'main' else args.program, nodes=args.nodes,
@@ -446,7 +483,8 @@ def slurm_parameters(args) -> dict:
         mem=f'{round(args.mem_gb * 1024)}M' if args.mem_gb else None, time=args.timeout,
         signal_delay_s=signal_delay(args), partition=args.partition, constraint=args.constraint,
         account=args.account, qos=args.qos, comment=args.comment, exclude=args.exclude, wckey=None, srun_args=srun_args,
-        setup=[f'export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}', *args.setup],
+        setup=[f'export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}', *args.setup,
+               say_how_to_go_on],
         stderr_to_stdout=True, additional_parameters={'requeue': True})
 
 
@@ -617,7 +655,7 @@ def follow_slurm(job: submitit.Job) -> int:
             time.sleep(1)
     log.show()
     if state == 'forgotten by SLURM':
-        code = 0 if job.paths.result_pickle.exists() else 1
+        code = 0 if has_succeeded(job) else 1
     else:
         code = slurm_exit_code(job.job_id)
     return report_end(job, state, code)
@@ -640,8 +678,17 @@ def follow_locally(job: submitit.Job) -> int:
     finally:
         signal.signal(signal.SIGINT, handler)
     log.show()
-    succeeded = all(job.task(rank).paths.result_pickle.exists() for rank in range(job.num_tasks))
+    succeeded = all(has_succeeded(job.task(rank)) for rank in range(job.num_tasks))
     return report_end(job, 'COMPLETED' if succeeded else 'FAILED', 0 if succeeded else 1)
+
+
+def has_succeeded(task: submitit.Job) -> bool:
+    """Whether a process of a job has left a result that is no error."""
+    try:
+        outcome, _ = submitit.core.utils.pickle_load(task.paths.result_pickle)
+    except FileNotFoundError:
+        return False
+    return outcome == 'success'
 
 
 def report_end(job: submitit.Job, state: str, code: int) -> int:
@@ -685,6 +732,7 @@ def main(argv: Optional[list] = None) -> int:
     Raises:
         InputError: the arguments can't be used, or the cluster can't meet the request.
     """
+    argv = sys.argv[1:] if argv is None else argv
     args, program_argv = parse_args(argv)
     if args.dry_run:
         print(f'{sbatch_script(args)}\n# Each process runs: {rank_command(args, program_argv)}')
@@ -694,7 +742,7 @@ def main(argv: Optional[list] = None) -> int:
         # A process's id comes round again, and with it another job's directory
         name = f'local-{time.strftime("%Y%m%d-%H%M%S")}-{os.getpid()}'
         args.job_dir, args.output_dir = (path.replace('%j', name) for path in (args.job_dir, args.output_dir))
-    task = make_task(args, program_argv, args.output_dir)
+    task = make_task(args, program_argv, args.output_dir, argv)
     job = submit_to_slurm(args, task) if args.cluster == 'slurm' else submit_locally(args, task)
     stop = f'scancel {job.job_id}' if args.cluster == 'slurm' else f'kill {job.job_id}'
     log = job.task(0).paths.stdout

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import Optional
 
-from run import config
-from utils import InputError, RunStopped
+from run import config, launch, processes, startup
+from run.output import BROKEN_PIPE, discard, has_no_reader
+from utils import InputError, Interrupted, RunStopped
 
 
 class Parser(argparse.ArgumentParser):
@@ -99,14 +100,48 @@ POSITIVE = number(float, 0, above=True)
 def run_program(main):
     """Run a program's `main()`; what stops it for a known reason is one line on stderr, and the exit code.
 
-    2: the user's input; 128 + n: signal n; 1: anything else.
+    2: the user's input; 128 + n: signal n, also if only the reader of the output has left, which needs no line; 1:
+    anything else.
     """
+    if signal.getsignal(signal.SIGINT) is startup.leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code = exit_code_of(main)
+        sys.stdout.flush()  # here, where it can still be answered that nobody reads it
+    except BrokenPipeError:
+        if not any(map(has_no_reader, (sys.stdout, sys.stderr))):
+            raise  # another pipe
+        code = BROKEN_PIPE
+    if code == BROKEN_PIPE:
+        for stream in (sys.stdout, sys.stderr):  # Python would complain about what is left in them
+            if has_no_reader(stream):
+                discard(stream)
+    if code:
+        sys.exit(code)
+
+
+def exit_code_of(main):
+    """What sys.exit takes; the reason is printed."""
     try:
         main()
+    except Interrupted as error:
+        if error.exit_code != BROKEN_PIPE:
+            say(str(error))
+        return error.exit_code
     except (InputError, RunStopped) as error:
-        rank = os.environ.get('RANK', '0')
-        where = '' if rank == '0' else f' (rank {rank})'
-        print(f'{Path(sys.argv[0]).name}: error{where}: {error}', file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+        words = str(error)
+        said = processes.say_once(words, lambda: say(words, error=True))
+        return error.exit_code if said or not launch.is_watched_with_rank_0() else 0
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        say('interrupted')
+        return 128 + signal.SIGINT
+    except SystemExit as ended:  # --help
+        return ended.code
+    return 0
+
+
+def say(words: str, *, error: bool = False):
+    """Print why the program ends, with its name, and tell torchrun."""
+    name, kind, rank = Path(sys.argv[0]).name, ': error' if error else '', launch.rank()
+    print(f'{name}{kind}{f" (rank {rank})" if rank else ""}: {words}', file=sys.stderr, flush=True)
+    launch.tell_torchrun(f'{name}{kind}: {words}')

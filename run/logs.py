@@ -3,6 +3,7 @@ import json
 import math
 import platform
 import subprocess
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import timm
 import torch
 import torchvision
 
-from utils import sync_to_disk, write_text, writing
+from run.processes import notice
+from utils import first_line, sync_to_disk, write_text, writing
 
 
 def environment() -> dict:
@@ -24,6 +26,49 @@ def environment() -> dict:
             'timm': timm.__version__, 'numpy': np.__version__, 'git': git or 'unknown'}
 
 
+class TensorBoard:
+    """Files for TensorBoard. A run goes on without them where TensorBoard is missing, broken, or can't write.
+
+    Args:
+        folder: for the files.
+        start: what is there from this step on comes from work that was lost.
+    """
+
+    def __init__(self, folder: Path, *, start: int):
+        self.folder, self.writer = folder, None
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # slow, and only runs with a directory need it
+            self.quiet_own_thread()
+            self.writer = SummaryWriter(folder, purge_step=start)
+        except Exception as error:  # an installation can be broken in any way
+            self.give_up(error)
+
+    def do(self, method: str, *args):
+        """Call a method of SummaryWriter, e.g. `add_scalar`."""
+        if self.writer is None:
+            return
+        try:
+            getattr(self.writer, method)(*args)
+        except Exception as error:
+            self.give_up(error)
+
+    def give_up(self, error: Exception):
+        self.writer = None
+        reason = getattr(error, 'strerror', None) or first_line(error)
+        notice(f'{self.folder}: there will be no more files for TensorBoard ({reason}); the run goes on')
+
+    @classmethod
+    def quiet_own_thread(cls):
+        """Have no traceback printed of an error in TensorBoard's thread: its methods raise it again."""
+        if threading.excepthook is not cls.excepthook:
+            cls.others_excepthook, threading.excepthook = threading.excepthook, cls.excepthook
+
+    @staticmethod
+    def excepthook(args):
+        if not type(args.thread).__module__.startswith('tensorboard.'):
+            TensorBoard.others_excepthook(args)
+
+
 class EpochLog:
     """`log.txt` (one JSON line an epoch) and TensorBoard files in a run's directory, on the main process.
 
@@ -34,13 +79,11 @@ class EpochLog:
     """
 
     def __init__(self, output_dir: Path, *, unit: str, start: int):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only runs with a directory need it
         self.path, self.unit = output_dir / 'log.txt', unit
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if self.place(line) < start]
             write_text(self.path, ''.join(line + '\n' for line in kept))
-        with writing(output_dir / 'tb'):
-            self.tensorboard = SummaryWriter(output_dir / 'tb', purge_step=start)
+        self.tensorboard = TensorBoard(output_dir / 'tb', start=start)
 
     def place(self, line: str) -> float:
         try:
@@ -52,12 +95,11 @@ class EpochLog:
         with writing(self.path), open(self.path, 'a') as file:
             file.write(json.dumps(stats) + '\n')
             sync_to_disk(file)
-        with writing(self.path.with_name('tb')):
-            for name, value in stats.items():
-                if name not in (self.unit, 'n_parameters'):
-                    group, _, rest = name.partition('_')
-                    self.tensorboard.add_scalar(f'{group}/{rest}' if rest else name, value, stats[self.unit])
-            self.tensorboard.flush()
+        for name, value in stats.items():
+            if name not in (self.unit, 'n_parameters'):
+                group, _, rest = name.partition('_')
+                self.tensorboard.do('add_scalar', f'{group}/{rest}' if rest else name, value, stats[self.unit])
+        self.tensorboard.do('flush')
 
     def close(self):
-        self.tensorboard.close()
+        self.tensorboard.do('close')

@@ -6,13 +6,24 @@ import contextlib
 import ctypes
 import datetime
 import os
+import socket
 import sys
+import time
 from typing import Callable, Iterator, Optional
 
 import torch
 import torch.distributed as dist
 
+from run.launch import Launch, find_launch
+from run.output import discard, has_no_reader
 from utils import InputError, Interrupted, RunStopped, first_line, seed_everything
+
+PATIENCE_S = 3.  # for what processes say to each other when they end
+
+
+class Meeting:
+    """Where the processes have met; None: nowhere, or by --dist-url."""
+    store: Optional[dist.Store] = None
 
 
 def is_distributed() -> bool:
@@ -72,7 +83,7 @@ def on_main_process(decide: Callable[[], str]) -> str:
 
 
 def init_distributed(device: torch.device, *, world_size: int, dist_url: str, timeout_minutes: float) -> torch.device:
-    """Join the other processes where a launcher, such as torchrun, has set the environment.
+    """Join the other processes where a launcher, such as torchrun, srun or mpirun, has set the environment.
 
     Args:
         device: the kind of device, e.g. `cuda`.
@@ -87,44 +98,111 @@ def init_distributed(device: torch.device, *, world_size: int, dist_url: str, ti
         InputError: the environment is set in part, or to what can't be.
         RunStopped: the processes can't meet.
     """
-    needed = ['RANK'] + ['WORLD_SIZE'] * (world_size == 1) + ['MASTER_ADDR', 'MASTER_PORT'] * (dist_url == 'env://')
-    given = [name for name in ('RANK', 'WORLD_SIZE') if name in os.environ]
-    missing = [name for name in needed if name not in os.environ]
-    if not given and world_size == 1:
+    launch = find_launch(world_size=world_size, dist_url=dist_url)
+    if launch is None:
         return device
-    if missing:
-        raise InputError(f'{", ".join(given) or f"--world-size {world_size}"} is set, but {", ".join(missing)} is not: '
-                         f'start the processes with torchrun, or set all of them')
-    world_size = integer_from_environment('WORLD_SIZE', low=1, default=world_size)
-    rank = integer_from_environment('RANK', high=world_size - 1)
     if device.type == 'cuda' and device.index is None:
-        local_rank = integer_from_environment('LOCAL_RANK', high=torch.cuda.device_count() - 1, default=0)
-        device = torch.device('cuda', local_rank)
+        device = torch.device('cuda', own_gpu(launch))
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(minutes=timeout_minutes)
-    meeting = {'init_method': dist_url}
-    port = integer_from_environment('MASTER_PORT', low=1, high=65535) if dist_url == 'env://' else None
     # Small messages about the run go by gloo on GPUs too: they need not wait for what the GPUs are computing.
     backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
     try:
-        if dist_url == 'env://' and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
-            # torchrun's store outlives a restart of the processes (--max-restarts), with the addresses of the dead ones
-            store = dist.TCPStore(os.environ['MASTER_ADDR'], port, is_master=False, timeout=timeout)
-            meeting = {'store': dist.PrefixStore(f'restart_{os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)}
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **meeting)
+        Meeting.store = store_of(launch, timeout) if dist_url == 'env://' else None
+        meeting = {'store': Meeting.store} if Meeting.store else {'init_method': dist_url}
+        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, **meeting)
     except (dist.DistError, ValueError, OSError) as error:
-        where = dist_url if port is None else f'{os.environ["MASTER_ADDR"]}:{port}'
+        where = f'{launch.address}:{launch.port}' if dist_url == 'env://' else dist_url
         raise RunStopped(f'the processes can\'t meet at {where} ({first_line(error)})') from None
+    if launch.launcher != 'torchrun':
+        notice(f'{launch.launcher} has started {launch.world_size} processes, which work together')
     return device
 
 
-def integer_from_environment(name: str, *, low: int = 0, high: Optional[int] = None, default: Optional[int] = None
-                             ) -> int:
-    value = os.environ.get(name, str(default))
-    if not value.isdecimal() or int(value) < low or (high is not None and int(value) > high):
-        raise InputError(f'{name}={value} in the environment: must be an integer from {low} on'
-                         + ('' if high is None else f' to {high}'))
-    return int(value)
+def say_once(words: str, say: Callable[[], None]) -> bool:
+    """Call `say()` at the end of a program, unless the main process ends with the same words.
+
+    The processes need not have met: the environment is enough.
+
+    Returns:
+        Whether it was called.
+    """
+    try:
+        launch = find_launch(world_size=1, dist_url='env://')
+    except InputError:
+        launch = None
+    if launch is None or launch.world_size == 1 or launch.rank == 0:
+        say()
+    if launch is None or launch.world_size == 1:
+        return True
+    with contextlib.suppress(RuntimeError, ValueError, OSError):  # they can't meet
+        if launch.rank == 0:
+            tell_last_words(launch, words)
+        elif last_words(launch) == words:
+            return False
+    if launch.rank > 0:
+        say()
+    return True
+
+
+def tell_last_words(launch: Launch, words: str):
+    """Of the main process; waits some seconds for the others to hear them, since the store ends with it."""
+    store = Meeting.store or store_of(launch, datetime.timedelta(seconds=PATIENCE_S))
+    store.set('last words', words)
+    if not is_store_of_torchrun():
+        wait_for(lambda: store.add('heard', 0) >= launch.world_size - 1)
+
+
+def last_words(launch: Launch) -> str:
+    """Those of the main process; '': none within some seconds."""
+    # torch would say sixty lines of a store that is not there
+    if Meeting.store is None and not wait_for(lambda: is_reachable(launch)):
+        return ''
+    store = Meeting.store or store_of(launch, datetime.timedelta(seconds=PATIENCE_S))
+    if not wait_for(lambda: store.check(['last words'])):
+        return ''
+    heard = store.get('last words').decode()
+    store.add('heard', 1)
+    return heard
+
+
+def is_reachable(launch: Launch) -> bool:
+    try:
+        socket.create_connection((launch.address, launch.port), timeout=PATIENCE_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def wait_for(condition: Callable[[], bool]) -> bool:
+    """Whether it has come true within PATIENCE_S."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (true := condition()) and time.monotonic() < deadline:
+        time.sleep(.05)
+    return true
+
+
+def own_gpu(launch: Launch) -> int:
+    """Index of this process's GPU; srun and others may show each process its own one alone."""
+    gpus = torch.cuda.device_count()
+    if launch.launcher != 'torchrun' and gpus == 1:
+        return 0
+    if launch.local_rank is None or launch.local_rank >= gpus:
+        number = 'which is not known here' if launch.local_rank is None else launch.local_rank
+        raise InputError(f'LOCAL_RANK, {number}, says which GPU a process takes: must be from 0 to {gpus - 1}')
+    return launch.local_rank
+
+
+def store_of(launch: Launch, timeout: datetime.timedelta) -> dist.Store:
+    """Where the processes tell each other their addresses."""
+    store = dist.TCPStore(launch.address, launch.port, timeout=timeout, multi_tenant=True,
+                          is_master=launch.rank == 0 and not is_store_of_torchrun())
+    # torchrun's store outlives a restart of the processes (--max-restarts), with the addresses of the dead ones
+    return dist.PrefixStore(f'restart_{os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)
+
+
+def is_store_of_torchrun() -> bool:
+    return os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
 
 
 def wrap_for_distributed(model: torch.nn.Module, device: torch.device, *, sync_bn: bool) -> torch.nn.Module:
@@ -163,6 +241,7 @@ def broadcast_buffers(model: torch.nn.Module):
 def end_distributed():
     if is_distributed():
         dist.destroy_process_group()
+    Meeting.store = None
 
 
 @contextlib.contextmanager
@@ -179,6 +258,8 @@ def joined(args, *, trains: bool = True) -> Iterator[torch.device]:
                               timeout_minutes=args.dist_timeout)
     if device.type == 'cpu' and trains:
         keep_freed_memory()
+    if device.type == 'cpu':
+        notice_busy_cores()
     try:
         yield device
     except Interrupted:
@@ -215,8 +296,28 @@ def choose_device(name: str) -> torch.device:
 
 def usable_workers(wanted: int) -> int:
     """So many data-loading processes, but not more than there are cores for this process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return min(wanted, cores)
+    return min(wanted, usable_cores())
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def notice_busy_cores():
+    """Say so where other programs have the cores that torch's threads count on.
+
+    These wait for each other at every step by spinning: on cores that are taken, a training can be ten times slower.
+    """
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):  # Windows; not to be had
+        return
+    cores = usable_cores()
+    free = max(0., cores - load)
+    if load > free and torch.get_num_threads() > 1 and 'OMP_NUM_THREADS' not in os.environ:
+        notice(f'Other programs are using this machine: its load is {load:.1f}, and this one has {cores} cores and '
+               f'{torch.get_num_threads()} threads; if it is slow, set OMP_NUM_THREADS={max(1, int(free))} in front of '
+               f'the command')
 
 
 def keep_freed_memory():
@@ -242,10 +343,26 @@ def set_malloc(*, mmap_threshold: int, trim_threshold: int):
 # ---------------------------------------------------------------------------------------------------------------------
 # What one process says for all
 
+class Output:
+    """Standard output; `on_broken_pipe` is called, instead of an error, where nobody reads it any more."""
+    on_broken_pipe: Optional[Callable[[], None]] = None
+
+
 def notice(*words):
-    """Print on the main process only."""
-    if is_main_process():
+    """Print on the main process only.
+
+    Raises:
+        BrokenPipeError: nobody reads it, and the program is not at a place where that is noted (run.signals).
+    """
+    if not is_main_process():
+        return
+    try:
         print(*words, flush=True)
+    except BrokenPipeError:
+        if Output.on_broken_pipe is None or not has_no_reader(sys.stdout):
+            raise
+        discard(sys.stdout)
+        Output.on_broken_pipe()
 
 
 def shows_bar() -> bool:

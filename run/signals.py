@@ -5,13 +5,14 @@ import os
 import signal
 import threading
 
-from run.processes import max_over_processes
+from run.processes import Output, max_over_processes
 
 
 class StopRequest:
     """Notes the signals that ask a run to stop, so that it can do so between two steps.
 
-    Use as a context; a second SIGINT (Ctrl-C) interrupts at once.
+    Use as a context; a second SIGINT (Ctrl-C) interrupts at once. That nobody reads the output any more (`| head`)
+    counts as SIGPIPE, which itself comes from other pipes as well.
     """
     SIGNALS = tuple(s for s in signal.Signals if s.name in ('SIGTERM', 'SIGINT', 'SIGUSR1', 'SIGUSR2'))
 
@@ -22,9 +23,11 @@ class StopRequest:
         self.previous = {}
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
             self.previous = {signum: signal.signal(signum, self._note) for signum in self.SIGNALS}
+        Output.on_broken_pipe = lambda: self._note(signal.SIGPIPE, None)
         return self
 
     def __exit__(self, *_):
+        Output.on_broken_pipe = None
         for signum, handler in self.previous.items():
             signal.signal(signum, handler)
 

@@ -330,7 +330,7 @@ class Run:
                    {'args': vars(self.args), 'derived': derived, 'environment': environment()})
         log = EpochLog(self.folder, unit=self.position.unit, start=self.position.first_to_log())
         if self.first == 0:  # also when going on within it: the log starts anew there
-            log.tensorboard.add_text('args', '\n'.join(f'    {k}: {v}' for k, v in vars(self.args).items()))
+            log.tensorboard.do('add_text', 'args', '\n'.join(f'    {k}: {v}' for k, v in vars(self.args).items()))
         return log
 
 

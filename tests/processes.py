@@ -79,12 +79,16 @@ def become(command: list, environment: dict, out: str, err: str):
         atexit._run_exitfuncs()
 
 
-def start(command: list, world: int) -> list:
-    """The processes of ranks 0 to world - 1 that run `command`, each with its environment."""
-    common = {**os.environ, 'WORLD_SIZE': str(world), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port()),
-              'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
-    return [Started(list(map(str, command)), {**common, 'RANK': str(rank), 'LOCAL_RANK': str(rank)})
-            for rank in range(world)]
+def torch_variables(rank: int, world: int, port: int) -> dict:
+    """What torchrun sets."""
+    return {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(world), 'MASTER_ADDR': '127.0.0.1',
+            'MASTER_PORT': str(port)}
+
+
+def start(command: list, world: int, variables=torch_variables) -> list:
+    """The processes of ranks 0 to world - 1 that run `command`, each with the variables of a launcher."""
+    common, port = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}, free_port()
+    return [Started(list(map(str, command)), {**common, **variables(rank, world, port)}) for rank in range(world)]
 
 
 def finish(processes: list, *, timeout: float = 120) -> list:

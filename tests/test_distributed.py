@@ -1,5 +1,6 @@
 """Several real processes on this machine, talking by gloo."""
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ import torch
 from conftest import ROOT, tiniest, tiny, write_folders
 from processes import finish, free_port, run, start
 
-from main import main
+from main import get_args_parser, main
+from run import processes
 from utils import InputError
 
 WORKER = Path(__file__).parent / 'distributed_worker.py'
@@ -127,3 +129,74 @@ def test_half_set_environment(data, monkeypatch):
     monkeypatch.delenv('WORLD_SIZE', raising=False)
     with pytest.raises(InputError, match='RANK is set, but WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not'):
         main(tiniest(data))
+
+
+# ----- refusals
+
+@pytest.mark.parametrize(('mistake', 'words'), [
+    (['--opt', 'nope'], '--opt nope: timm has no such optimizer'),  # before the processes meet
+    (['--accum-iter', '1000'], '--accum-iter 1000: an epoch has 2 batches'),  # after it
+], ids=['flags', 'data'])
+def test_refusal_is_said_once(data, mistake, words):
+    """By the main process; all end with its exit code."""
+    results = finish(start([ROOT / 'main.py', *tiniest(data, *mistake)], 3))
+    assert [code for code, _, _ in results] == [2, 2, 2]
+    assert [err for _, _, err in results] == [f'main.py: error: {words}\n', '', '']
+
+
+def test_refusals_that_differ_are_all_said(data):
+    """Each process that has words of its own says them, with its rank."""
+    script = ('import os, sys\nfrom run.commandline import run_program\nfrom utils import InputError\n'
+              'def main(): raise InputError("of " + os.environ["RANK"])\nrun_program(main)')
+    results = finish(start(['-c', script], 2))
+    assert [err for _, _, err in results] == ['-c: error: of 0\n', '-c: error (rank 1): of 1\n']
+
+
+def test_refusal_under_torchrun(data):
+    """The first line, and again the last but one of torchrun's report, which has no other failure to report."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT / 'main.py',
+               *tiny(data, '--opt', 'nope')]
+    result = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert result.returncode == 1
+    lines, words = result.stdout.splitlines(), 'main.py: error: --opt nope: timm has no such optimizer'
+    assert lines[0] == words
+    assert lines[-2] == f'  traceback : {words}'
+    assert '<NO_OTHER_FAILURES>' in result.stdout
+    assert result.stdout.count('--opt nope') == 2
+
+
+# ----- cores
+
+def busy_notice(capsys, *argv: str) -> str:
+    with processes.joined(get_args_parser().parse_args(['--device', 'cpu', *argv]), trains=False):
+        return capsys.readouterr().out
+
+
+@pytest.fixture
+def two_threads_on_four_cores(monkeypatch):
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {0, 1, 2, 3})
+
+
+@pytest.mark.parametrize(('load', 'remedy'), [(8., 'OMP_NUM_THREADS=1 '), (2.5, 'OMP_NUM_THREADS=1 '), (2., ''),
+                                              (0., '')])
+def test_busy_cores_are_noticed(two_threads_on_four_cores, monkeypatch, capsys, load, remedy):
+    """With the remedy, where the load is higher than the number of cores that it leaves free."""
+    monkeypatch.setattr(os, 'getloadavg', lambda: (load, 0., 0.))
+    said = busy_notice(capsys)
+    assert (f'its load is {load}' in said) == (remedy in said) == bool(said) == bool(remedy)
+
+
+@pytest.mark.parametrize('case', ['set', 'one thread', 'no load'])
+def test_busy_cores_that_need_no_notice(two_threads_on_four_cores, monkeypatch, capsys, case):
+    """Where the number of threads was chosen, is one, or the system knows no load."""
+    monkeypatch.setattr(os, 'getloadavg', lambda: (8., 0., 0.))
+    if case == 'set':
+        monkeypatch.setenv('OMP_NUM_THREADS', '2')
+    elif case == 'one thread':
+        monkeypatch.setattr(torch, 'get_num_threads', lambda: 1)
+    else:
+        monkeypatch.delattr(os, 'getloadavg')
+    assert busy_notice(capsys) == ''

@@ -1,7 +1,9 @@
 """run_with_submitit.py, with a real SLURM of two nodes on this machine, and without any."""
 import json
 import os
+import pickle
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -13,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+import submitit
 from conftest import tiny, write_folders
 
 import run_with_submitit
@@ -298,6 +301,22 @@ def test_dry_run_prints_what_is_submitted(finished, data, capsys):
     assert command.startswith(f'python -u {ROOT / "main.py"} --model')
 
 
+# ----- without the wrapper
+
+def test_srun_starts_ranks_and_a_batch_script_one_process(cluster, data, tmp_path):
+    """`srun python main.py` on two nodes is one training of two; the same line without srun, before it, is alone."""
+    script, train = tmp_path / 'job.sh', [sys.executable, ROOT / 'main.py', *tiny(data, '--epochs', '1')]
+    script.write_text('#!/bin/bash\nset -e\nexport OMP_NUM_THREADS=1\n' + ''.join(
+        f'{shlex.join(map(str, [*words, *train, "--output-dir", tmp_path / name]))}\n'
+        for name, words in (('alone', []), ('ranks', ['srun']))))
+    job_id = subprocess.run(['sbatch', '--parsable', '-N2', '-n2', '-o', tmp_path / 'log', script], check=True,
+                            capture_output=True, text=True).stdout.strip()
+    assert end_of(job_id) == 'COMPLETED', (tmp_path / 'log').read_text()
+    told = {name: json.loads((tmp_path / name / 'args.json').read_text())['derived'] for name in ('alone', 'ranks')}
+    assert (told['alone']['processes'], told['ranks']['processes']) == (1, 2)
+    assert 'srun has started 2 processes' in (tmp_path / 'log').read_text()
+
+
 # ----- time limit and preemption
 
 def assert_went_on_where_it_stopped(job_id: str, folder: Path, epochs: int):
@@ -352,8 +371,42 @@ def test_no_more_restarts_than_asked_for(cluster, data, tmp_path, capsys):
     assert end_of(job_id) == 'FAILED'
     assert run_with_submitit.slurm_exit_code(job_id) == 128 + signal.SIGUSR2
     assert 'timed-out too many times' in log_of(folder)
-    assert f'--output-dir {folder} --resume auto' in log_of(folder)
+    assert f'--output-dir {folder} --resume auto' in log_of(folder).splitlines()[-1]
     assert 'stored in' in log_of(folder)
+
+
+def test_a_cluster_that_does_not_requeue(cluster, data, tmp_path, capsys):
+    """Nodes without scontrol: at the time limit the state is stored, and the log's last line is how to go on."""
+    (tmp_path / 'bin').mkdir()
+    for name in ('bash', 'srun', 'env'):
+        (tmp_path / 'bin' / name).symlink_to(shutil.which(name))
+    flags = job_flags(data, tmp_path, '--epochs', '400', '--nodes', '1', '--setup', f'PATH={tmp_path}/bin')
+    job_id, folder = submit(capsys, flags)
+    wait_for((folder / 'checkpoint.pth').exists)
+    subprocess.run(['scancel', '--signal=USR2', job_id], check=True)
+    assert end_of(job_id) == 'FAILED'
+    assert run_with_submitit.slurm_exit_code(job_id) == 128 + signal.SIGUSR2
+    assert 'stored in' in log_of(folder)
+    *_, last = log_of(folder).splitlines()
+    assert last == f'To go on: {shlex.join(["python", run_with_submitit.__file__, *flags])} ' \
+                   f'--output-dir {folder} --resume auto'
+
+
+@pytest.mark.parametrize('error', [
+    FileNotFoundError(2, 'No such file or directory', 'scontrol'), subprocess.CalledProcessError(1, ['scontrol']),
+    subprocess.TimeoutExpired(['scontrol'], 60)], ids=lambda error: type(error).__name__)
+def test_requeues_that_fail(error, monkeypatch):
+    """Without scontrol, where requeues are forbidden, and where no controller answers: one kind of error."""
+    def requeue(*_):
+        raise error
+
+    before = signal.signal(signal.SIGUSR2, requeue)
+    try:
+        run_with_submitit.Task([], '', 1, True, {}).catch_signals(local=False)
+        with pytest.raises(run_with_submitit.NotRequeued, match='scontrol'):
+            signal.raise_signal(signal.SIGUSR2)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
 
 
 # ----- jobs that fail
@@ -491,6 +544,26 @@ def test_without_slurm_the_job_runs_on_this_machine(no_slurm, data, tmp_path, ca
     assert folder.name.startswith('local-')
     assert json.loads((folder / 'args.json').read_text())['derived']['processes'] == 2
     assert epochs_of(folder) == [0]
+
+
+def test_a_local_job_fails_with_its_code_on_any_system(no_slurm, data, tmp_path, capsys):
+    """Where Python has neither os.waitid nor os.pidfd_open, as on macOS: FAILED, and the code of the training."""
+    (tmp_path / 'sitecustomize.py').write_text('import os\ndel os.waitid, os.pidfd_open\n')
+    flags = job_flags(tmp_path / 'nowhere', tmp_path / 'runs', '--nodes', '1', '--wait', '--setup',
+                      f'export PYTHONPATH={tmp_path}:$PYTHONPATH')
+    assert main(flags) == 2
+    printed = capsys.readouterr().out
+    assert ': FAILED\n' in printed
+    assert printed.endswith('Exit code 2\n')
+
+
+def test_a_process_that_broke_has_not_succeeded(tmp_path):
+    """submitit leaves a result of those, too."""
+    task = submitit.LocalJob(tmp_path, '7')
+    assert not run_with_submitit.has_succeeded(task)
+    for outcome in ('error', 'success'):
+        task.paths.result_pickle.write_bytes(pickle.dumps((outcome, 0)))
+        assert run_with_submitit.has_succeeded(task) == (outcome == 'success')
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-FILES = [*ROOT.glob('*.py'), *(path for folder in ('run', 'loaders', 'reports', 'tools') for path in ROOT.glob(f'{folder}/*.py'))]
+FOLDERS = ('run', 'loaders', 'reports', 'tools')
+FILES = [*ROOT.glob('*.py'), *(path for folder in FOLDERS for path in ROOT.glob(f'{folder}/*.py'))]
 MODULES = {'.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__'): path for path in FILES}
 
 

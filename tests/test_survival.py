@@ -139,7 +139,7 @@ def test_group_signal_with_workers(data, tmp_path):
     os.killpg(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    assert err.splitlines()[-1].startswith('main.py: error: SIGTERM: stopped at epoch ')
+    assert err.splitlines()[-1].startswith('main.py: SIGTERM: stopped at epoch ')
     assert 'Traceback' not in err
     assert state(tmp_path / 'run')['epoch'] < 49
 
@@ -255,7 +255,7 @@ def test_torchrun_passes_sigterm_on(data, tmp_path):
     wait_for(tmp_path / 'checkpoint.pth', launcher)
     launcher.send_signal(signal.SIGTERM)
     out, _ = launcher.communicate(timeout=60)
-    assert 'main.py: error: SIGTERM: stopped at epoch ' in out
+    assert 'main.py: SIGTERM: stopped at epoch ' in out
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT / 'main.py') not in out
     assert (tmp_path / 'checkpoint.pth').exists()
 

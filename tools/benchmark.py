@@ -8,6 +8,8 @@ A figure is the median of rounds in which the candidates take turns, after a war
 beyond what was in use before it: weights, the optimizer's state and the position that a fused model keeps for the next
 image of the same size don't count.
 """
+import run.startup  # noqa: F401  first of all
+
 import argparse
 import csv
 import ctypes

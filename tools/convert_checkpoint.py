@@ -4,6 +4,8 @@ Reads whatever the other programs read: a training's checkpoint, a published fil
 classes, the resolution and the crop go with the weights: beside them in a .pth file in the original's naming, in the
 metadata of a .safetensors file. In timm's naming, a config.json beside the file says the same to timm.
 """
+import run.startup  # noqa: F401  first of all
+
 import argparse
 import json
 from pathlib import Path

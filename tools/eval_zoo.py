@@ -3,6 +3,8 @@
 Goes through them one after another. What is measured stands in zoo.csv and zoo.md of the output directory as soon as it
 is known, and what main.py says meanwhile in zoo.log; called again, the program goes on with what is missing.
 """
+import run.startup  # noqa: F401  first of all
+
 import argparse
 import contextlib
 import csv

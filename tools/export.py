@@ -5,6 +5,8 @@ model's at several sizes before it is kept. It also holds what a program that us
 classes, and size (pixels), crop and normalisation of the images. ONNX has these as metadata properties, the two others
 as extra file metadata.json.
 """
+import run.startup  # noqa: F401  first of all
+
 import argparse
 import io
 import json

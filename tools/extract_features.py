@@ -3,6 +3,8 @@
 In the file: `features` (n, C) float32 and `paths`, relative to a folder that was given; of a folder of class folders
 also `labels` (n,) int64 and `classes`, their names. In .safetensors, paths and classes are JSON in the metadata.
 """
+import run.startup  # noqa: F401  first of all
+
 import argparse
 import json
 from pathlib import Path

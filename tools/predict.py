@@ -3,6 +3,8 @@
 Prints a block for each picture, or with --json a line: {"path", "predictions": [{"class", "index", "probability"}]}.
 A picture that is not there or can't be read is named on stderr, and makes the exit code 1; the others are predicted.
 """
+import run.startup  # noqa: F401  first of all
+
 import argparse
 import contextlib
 import json

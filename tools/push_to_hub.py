@@ -4,6 +4,8 @@ Writes a folder with the weights in timm's naming, the config that timm reads, a
 card has only figures that were measured: those of the training's checkpoint, and of an eval.json beside it. With
 --dry-run the folder is written, and nothing uploaded.
 """
+import run.startup  # noqa: F401  first of all
+
 import argparse
 import json
 import re
@@ -89,9 +91,10 @@ def measured(given: weights.Weights, source: str) -> List[str]:
         try:
             stats = json.loads(file.read_text())
             if Path(str(stats['weights'])).name == Path(source).name:
-                lines.append(f'- {stats["acc1"]:.2f} % top-1 and {stats["acc5"]:.2f} % top-5 on {stats["images"]} pictures '
-                             f'(`--data-set {stats["args"]["data_set"]}`) at {stats["resolution"][0]} x '
-                             f'{stats["resolution"][1]} pixels, crop {stats["crop"]:g}')
+                side = ' x '.join(map(str, stats['resolution']))
+                lines.append(f'- {stats["acc1"]:.2f} % top-1 and {stats["acc5"]:.2f} % top-5 on {stats["images"]} '
+                             f'pictures (`--data-set {stats["args"]["data_set"]}`) at {side} pixels, crop '
+                             f'{stats["crop"]:g}')
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f'{file}: can\'t be read ({type(error).__name__}: {first_line(error)})') from None
     return lines

@@ -4,6 +4,8 @@ A training and an evaluation with --output-dir make it themselves. This program 
 was interrupted, or for another folder of pictures. It evaluates best_model.pth as main.py does, where the predictions
 are not there yet.
 """
+import run.startup  # noqa: F401  first of all
+
 import argparse
 import json
 from pathlib import Path

@@ -4,6 +4,8 @@ For each picture: STEM_head0.png, ... and STEM_mean.png, the attention of each h
 as colours over the grey picture; and STEM_sheet.png, all of them on one page. A map has one value for each patch, so
 that a larger --input-size gives a finer one.
 """
+import run.startup  # noqa: F401  first of all
+
 import argparse
 import dataclasses
 import math

@@ -130,8 +130,10 @@ def exit_code_of(main):
         return error.exit_code
     except (InputError, RunStopped) as error:
         words = str(error)
-        said = processes.say_once(words, lambda: say(words, error=True))
-        return error.exit_code if said or not launch.is_watched_with_rank_0() else 0
+        if processes.say_once(words, lambda: say(words, error=True)) or not launch.is_watched_with_rank_0():
+            return error.exit_code
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when rank 0 has ended: it would report that, too
+        return 0
     except KeyboardInterrupt:
         say('interrupted')
         return 128 + signal.SIGINT

@@ -146,11 +146,10 @@ def say_once(words: str, say: Callable[[], None]) -> bool:
 
 
 def tell_last_words(launch: Launch, words: str):
-    """Of the main process; waits some seconds for the others to hear them, since the store ends with it."""
+    """Of the main process; waits some seconds for the others to hear them: the store or a launcher ends with it."""
     store = Meeting.store or store_of(launch, datetime.timedelta(seconds=PATIENCE_S))
     store.set('last words', words)
-    if not is_store_of_torchrun():
-        wait_for(lambda: store.add('heard', 0) >= launch.world_size - 1)
+    wait_for(lambda: store.add('heard', 0) >= launch.world_size - 1)
 
 
 def last_words(launch: Launch) -> str:

@@ -180,23 +180,23 @@ def two_threads_on_four_cores(monkeypatch):
     monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {0, 1, 2, 3})
 
 
-@pytest.mark.parametrize(('load', 'remedy'), [(8., 'OMP_NUM_THREADS=1 '), (2.5, 'OMP_NUM_THREADS=1 '), (2., ''),
-                                              (0., '')])
+@pytest.mark.parametrize(('load', 'remedy'), [(8., 'OMP_NUM_THREADS=1 '), (2.5, 'OMP_NUM_THREADS=1 ')])
 def test_busy_cores_are_noticed(two_threads_on_four_cores, monkeypatch, capsys, load, remedy):
     """With the remedy, where the load is higher than the number of cores that it leaves free."""
     monkeypatch.setattr(os, 'getloadavg', lambda: (load, 0., 0.))
     said = busy_notice(capsys)
-    assert (f'its load is {load}' in said) == (remedy in said) == bool(said) == bool(remedy)
+    assert f'its load is {load}' in said
+    assert remedy in said
 
 
-@pytest.mark.parametrize('case', ['set', 'one thread', 'no load'])
+@pytest.mark.parametrize('case', ['half of them free', 'set', 'one thread', 'no load'])
 def test_busy_cores_that_need_no_notice(two_threads_on_four_cores, monkeypatch, capsys, case):
-    """Where the number of threads was chosen, is one, or the system knows no load."""
-    monkeypatch.setattr(os, 'getloadavg', lambda: (8., 0., 0.))
+    """Where there is room, the number of threads was chosen or is one, or the system knows no load."""
+    monkeypatch.setattr(os, 'getloadavg', lambda: (2. if case == 'half of them free' else 8., 0., 0.))
     if case == 'set':
         monkeypatch.setenv('OMP_NUM_THREADS', '2')
     elif case == 'one thread':
         monkeypatch.setattr(torch, 'get_num_threads', lambda: 1)
-    else:
+    elif case == 'no load':
         monkeypatch.delattr(os, 'getloadavg')
     assert busy_notice(capsys) == ''

@@ -135,7 +135,7 @@ def test_half_set_environment(data, monkeypatch):
 
 @pytest.mark.parametrize(('mistake', 'words'), [
     (['--opt', 'nope'], '--opt nope: timm has no such optimizer'),  # before the processes meet
-    (['--accum-iter', '1000'], '--accum-iter 1000: an epoch has 2 batches'),  # after it
+    (['--accum-iter', '1000'], '--accum-iter 1000: an epoch has 1 batches'),  # after it
 ], ids=['flags', 'data'])
 def test_refusal_is_said_once(data, mistake, words):
     """By the main process; all end with its exit code."""

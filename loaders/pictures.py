@@ -22,6 +22,7 @@ SYSTEM_FOLDERS = ('__macosx', '@eadir', '@tmp', '#recycle', '@recycle', '$recycl
                   'lost+found', '__pycache__')
 # Formats that Pillow knows but can't decode, or only by a program that would run what is in the file (Ghostscript)
 NOT_PICTURES = ('MPEG', 'EPS')
+BY_ANOTHER_NAME = ('.mpo', '.jps')  # pictures that Pillow knows by their content, not by their suffix
 HEIF = ('.heic', '.heif', '.hif')  # Pillow reads them with the package pillow-heif
 UNKNOWN = (0, 0)  # the size of a picture that can't be opened
 SIXTEEN_BIT = ('PNG', 'PPM')  # formats whose mode `I` means 16 bits
@@ -49,8 +50,8 @@ def suffixes() -> Set[str]:
     Image.init()
     stubs = {name for name, (factory, _) in Image.OPEN.items()
              if isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)}
-    return {suffix for suffix, name in Image.registered_extensions().items()
-            if name in Image.OPEN and name not in stubs and name not in NOT_PICTURES}
+    return {*BY_ANOTHER_NAME, *(suffix for suffix, name in Image.registered_extensions().items()
+                                if name in Image.OPEN and name not in stubs and name not in NOT_PICTURES)}
 
 
 def is_hidden(name: str) -> bool:

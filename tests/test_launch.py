@@ -57,6 +57,8 @@ OMPI = 'OMPI_COMM_WORLD_RANK=3 OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_LOCAL_RANK
     (STEP + 'SLURM_STEP_NODELIST=rack[2-3]n[04,6-9]-ib', (3, 4, 1, 'rack2n04-ib')),
     (STEP + 'SLURM_STEP_NODELIST=n[1-2] MASTER_ADDR=10.0.0.1', (3, 4, 1, '10.0.0.1')),
     (STEP + 'PMI_RANK=3 PMI_SIZE=4 PMIX_RANK=3', (3, 4, 1, '127.0.0.1')),
+    (STEP.replace('SLURM_NTASKS=4', ''), (3, 4, 1, '127.0.0.1')),
+    (STEP.replace('SLURM_STEP_NUM_TASKS=4', ''), (3, 4, 1, '127.0.0.1')),
     (OMPI + '4', (3, 4, 3, '127.0.0.1')),
     (OMPI + '2 SLURM_JOB_NODELIST=n[5-6]', (3, 4, 3, 'n5')),
     # mpirun in a job, which starts its helpers by srun, one a node

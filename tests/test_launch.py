@@ -197,19 +197,21 @@ def cut_off(command: list, last: str) -> tuple:
 
 
 def test_training_into_head_is_stored(data, tmp_path):
-    """`main.py | head`: exit code 141 and not a word, and the run goes on from where it was."""
+    """`main.py | head`: exit code 141 and not a word, and the run goes on from the step at which it was."""
     run = tmp_path / 'run'
     command = tiny(data, '--epochs', '50', '--output-dir', str(run))
     assert cut_off(['main.py', *command], 'Epoch 0 ') == (141, '')
     stored = torch.load(run / 'checkpoint.pth', weights_only=True)
-    assert 0 < stored['step'] + 4 * (stored['epoch'] + 1) < 50
+    assert stored['step'] > 0
+    assert stored['epoch'] < 49
     main([*command, '--epochs', str(stored['epoch'] + 2), '--resume', 'auto'])
 
 
-@pytest.mark.parametrize('flags', [[], ['-u']])
-def test_tool_into_head(data, tmp_path, flags):
-    """The same for what prints without looking, buffered or not."""
-    code = 'import run.commandline\ndef program():\n    for _ in range(100000): print("word")\n' \
+@pytest.mark.parametrize('end', ['for _ in range(100000): print("more")', 'print("more")'], ids=['long', 'short'])
+@pytest.mark.parametrize('flags', [[], ['-u']], ids=['buffered', 'unbuffered'])
+def test_tool_into_head(flags, end):
+    """The same for what prints without looking, also if Python only writes it as the program ends."""
+    code = f'import time, run.commandline\ndef program():\n    print("word", flush=True)\n    time.sleep(.3)\n    {end}\n' \
            'run.commandline.run_program(program)'
     assert cut_off([*flags, '-c', code], 'word') == (141, '')
 

@@ -188,7 +188,8 @@ def test_a_stop_is_no_error():
 def cut_off(command: list, last: str) -> tuple:
     """Exit code and stderr of a program whose output is read up to a line that starts with `last`."""
     process = subprocess.Popen(list(map(str, [sys.executable, *command])), cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+                               stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': ''})
     while not process.stdout.readline().startswith(last):
         pass
     process.stdout.close()
@@ -211,8 +212,8 @@ def test_training_into_head_is_stored(data, tmp_path):
 @pytest.mark.parametrize('flags', [[], ['-u']], ids=['buffered', 'unbuffered'])
 def test_tool_into_head(flags, end):
     """The same for what prints without looking, also if Python only writes it as the program ends."""
-    code = f'import time, run.commandline\ndef program():\n    print("word", flush=True)\n    time.sleep(.3)\n    {end}\n' \
-           'run.commandline.run_program(program)'
+    code = ('import time, run.commandline\ndef program():\n    print("word", flush=True)\n    time.sleep(.3)\n'
+            f'    {end}\nrun.commandline.run_program(program)')
     assert cut_off([*flags, '-c', code], 'word') == (141, '')
 
 

@@ -60,9 +60,8 @@ def in_slurm_step() -> bool:
     the shell of `salloc` or `srun --pty`; of a job that was submitted by such a process. SLURM's own MPI support sets
     those of PMI as well, to the same numbers.
     """
-    tasks = os.environ.get('SLURM_NTASKS')
-    return ('SLURM_STEP_ID' in os.environ and os.environ.get('SLURM_STEP_NUM_TASKS', tasks) == tasks
-            and os.environ.get('PMI_SIZE', tasks) == tasks and not in_slurm_shell())
+    sizes = set(values_of(('SLURM_NTASKS', 'SLURM_STEP_NUM_TASKS', 'PMI_SIZE')))
+    return 'SLURM_STEP_ID' in os.environ and len(sizes) == 1 and not in_slurm_shell()
 
 
 def in_slurm_shell() -> bool:
@@ -85,6 +84,8 @@ LAUNCHERS = (
     Variables('MVAPICH', *(f'MV2_COMM_WORLD_{name}' for name in ('RANK', 'SIZE', 'LOCAL_RANK', 'LOCAL_SIZE'))),
     Variables('mpirun', 'PMI_RANK', 'PMI_SIZE', 'MPI_LOCALRANKID', 'MPI_LOCALNRANKS',  # MPICH, Intel
               lambda: 'MPI_LOCALRANKID' in os.environ),
+    Variables('srun', 'SLURM_PROCID', 'SLURM_STEP_NUM_TASKS', 'SLURM_LOCALID', '',
+              lambda: in_slurm_step() and 'SLURM_STEP_NUM_TASKS' in os.environ),
     Variables('srun', 'SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', '', in_slurm_step),
     Variables('PMI', 'PMI_RANK', 'PMI_SIZE', 'PMI_LOCAL_RANK', 'PMI_LOCAL_SIZE', lambda: not in_slurm_shell()),
     Variables('PMIx', 'PMIX_RANK', 'WORLD_SIZE', 'PMIX_LOCAL_RANK', 'PMIX_LOCAL_SIZE',

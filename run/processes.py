@@ -113,7 +113,8 @@ def init_distributed(device: torch.device, *, world_size: int, dist_url: str, ti
         dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, **meeting)
     except (dist.DistError, ValueError, OSError) as error:
         where = f'{launch.address}:{launch.port}' if dist_url == 'env://' else dist_url
-        raise RunStopped(f'the processes can\'t meet at {where} ({first_line(error)})') from None
+        remedy = '' if launch.launcher == 'torchrun' else '; MASTER_ADDR and MASTER_PORT name another place'
+        raise RunStopped(f'the processes can\'t meet at {where} ({first_line(error)}){remedy}') from None
     if launch.launcher != 'torchrun':
         notice(f'{launch.launcher} has started {launch.world_size} processes, which work together')
     return device

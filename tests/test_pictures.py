@@ -238,7 +238,8 @@ def test_hidden_files_and_folders_are_skipped(tmp_path, capsys):
 
 def test_every_suffix_that_pillow_reads_counts(tmp_path):
     """In upper case, too; those of formats that it can't decode don't."""
-    names = ['a.jfif', 'b.GIF', 'c.JPEG', 'd.tif', 'e.bmp', 'f.webp', 'g.jpe', 'h.Png', 'i.ppm', 'j.jp2', 'k.tga', 'l.mpo']
+    names = ['a.jfif', 'b.GIF', 'c.JPEG', 'd.tif', 'e.bmp', 'f.webp', 'g.jpe', 'h.Png', 'i.ppm', 'j.jp2', 'k.tga',
+             'l.mpo']
     for name in names:
         (tmp_path / name).write_bytes(b'')
     for name in ('a.h5', 'b.mpg', 'c.pdf', 'd.eps', 'e.txt', 'f'):

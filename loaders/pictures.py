@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, Iterable, Iterator, List, Set, Tuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from run.processes import notice
 from utils import UnreadableImage, abridge, first_line
@@ -99,7 +99,14 @@ def notice_left_out(where: str, left_out: Counter):
         return
     words = abridge([f'{count} {suffix}' for suffix, count in left_out.most_common()])
     remedy = '; pip install pillow-heif for .heic' if set(HEIF) & set(left_out) else ''
-    notice(f'{where}: {sum(left_out.values())} files are left out, as no pictures that Pillow reads: {words}{remedy}')
+    count = sum(left_out.values())
+    notice_once(f'{where}: {count} files are left out, as no pictures that Pillow reads: {words}{remedy}')
+
+
+@functools.cache
+def notice_once(words: str):
+    """A folder may be looked through for training and again for evaluation."""
+    notice(words)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,6 +124,8 @@ def load_rgb(path, *, upright: bool = True) -> Image.Image:
     try:
         with open(path, 'rb') as file:
             return decode(file, str(path), upright=upright)
+    except UnidentifiedImageError:  # its own words show the open file
+        raise UnreadableImage(f'unreadable image {path}: no picture that Pillow knows, or damaged') from None
     except Exception as error:
         raise UnreadableImage(f'unreadable image {path}: {first_line(error)}') from None
 

@@ -55,8 +55,8 @@ def main(argv: Optional[list] = None) -> List[List[dict]]:
     """Predict, with a command line (`sys.argv` if None); returns what was printed of each readable picture."""
     args = get_args_parser().parse_args(argv)
     unreadable, results = [], []
-    paths = common.find_images(args.images, missing=unreadable)
-    with contextlib.redirect_stdout(sys.stderr):  # what was read of the weights is no part of the output
+    with contextlib.redirect_stdout(sys.stderr):  # what is said of pictures and weights is no part of the output
+        paths = common.find_images(args.images, missing=unreadable)
         loaded = common.load_model(args)
     if loaded.model.num_classes == 0:
         raise InputError(f'--pretrained {args.pretrained}: has no head to predict classes with')

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from reports import predictions, tables
 from run.processes import notice
-from utils import whole_file
+from utils import first_line, whole_file
 
 CONFUSION, CURVES, MISTAKES = 'confusion.png', 'curves.png', 'mistakes.png'
 MOST_CLASSES = 50  # that a matrix shows; of more, the most confused pairs are shown
@@ -26,10 +26,12 @@ def draw(folder: Path, log: Path, picture: Optional[Callable[[int], Image.Image]
         draw_mistakes(folder, picture)
     try:
         import matplotlib
-    except ImportError:
-        notice(f'{folder}: without {CONFUSION} and {CURVES}, which need matplotlib (pip install matplotlib)')
+        matplotlib.use('agg')
+        import matplotlib.pyplot  # noqa: F401
+    except Exception as error:  # not installed, or built for another NumPy
+        notice(f'{folder}: without {CONFUSION} and {CURVES}, which need matplotlib (pip install matplotlib; '
+               f'{first_line(error)})')
         return
-    matplotlib.use('agg')
     if (folder / tables.CONFUSION).exists():
         draw_confusion(folder)
     if log.exists():

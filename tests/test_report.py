@@ -154,7 +154,7 @@ def test_without_matplotlib(data, tmp_path, monkeypatch, capsys):
     """The tables and the sheet are made all the same, and a line says what is missing."""
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     main(tiniest(data, '--epochs', '1', '--output-dir', str(tmp_path)))
-    assert 'without confusion.png and curves.png, which need matplotlib (pip install matplotlib)' in (
+    assert 'without confusion.png and curves.png, which need matplotlib (pip install matplotlib; ' in (
         capsys.readouterr().out)
     assert (tmp_path / 'report' / 'per_class.csv').exists()
     assert not (tmp_path / 'report' / 'curves.png').exists()

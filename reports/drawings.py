@@ -27,7 +27,7 @@ def draw(folder: Path, log: Path, picture: Optional[Callable[[int], Image.Image]
     try:
         import matplotlib
         matplotlib.use('agg')
-        import matplotlib.pyplot  # noqa: F401
+        import matplotlib.pyplot
     except Exception as error:  # not installed, or built for another NumPy
         notice(f'{folder}: without {CONFUSION} and {CURVES}, which need matplotlib (pip install matplotlib; '
                f'{first_line(error)})')

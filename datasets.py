@@ -125,6 +125,8 @@ class ClassFolders(datasets.ImageFolder):
         if self.standard is None:
             return classes, class_to_idx
         index = {name: i for i, name in enumerate(self.standard)}
+        if set(classes) == {str(i) for i in range(len(self.standard))}:  # as texts they are in another order
+            return classes, {name: int(name) for name in classes}
         unknown = [name for name in classes if name not in index]
         if len(unknown) == len(classes) == len(self.standard):
             return classes, class_to_idx  # all classes, under names of the user's own

@@ -30,12 +30,13 @@ from reports import drawings, real_labels, tables
 from reports.predictions import Predictions
 from run import flags, optimization, parts, processes
 from run.commandline import COUNT, COUNT_OR_0, FRACTION, NON_NEGATIVE, PATH, POSITIVE, Parser, number, run_program
+from run.descriptions import names_of, trained_with
 from run.folder import BEST, CHECKPOINT
 from run.logs import environment
 from run.optimization import build_scheduler
 from run.position import Epochs
 from run.processes import notice
-from run.resume import load_for_resume, trained_with
+from run.resume import load_for_resume
 from run.training import Run
 from utils import InputError, first_line, seed_everything, write_json
 
@@ -627,7 +628,7 @@ def evaluate_only(args, device: torch.device) -> dict:
     crop = 1. if args.full_crop or not datasets.resizes_for_evaluation(args) else .875
     notice(', '.join(f'{name} {value}' for name, value in environment().items()))
     notice(f'{args.model}: {len(dataset)} images at {args.input_size} pixels, crop {crop:g}')
-    if checkpoint is not None and parts.class_list(checkpoint.get('classes')) not in (
+    if checkpoint is not None and names_of(checkpoint.get('classes')) not in (
             None, datasets.class_names(dataset)):
         notice(f'{source}: was trained on classes of other names, or in another order, than these')
     loader = build_eval_loader(dataset, args, device)

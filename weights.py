@@ -15,8 +15,8 @@ from timm.models import load_state_dict_from_hf
 import xcit
 import xcit_zoo
 from run import checkpoints
+from run.descriptions import trained_with
 from run.processes import notice
-from run.resume import trained_with
 from utils import InputError, abridge, first_line, similar
 
 HUB = 'hf-hub:'  # before the name of a repository there
@@ -320,6 +320,8 @@ def load(model: torch.nn.Module, weights: Weights, *, new_head: bool = False):
             problem = 'have no head'
         elif head[0] not in own:
             problem = f'have a head for {len(given[head[0]])} classes, which the model has no place for'
+        elif head[1] not in given:
+            problem = f'have a head without {head[1]}'
         elif len(given[head[0]]) != len(own[head[0]]):
             problem = f'are for {len(given[head[0]])} classes, not {len(own[head[0]])}'
         else:

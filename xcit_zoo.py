@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from typing import Iterable, Iterator, List, Optional, Set, Tuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -82,6 +83,8 @@ ZOO = {f'{entry.model}.{entry.tag}': entry for entry in published()}
 # Where networks of other tasks keep what no classifier or backbone has
 OTHER_TASKS = ('neck', 'fpn', 'rpn_head', 'roi_head', 'bbox_head', 'mask_head', 'decode_head', 'auxiliary_head', 'rpn',
                'roi_heads', 'pixel_decoder', 'sem_seg_head')
+# Where a classifier that is wrapped around a backbone has its last layer: mmpretrain's is the first
+HEADS = ('head.fc', 'classifier', 'fc', 'head', 'cls_head')
 AVERAGE = re.compile(r'(^|[._])(ema|averaged?|swa)([._]|$)')  # in the name of a moving average of the weights
 DEPTH = 4  # of dicts within dicts that are searched
 
@@ -139,13 +142,20 @@ def find_weights(content: dict, own: Set[str]) -> List[Found]:
 
 def dicts_of_tensors(content: dict, entry: str = '', depth: int = DEPTH) -> Iterator[Tuple[str, dict]]:
     """(where it is, its tensors by name) of each dict in a dict that has any."""
-    tensors = {key: value for key, value in content.items()
-               if isinstance(key, str) and isinstance(value, torch.Tensor)}
+    tensors = {key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+               for key, value in content.items() if isinstance(key, str) and is_weight(value)}
     if tensors:
         yield entry, tensors
     for key, value in content.items():
-        if depth and isinstance(key, str) and isinstance(value, dict):
-            yield from dicts_of_tensors(value, f'{entry}.{key}'.strip('.'), depth - 1)
+        parts = dict(enumerate(value)) if isinstance(value, (list, tuple)) and len(value) < 10 else {'': value}
+        for number, part in parts.items():
+            if depth and isinstance(key, str) and isinstance(part, dict) and not key.startswith('optim'):
+                yield from dicts_of_tensors(part, '.'.join(filter(None, (entry, key, str(number)))), depth - 1)
+
+
+def is_weight(value) -> bool:
+    """Whether a value in a file can be a weight: a tensor, or an array of numbers."""
+    return isinstance(value, torch.Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in 'fiu')
 
 
 def without_wrappers(tensors: dict) -> Tuple[dict, List[str]]:
@@ -176,12 +186,13 @@ def behind_prefix(entry: str, prefix: str, tensors: dict, cleared: List[str], ow
     mine = {key.removeprefix(prefix): value for key, value in tensors.items()
             if key.startswith(prefix) and key.removeprefix(prefix).partition('.')[0] in first}
     names = {prefix + key for key in mine}
-    around = prefix.removesuffix('backbone.')
-    if around != prefix and not any(key.startswith('head.') for key in mine):  # mmpretrain's head lies beside it
-        for part in ('weight', 'bias'):
-            if f'{around}head.fc.{part}' in tensors:
-                mine[f'head.{part}'] = tensors[f'{around}head.fc.{part}']
-                names.add(f'{around}head.fc.{part}')
+    around = ''.join(f'{part}.' for part in prefix.split('.')[:-2])  # of a prefix a.b., a.
+    if prefix and not any(key.startswith('head.') for key in mine):
+        found = next((name for name in HEADS if f'{around}{name}.weight' in tensors), None)
+        for part in ('weight', 'bias') if found else ():
+            if f'{around}{found}.{part}' in tensors:
+                mine[f'head.{part}'] = tensors[f'{around}{found}.{part}']
+                names.add(f'{around}{found}.{part}')
     return Found(entry, prefix, mine, [key for key in tensors if key not in names], cleared)
 
 

@@ -21,7 +21,7 @@ import torch
 
 from run import file_kinds, harmless
 from run.processes import is_main_process, shows_bar
-from utils import InputError, RunStopped, first_line, sync_to_disk
+from utils import InputError, RunStopped, abridge, first_line, sync_to_disk
 
 try:
     import fcntl
@@ -29,6 +29,7 @@ except ImportError:  # Windows
     fcntl = None
 
 
+WEIGHT_SUFFIXES = ('.pth', '.pt', '.safetensors', '.ckpt', '.bin', '.tar')
 DESCRIPTION = ('args', 'classes', 'accuracy', 'epoch')  # what a .safetensors file keeps of a training's checkpoint
 
 
@@ -231,8 +232,8 @@ def problem_of_pickle(path: Path, error: pickle.UnpicklingError) -> str:
     if refused.startswith(('torch.nn.modules.', 'timm.', 'torchvision.')):
         return (f'is a whole pickled model ({refused}), which could run code; where it comes from, save its weights '
                 f'alone: torch.save(model.state_dict(), FILE)')
-    return (f'holds a Python object of type {refused}, which could run code; where it comes from, save the weights '
-            f'alone: torch.save(model.state_dict(), FILE)')
+    return (f'holds a Python object of type {refused}, which is refused, since it could run code; where it comes from, '
+            f'save the weights alone: torch.save(model.state_dict(), FILE)')
 
 
 def load_file(path: Path, name: str) -> dict:
@@ -255,7 +256,9 @@ def load_file(path: Path, name: str) -> dict:
     except FileNotFoundError:
         raise InputError(f'{name}: no such file') from None
     except IsADirectoryError:
-        raise InputError(f'{name}: a directory, not a checkpoint file') from None
+        inside = sorted(file.name for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+        raise InputError(f'{name}: a directory, not a checkpoint file'
+                         + (f'; it has: {abridge(inside, 4)}' if inside else '')) from None
     except pickle.UnpicklingError as error:
         raise InputError(f'{name}: {problem_of_pickle(path, error)}') from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile,

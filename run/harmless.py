@@ -4,6 +4,7 @@ torch.load(weights_only=True) makes nothing but what is named here and in torch'
 """
 import argparse
 import builtins
+import collections
 import datetime
 import decimal
 import fractions
@@ -15,9 +16,18 @@ from typing import List, Optional, Tuple
 
 import numpy as np
 
-PLAIN = (argparse.Namespace, types.SimpleNamespace, datetime.datetime, datetime.date, datetime.time,
-         datetime.timedelta, datetime.timezone, decimal.Decimal, fractions.Fraction, uuid.UUID, range, slice)
+PLAIN = (argparse.Namespace, types.SimpleNamespace, collections.ChainMap, collections.UserDict, collections.UserList,
+         datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone, decimal.Decimal,
+         fractions.Fraction, uuid.UUID, slice)
 FACTORIES = ('bool', 'bytes', 'dict', 'float', 'frozenset', 'int', 'list', 'object', 'set', 'str', 'tuple')
+# Settings of other projects, as the dicts that they are; their own classes are not imported
+SETTINGS = ('yacs.config.CfgNode', 'fvcore.common.config.CfgNode', 'easydict.EasyDict', 'addict.addict.Dict',
+            'mmcv.utils.config.ConfigDict', 'mmengine.config.config.ConfigDict',
+            'lightning.fabric.utilities.data.AttributeDict', 'pytorch_lightning.utilities.parsing.AttributeDict')
+# Words and numbers of a library's own type, as plain ones
+WORDS = ('torch.torch_version.TorchVersion', 'torchvision.transforms.functional.InterpolationMode',
+         'torchvision.transforms.transforms.InterpolationMode')
+NUMBERS = ('PIL.Image.Resampling', 'signal.Signals')
 
 
 def as_list(items: Iterable = (), maxlen: Optional[int] = None) -> list:
@@ -35,6 +45,8 @@ def safe_globals() -> List[Tuple[object, str]]:
     named = [(kind, f'{kind.__module__}.{kind.__qualname__}') for kind in PLAIN]
     named += [(getattr(builtins, name), f'builtins.{name}') for name in FACTORIES]
     named += [(as_list, 'collections.deque'), (as_dict, 'collections.defaultdict')]
+    named += [(collections.OrderedDict, name) for name in SETTINGS]
+    named += [(str, name) for name in WORDS] + [(int, name) for name in NUMBERS]
     # A path of another system can't be made on this one. Python 3.13 calls the module otherwise.
     for module in ('pathlib', 'pathlib._local'):
         for flavour, pure in (('Posix', pathlib.PurePosixPath), ('Windows', pathlib.PureWindowsPath)):
@@ -54,4 +66,5 @@ def numpys() -> List[Tuple[object, str]]:
     for module in ('numpy.core', 'numpy._core'):
         named += [(scalar, f'{module}.multiarray.scalar'), (reconstruct, f'{module}.multiarray._reconstruct'),
                   (frombuffer, f'{module}.numeric._frombuffer')]
+    named += [(kind, f'numpy.{kind.__name__}') for kind in set(np.sctypeDict.values())]
     return named + [(kind, f'numpy.dtypes.{name}') for name, kind in vars(np.dtypes).items() if isinstance(kind, type)]

@@ -9,6 +9,7 @@ from typing import List, Optional
 
 import torch
 
+from run.descriptions import names_of
 from utils import InputError, abridge, first_line
 
 
@@ -59,20 +60,6 @@ class Metrics(dict):
         self.update(state)
 
 
-def class_list(value) -> Optional[List[str]]:
-    """The names of classes 0, 1, ... from what files hold for them; None if that is none.
-
-    Args:
-        value: a sequence of names; or a dict of names by index, or of indices by name.
-    """
-    if isinstance(value, dict):
-        by_index = {int(key): name for key, name in value.items() if str(key).isdecimal()}
-        if len(by_index) < len(value):
-            by_index = {index: name for name, index in value.items() if isinstance(index, int)}
-        value = [by_index[i] for i in range(len(value))] if sorted(by_index) == list(range(len(value))) else None
-    return [str(name) for name in value] if isinstance(value, (list, tuple)) and value else None
-
-
 class Classes:
     """The names of the classes that a model is trained for, in their order: they may not change."""
 
@@ -83,7 +70,7 @@ class Classes:
         return self.names
 
     def load_state_dict(self, state):
-        names = class_list(state)
+        names = names_of(state)
         if self.names and names not in (None, self.names):
             raise InputError(f'was trained on other classes ({abridge(names, 4)}), or in another order, than these '
                              f'({abridge(self.names, 4)})')

@@ -58,10 +58,3 @@ def goes_on_in_place(args) -> bool:
     return args.resume == 'auto' or (
         bool(args.resume) and not checkpoints.is_url(args.resume)
         and Path(args.resume).resolve().parent == Path(args.output_dir).resolve())
-
-
-def trained_with(checkpoint: dict) -> dict:
-    """The flags of the training that wrote a checkpoint; empty if it does not say, or not by name."""
-    args = checkpoint.get('args')
-    args = args if isinstance(args, dict) else getattr(args, '__dict__', {})
-    return {name: value for name, value in args.items() if isinstance(name, str)}

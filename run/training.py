@@ -24,13 +24,14 @@ from typing import Iterator, Optional, Union
 import torch
 
 from run import checkpoints
+from run.descriptions import trained_with
 from run.flags import amp_dtype, images_per_batch, images_per_step
 from run.folder import BEST, CHECKPOINT, PREVIOUS, DirectoryLock, set_aside
 from run.logs import EpochLog, environment
 from run.position import Epochs, Iterations
 from run.processes import get_world_size, is_main_process, max_over_processes, notice, sum_over_processes, wait_for_all
 from run.progress import Table
-from run.resume import NOT_SHARED, goes_on_in_place, load_for_resume, trained_with
+from run.resume import NOT_SHARED, goes_on_in_place, load_for_resume
 from run.signals import StopRequest
 from utils import InputError, Interrupted, first_line, write_json
 

@@ -22,7 +22,7 @@ from conftest import seeded_images, seeded_model, tiny, write_folders
 import weights
 from main import main
 from run import checkpoints, harmless
-from run.parts import class_list
+from run.descriptions import names_of, side_of, trained_with
 from tools import common, convert_checkpoint, export, extract_features, predict
 from utils import InputError
 
@@ -61,8 +61,8 @@ BESIDE = {
     'defaultdict of dicts': collections.defaultdict(dict, {1: {}}), 'deque': collections.deque([1, 2], maxlen=3),
     'Counter': collections.Counter('aab'), 'OrderedDict': collections.OrderedDict(a=1),
     'Namespace': argparse.Namespace(output_dir=pathlib.Path('x')), 'SimpleNamespace': types.SimpleNamespace(a=1),
-    'frozenset': frozenset([1]), 'set': {1}, 'complex': 1j, 'Decimal': decimal.Decimal('1.5'), 'range': range(3),
-    'dtype': torch.float16, 'size': torch.Size([1, 2]), 'device': torch.device('cpu')}
+    'frozenset': frozenset([1]), 'set': {1}, 'complex': 1j, 'Decimal': decimal.Decimal('1.5'),
+    'version': torch.__version__, 'dtype': torch.float16, 'size': torch.Size([1, 2]), 'device': torch.device('cpu')}
 
 
 @pytest.mark.parametrize('zipped', [True, False], ids=['zip', 'older format'])
@@ -151,6 +151,12 @@ AROUND = {
         'head.fc.weight': s['head.weight'], 'head.fc.bias': s['head.bias']}},
     'the same twice': lambda s: {'model': s, 'state_dict': {k: v.clone() for k, v in s.items()}},
     'metrics beside': lambda s: {**s, **METRICS},
+    'in a list': lambda s: {'models': [s]},
+    'arrays': lambda s: {'model': {key: value.numpy() for key, value in s.items()}},
+    'backbone and classifier': lambda s: {**behind('net.encoder.', {k: v for k, v in s.items() if 'head' not in k}),
+                                          'net.classifier.weight': s['head.weight'],
+                                          'net.classifier.bias': s['head.bias']},
+    'moments by names': lambda s: {'model': s, 'optimizer': {'exp_avg': {k: 0 * v for k, v in s.items()}}},
     'inside another name': lambda s: {'algorithm': behind('student.encoder.', s)},
 }
 
@@ -237,29 +243,42 @@ def test_flags_of_any_kind(tmp_path, state, args):
 
 @pytest.mark.parametrize(('size', 'side'), [
     (48, 48), ((3, 48, 48), 48), ([48, 48], 48), ('48', 48), ((48,), 48), ((3, 48, 64), None), (None, None), ({}, None),
-    ('big', None), ((), None), (-1, None), (48., None)], ids=str)
+    ('big', None), ((), None), (-1, None), (0, None), (48., 48), ('3, 48, 48', 48), (np.array([48, 48]), 48)], ids=str)
 def test_input_size_of_any_kind(size, side):
     """A side is what two equal numbers say, or one."""
-    assert common.side_of(size) == side
+    assert side_of(size) == side
 
 
 @pytest.mark.parametrize(('classes', 'names'), [
     (['cat', 'dog'], ['cat', 'dog']), (('cat', 'dog'), ['cat', 'dog']), ({0: 'cat', 1: 'dog'}, ['cat', 'dog']),
     ({'1': 'dog', '0': 'cat'}, ['cat', 'dog']), ({'dog': 1, 'cat': 0}, ['cat', 'dog']), (2, None), (None, None),
-    ('cat', None), ({}, None), ([], None), ({5: 'cat'}, None), ([7, 8], ['7', '8'])], ids=str)
+    ('cat', None), ({}, None), ([], None), ({1: 'dog'}, ['class 0', 'dog']), ([7, 8], ['7', '8']),
+    (['cat'], ['cat', 'class 1']), ('cat,dog', ['cat', 'dog']), ('["cat", "dog"]', ['cat', 'dog']),
+    (np.array(['cat', 'dog']), ['cat', 'dog']), (['a', 'b', 'c'], None)], ids=str)
 def test_classes_of_any_kind(classes, names):
     """Names by index, however they are held."""
-    assert class_list(classes) == names
+    assert names_of(classes, 2) == names
 
 
-@pytest.mark.parametrize('classes', [['cat'], 2, {0: 'cat', 1: 'dog'}, ['a', 'b', 'c']], ids=str)
+@pytest.mark.parametrize('args', [
+    ['main.py', '--model', NAME, '--input-size=48', '--full-crop'], f'--model {NAME} --input_size 48 --full_crop',
+    {'model': NAME, 'input_size': 48, 'full_crop': True}, f"Namespace(model='{NAME}', input_size=48, full_crop=True)",
+    collections.UserDict(model=NAME, input_size=48, full_crop=True),
+    json.dumps({'model': NAME, 'input_size': 48, 'full_crop': True})], ids=str)
+def test_flags_are_found(args):
+    """In dicts and namespaces, and in command lines as words or text."""
+    found = trained_with({'args': args})
+    assert (found['model'], found['input_size'], found['full_crop']) == (NAME, 48, True)
+
+
+@pytest.mark.parametrize('classes', [['cat', 'dog', 'emu'], 2, {0: 'cat', 1: 'dog'}, ['a', 'b', 'c']], ids=str)
 def test_tools_with_classes_of_any_kind(tmp_path, state, classes, capsys):
     """Names that do not fit are left, with a notice."""
     path = saved({'model': state, 'args': {'model': NAME, 'input_size': (3, 48, 48)}, 'classes': classes}, tmp_path)
     loaded = common.load_model(predict.get_args_parser().parse_args(['x.png', '--pretrained', path, '--device', 'cpu']))
     assert loaded.input_size == 48
     assert loaded.classes == (['cat', 'dog'] if isinstance(classes, dict) else None)
-    assert ('names of classes are left' in capsys.readouterr().out) is isinstance(classes, list)
+    assert ('names of classes are left' in capsys.readouterr().out) is not isinstance(classes, dict)
 
 
 # ----- files that are something else

@@ -20,8 +20,7 @@ from loaders import pictures
 from loaders.workers import Loader
 from run import flags, processes
 from run.commandline import COUNT, COUNT_OR_0, PATH
-from run.parts import class_list
-from run.resume import trained_with
+from run.descriptions import names_of, side_of, trained_with
 from utils import InputError, RunStopped, UnreadableImage
 from weights import check_model
 
@@ -123,20 +122,13 @@ def load_model(args, *, fuse: bool = True) -> LoadedModel:
         device=device, amp_dtype=flags.amp_dtype(args, device))
 
 
-def side_of(size) -> Optional[int]:
-    """The side of square images from what files hold for it: a number, or (3, img_h, img_w) or so; else None."""
-    sides = size[-2:] if isinstance(size, (list, tuple)) and size else [size]
-    sides = {int(side) for side in sides if str(side).isdecimal()}
-    return sides.pop() if len(sides) == 1 else None
-
-
 def names_in_words(given: weights.Weights, model: torch.nn.Module) -> Optional[List[str]]:
     """The names in a training's checkpoint, or ImageNet's for a model of 1000 classes without any."""
-    names = class_list(given.checkpoint.get('classes'))
-    if names is not None and len(names) != model.num_classes:
-        processes.notice(f'{given.source}: its {len(names)} names of classes are left, since it has '
+    held = given.checkpoint.get('classes')
+    names = names_of(held, model.num_classes)
+    if names is None and held is not None and model.num_classes:
+        processes.notice(f'{given.source}: its names of classes are left, since they are not those of '
                          f'{model.num_classes} classes')
-        names = None
     if names is None and model.num_classes == 1000:
         names = ImageNetInfo('imagenet-1k').label_names()
     if names is None:

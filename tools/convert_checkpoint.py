@@ -20,9 +20,8 @@ import xcit
 import xcit_zoo
 from run import checkpoints, commandline
 from run.commandline import PATH, PATH_OBJECT, Parser
-from run.parts import class_list
+from run.descriptions import names_of, side_of, trained_with
 from run.processes import notice
-from run.resume import trained_with
 from tools import common
 from utils import InputError, write_json
 from weights import check_model
@@ -71,7 +70,7 @@ def describe(given: weights.Weights, name: str, published: Optional[xcit_zoo.Pub
     """What a training's checkpoint says beside its weights, in plain values; of a published file, what is known."""
     trained = trained_with(given.checkpoint)
     known = {'input_size': published.resolution, 'full_crop': published.crop == 1.} if published else {}
-    names = class_list(given.checkpoint.get('classes'))
+    names = names_of(given.checkpoint.get('classes'))
     kept = {key: given.checkpoint[key] for key in ('accuracy', 'epoch') if key in given.checkpoint}
     return {'args': {**trained, **known, 'model': name}, **({'classes': names} if names else {}), **kept}
 
@@ -87,8 +86,8 @@ def check_config(path: Path):
 
 def timm_config(name: str, described: dict, model: torch.nn.Module, published: Optional[xcit_zoo.Published]) -> dict:
     """What timm reads beside weights in its naming, to open them as its own model with the right images and classes."""
-    trained, num_classes = described['args'], model.num_classes
-    side = common.side_of(trained.get('input_size')) or 224
+    trained, num_classes, own = described['args'], model.num_classes, getattr(model, 'default_cfg', {})
+    side = side_of(trained.get('input_size')) or 224
     architecture = f'{name}_{published.resolution if published else 224}' if name in xcit.MODELS else name
     config = {'architecture': architecture, 'num_classes': num_classes, 'num_features': model.num_features,
               'pretrained_cfg': {
@@ -96,8 +95,7 @@ def timm_config(name: str, described: dict, model: torch.nn.Module, published: O
                   'input_size': [3, side, side], 'mean': list(IMAGENET_DEFAULT_MEAN),
                   'std': list(IMAGENET_DEFAULT_STD), 'interpolation': 'bicubic', 'fixed_input_size': False,
                   'crop_pct': .875 if trained.get('full_crop') is False else 1., 'crop_mode': 'center',
-                  'pool_size': None, 'first_conv': model.default_cfg['first_conv'],
-                  'classifier': model.default_cfg['classifier']}}
+                  'pool_size': None, 'first_conv': own.get('first_conv'), 'classifier': own.get('classifier', 'head')}}
     if len(described.get('classes', [])) == num_classes > 0:
         config['label_names'] = described['classes']
     return config

@@ -22,8 +22,8 @@ import weights
 import xcit_zoo
 from run import checkpoints, commandline
 from run.commandline import PATH_OBJECT, Parser
+from run.descriptions import trained_with
 from run.processes import notice
-from run.resume import trained_with
 from tools import common, convert_checkpoint
 from utils import InputError, RunStopped, first_line
 

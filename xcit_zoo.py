@@ -113,7 +113,7 @@ class Found:
 
     @property
     def is_average(self) -> bool:
-        return bool(AVERAGE.search(self.label))
+        return bool(AVERAGE.search(self.label)) or any(name.endswith('n_averaged') for name in self.beside)
 
     def equals(self, other: 'Found') -> bool:
         return self.tensors.keys() == other.tensors.keys() and all(

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from run import signals
 from run.processes import notice, usable_workers
 from run.progress import map_leaves
-from run.signals import WorkerSignals
 from utils import InputError, RunStopped
 
 SHARED_MEMORY = '/dev/shm'  # where Linux has it; containers often have 64 MB of it
@@ -49,11 +49,13 @@ class Loader(DataLoader):
         if workers:
             collate_fn = HandOver(collate_fn, through_pipes=self.through_pipes)
         super().__init__(dataset, num_workers=workers, batch_size=batch_size, collate_fn=collate_fn,
-                         worker_init_fn=WorkerSignals(), **kwargs)
+                         worker_init_fn=signals.WorkerSignals(), **kwargs)
 
     def __iter__(self) -> Iterator:
         try:
-            for batch in super().__iter__():
+            with signals.held():  # until the loading processes leave signals to this one
+                batches = super().__iter__()
+            for batch in batches:
                 yield map_leaves(batch, np.ndarray, torch.from_numpy) if self.through_pipes else batch
         except RuntimeError as error:
             words = str(error)

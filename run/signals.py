@@ -1,9 +1,11 @@
 """Signals that ask a run to stop: noted in the main process, left to it by those that load data."""
 import atexit
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
+from typing import Iterator
 
 from run.processes import Output, max_over_processes
 
@@ -62,3 +64,21 @@ class WorkerSignals:
         for signum in StopRequest.SIGNALS:
             signal.signal(signum, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._terminate)
+        if hasattr(signal, 'pthread_sigmask'):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, StopRequest.SIGNALS)
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """A context in which signals that ask to stop have to wait; processes that are started in it inherit that.
+
+    Otherwise one that is for all processes of a job would kill a worker which has not come to ignore it.
+    """
+    if not hasattr(signal, 'pthread_sigmask'):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, StopRequest.SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -144,6 +144,8 @@ AROUND = {
     'net': lambda s: {'net': s, 'acc': 99.},
     'average alone': lambda s: {'state_dict_ema': s},
     'weights and average': lambda s: {'state_dict': s, 'state_dict_ema': {k: v * 0 for k, v in s.items()}},
+    'weights and average of SWA': lambda s: {'a': s, 'b': {**behind('module.', {k: v * 0 for k, v in s.items()}),
+                                                         'n_averaged': torch.tensor(7)}},
     'nested': lambda s: {'run': {'best': {'weights': behind('encoder.', s)}}},
     'pruned': lambda s: {'model': pruned(s)},
     'mmpretrain': lambda s: {'meta': {}, 'state_dict': {

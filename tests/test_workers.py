@@ -83,3 +83,12 @@ def test_tools_read_through_pipes(monkeypatch, tmp_path):
                                   unreadable=unreadable))
     assert [indices for _, indices in batches] == [[0, 1], [2]]
     assert len(unreadable) == 1
+
+
+def test_signal_while_loading_processes_start():
+    """One that is for all processes of a job waits until they leave it to the main process."""
+    while_forking = [True]
+    os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM) if while_forking else None)
+    batches = list(loader(Squares()))
+    while_forking.clear()
+    assert len(batches) == 3

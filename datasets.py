@@ -16,7 +16,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ import utils
 from loaders import pictures, readers, split
 from loaders.pictures import load_rgb
 from run.checkpoints import is_url
-from run.commandline import COUNT, number
+from run.commandline import COUNT, POSITIVE, number
 from run.flags import add_data_path_flag
 from run.processes import notice
 from utils import InputError, UnreadableImage
@@ -398,19 +398,31 @@ def add_data_flags(group):
                        help=f'{", ".join(BUILDERS)}; or through timm {", ".join(readers.PACKAGES)}, each with '
                        '/NAME (see docs/data.md)')
     add_data_path_flag(group, default='/datasets01/imagenet_full_size/061417/', help='not needed for SAMPLE')
+    add_source_flags(group)
+    add_normalisation_flags(group)
+    group.add_argument('--resize', action=argparse.BooleanOptionalAction,
+                       help=f'bring pictures to --input-size by resizing instead of by padding and cropping; if unset, '
+                       f'where it is over {SMALL}, or the pictures are over {SMALL} pixels or of different sizes')
+
+
+def add_source_flags(group):
+    """What else `load_dataset` reads."""
     group.add_argument('--val-fraction', type=number(float, 0, .999, above=True), metavar='FRACTION',
                        help='of FOLDER without val/: so much of each class is for evaluation, chosen by the files\' '
                        'names')
     group.add_argument('--exif', action=argparse.BooleanOptionalAction,
                        help='turn pictures as their camera says; if unset, all but ImageNet\'s and iNaturalist\'s')
-    group.add_argument('--resize', action=argparse.BooleanOptionalAction,
-                       help=f'bring pictures to --input-size by resizing instead of by padding and cropping; if unset, '
-                       f'where it is over {SMALL}, or the pictures are over {SMALL} pixels or of different sizes')
     group.add_argument('--inat-category', default='name', choices=INAT_CATEGORIES,
                        help='level of the taxonomy that makes the classes of INAT and INAT19')
     group.add_argument('--train-split', default='train', metavar='NAME', help='for timm\'s readers')
     group.add_argument('--val-split', default='validation', metavar='NAME', help='for timm\'s readers')
     group.add_argument('--num-classes', type=COUNT, metavar='N', help='for timm\'s readers, where they can\'t tell')
+
+
+def add_normalisation_flags(group):
+    group.add_argument('--mean', type=float, nargs=3, metavar='MEAN',
+                       help='of each channel, by which images are normalised; ImageNet\'s if unset')
+    group.add_argument('--std', type=POSITIVE, nargs=3, metavar='DEVIATION', help='likewise')
 
 
 def check_data_set(args):
@@ -430,18 +442,29 @@ def check_data_set(args):
                          f'whose pictures have no EXIF')
 
 
-def build_dataset(args, is_train: bool) -> Tuple[Dataset, int]:
-    """The training or the evaluation split of `--data-set`, with its transform, and the number of classes.
+def load_dataset(args, is_train: bool, *, labelled: bool = True) -> Tuple[Dataset, int]:
+    """The training or the evaluation split of `--data-set`, without a transform, and the number of classes.
+
+    Args:
+        labelled: whether the classes matter.
 
     Raises:
         InputError: the data are not there, or not what the data set's name says.
     """
     if readers.prefix_of(args.data_set):
-        dataset, num_classes = readers.build_dataset(args, is_train, upright=turns_upright(args))
-    elif args.data_set != 'SAMPLE' and not Path(args.data_path).is_dir():
+        return readers.build_dataset(args, is_train, upright=turns_upright(args), labelled=labelled)
+    if args.data_set != 'SAMPLE' and not Path(args.data_path).is_dir():
         raise InputError(f'--data-path {args.data_path}: no such directory')
-    else:
-        dataset, num_classes = BUILDERS[args.data_set](args, is_train)
+    return BUILDERS[args.data_set](args, is_train)
+
+
+def build_dataset(args, is_train: bool) -> Tuple[Dataset, int]:
+    """The same with its transform, for classification.
+
+    Raises:
+        InputError: as `load_dataset`; or there is one class only.
+    """
+    dataset, num_classes = load_dataset(args, is_train)
     if num_classes < 2:
         raise InputError(f'--data-set {args.data_set}: has one class ({dataset.classes[0]}); a classifier needs two')
     dataset.resizes = decide_resize(args, dataset)
@@ -525,7 +548,7 @@ def build_train_transform(args) -> transforms.Compose:
     names = [type(step).__name__ for step in transform.transforms]
     first = names.index('MaybeToTensor')
     assert names[first + 1] == 'Normalize', names
-    transform.transforms[first:first + 2] = [ToNormalizedTensor()]
+    transform.transforms[first:first + 2] = [build_normalisation(args)]
     if not resizes(args):
         # faithful: small images (CIFAR) are padded and cropped, not resized (original datasets.py, build_transform)
         # differs: small images - still smaller ones are padded up to the size, where the original raises an error;
@@ -550,28 +573,39 @@ def posterize(image: Image.Image, bits_to_keep: int, **kwargs) -> Image.Image:
 
 
 class ToNormalizedTensor:
-    """RGB image -> tensor (3, img_h, img_w) with ImageNet's mean and deviation: ToTensor and Normalize in one pass.
+    """RGB image -> tensor (3, img_h, img_w), normalised: ToTensor and Normalize in one pass.
 
     The same bits: an 8-bit channel has 256 values, and those two say what becomes of each.
+
+    Args:
+        mean, std: of each channel; ImageNet's if unset.
     """
+
+    def __init__(self, mean: Optional[Sequence[float]] = None, std: Optional[Sequence[float]] = None):
+        self.mean, self.std = tuple(mean or IMAGENET_DEFAULT_MEAN), tuple(std or IMAGENET_DEFAULT_STD)
 
     @staticmethod
     @cache  # some programs make a transform for each image
-    def table() -> np.ndarray:
+    def table(mean: Tuple[float, ...], std: Tuple[float, ...]) -> np.ndarray:
         """(3, 256)."""
         values = torch.arange(256, dtype=torch.uint8).numpy()[:, None, None].repeat(3, axis=2)  # (256, 1, 3)
-        normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        normalize = transforms.Normalize(mean, std)
         return normalize(transforms.functional.to_tensor(values))[:, :, 0].numpy()
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         pixels = np.asarray(image)
         out = np.empty((3, *pixels.shape[:2]), dtype=np.float32)
-        for channel, values in enumerate(self.table()):
+        for channel, values in enumerate(self.table(self.mean, self.std)):
             np.take(values, pixels[:, :, channel], out=out[channel], mode='clip')  # 'raise' would copy
         return torch.from_numpy(out)
 
     def __repr__(self) -> str:
-        return f'{type(self).__name__}(mean={IMAGENET_DEFAULT_MEAN}, std={IMAGENET_DEFAULT_STD})'
+        return f'{type(self).__name__}(mean={self.mean}, std={self.std})'
+
+
+def build_normalisation(args) -> ToNormalizedTensor:
+    """By --mean and --std; not every program has the flags."""
+    return ToNormalizedTensor(getattr(args, 'mean', None), getattr(args, 'std', None))
 
 
 def resizes(args) -> bool:
@@ -592,7 +626,7 @@ def build_eval_transform(args) -> transforms.Compose:
         resized = args.input_size if args.full_crop else int(args.input_size * 256 / 224)
         steps = [transforms.Resize(resized, interpolation=InterpolationMode.BICUBIC),
                  transforms.CenterCrop(args.input_size)]
-    return transforms.Compose([*steps, ToNormalizedTensor()])
+    return transforms.Compose([*steps, build_normalisation(args)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

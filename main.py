@@ -240,6 +240,7 @@ def build_model(args, num_classes: int, *, new_head: bool) -> torch.nn.Module:
         flag = '--finetune' if args.finetune else '--pretrained'
         given = weights.read(args.pretrained, flag, args.model, use_ema=args.use_ema, key=args.checkpoint_key)
         weights.load(model, given, new_head=new_head)
+        notice_other_normalisation(args, given.checkpoint)
     if args.surgery:
         transplant_stem(model, args)
     if args.freeze_backbone:
@@ -248,6 +249,16 @@ def build_model(args, num_classes: int, *, new_head: bool) -> torch.nn.Module:
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     return model
+
+
+def notice_other_normalisation(args, checkpoint: dict):
+    """Say so where a model was trained on images that were normalised otherwise than these will be."""
+    trained = trained_with(checkpoint)
+    for flag in ('mean', 'std'):
+        before, now = trained.get(flag), getattr(args, flag)
+        if 'mean' in trained and before != now:
+            notice(f'Warning: the weights were trained with --{flag} {before or "of ImageNet"}, and here it is '
+                   f'{now or "of ImageNet"}')
 
 
 def transplant_stem(model: torch.nn.Module, args):
@@ -599,6 +610,8 @@ def evaluation_command(args) -> List[str]:
     words += [] if args.data_set == 'SAMPLE' else ['--data-path', args.data_path]
     words += ['--inat-category', args.inat_category] if args.data_set.startswith('INAT') else []
     words += ['--full-crop'] if args.full_crop else []
+    for flag in ('mean', 'std'):
+        words += [f'--{flag}', *map(str, getattr(args, flag))] if getattr(args, flag) else []
     if readers.prefix_of(args.data_set):
         words += ['--val-split', args.val_split]
         words += ['--num-classes', str(args.num_classes)] if args.num_classes else []
@@ -619,6 +632,7 @@ def evaluate_only(args, device: torch.device) -> dict:
     if checkpoint is not None:
         weights.load(model, weights.extract(checkpoint, source, own=weights.names_of(args.model), use_ema=args.use_ema,
                                             key=args.checkpoint_key))
+        notice_other_normalisation(args, checkpoint)
     elif args.resume:
         raise InputError(f'--resume auto: no {CHECKPOINT} in {args.output_dir} to evaluate')
     elif args.pretrained:
@@ -665,8 +679,10 @@ def evaluate_real_labels(args, dataset, predictions: Predictions) -> dict:
 def notice_published_setting(args):
     """Say so where published weights are not evaluated as they were published."""
     published = weights.published(args.model, args.pretrained) or weights.published_as(args.pretrained)
-    if published and (args.input_size != published.resolution or not args.full_crop):
-        notice(f'{published.tag}: its published accuracy is for --input-size {published.resolution} --full-crop')
+    full_crop = published is not None and published.crop == 1.
+    if published and (args.input_size != published.resolution or args.full_crop != full_crop):
+        notice(f'{published.tag}: its published accuracy is for --input-size {published.resolution} '
+               f'--{"" if full_crop else "no-"}full-crop')
 
 
 def main(argv: Optional[list] = None) -> dict:

@@ -71,7 +71,7 @@ def published() -> Iterator[Published]:
             if size in PUBLISHED_DINO_TOP1:
                 knn, linear = PUBLISHED_DINO_TOP1[size][patch]
                 url = f'{files}xcit_{size}_cp{patch}_dino.pth'
-                yield Published(name, 'fb_dino', url, None, 224, 0, False, linear, knn)
+                yield Published(name, 'fb_dino', url, None, 224, 0, False, linear, knn, crop=.875)
 
 
 ZOO = {f'{entry.model}.{entry.tag}': entry for entry in published()}

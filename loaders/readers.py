@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {'hfds': 'datasets', 'wds': 'webdataset', 'tfds': 'tensorflow_datasets', 'torch': 'torchvision'}  # they need
 INSTALL = {'tfds': 'tensorflow tensorflow-datasets'}  # what pip is to install; else what the requirements file names
 STREAMS = ('wds', 'tfds')
+MOST_CLASSES = 2 ** 31  # of labels that nobody looks at
 TRAIN_OR_NOT = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')  # splits of torch/NAME
 
 
@@ -30,11 +31,12 @@ def prefix_of(data_set: str) -> Optional[str]:
     return prefix if '/' in data_set and prefix in PACKAGES else None
 
 
-def build_dataset(args, is_train: bool, *, upright: bool) -> Tuple[Dataset, int]:
+def build_dataset(args, is_train: bool, *, upright: bool, labelled: bool) -> Tuple[Dataset, int]:
     """A split of the data set, without its transform, and the number of classes.
 
     Args:
         upright: turn pictures as their EXIF orientation says.
+        labelled: whether the classes matter; else their number need not be known.
 
     Raises:
         InputError: the package or the data are not there, or the number of classes is not known.
@@ -69,6 +71,8 @@ def build_dataset(args, is_train: bool, *, upright: bool) -> Tuple[Dataset, int]
         dataset = Stream(source, seed=args.seed, is_train=is_train, files=files, upright=upright)
     else:
         dataset = Readable(source, upright=upright)
+    if not dataset.classes and not args.num_classes and not labelled:
+        dataset.classes = range(MOST_CLASSES)
     if not dataset.classes and not args.num_classes:
         raise InputError(f'--data-set {args.data_set}: does not say how many classes it has: add --num-classes')
     if dataset.classes and args.num_classes not in (None, len(dataset.classes)):

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import sys
 import urllib.parse
 import urllib.request
@@ -21,7 +22,7 @@ import torch
 
 from run import file_kinds, harmless
 from run.processes import is_main_process, shows_bar
-from utils import InputError, RunStopped, abridge, first_line, sync_to_disk
+from utils import InputError, RunStopped, abridge, first_line, sync_to_disk, whole_file
 
 try:
     import fcntl
@@ -78,6 +79,22 @@ def keep_as(path: Path, keep: Path):
         os.replace(path, keep)
     else:
         os.replace(link, keep)
+
+
+def copy_as(path: Path, copy: Path):
+    """Give a file that is only ever replaced, never changed, a second name; on the main process.
+
+    Raises:
+        RunStopped: it can't be copied.
+    """
+    if not is_main_process():
+        return
+    with whole_file(copy) as unfinished:
+        unfinished.unlink(missing_ok=True)
+        try:
+            os.link(path, unfinished)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, unfinished)
 
 
 def check_integrity(path):

@@ -57,6 +57,12 @@ def flags_of_words(words: List[str]) -> dict:
     return found
 
 
+def evaluation_crop(trained: dict) -> float:
+    """The part of an image's shorter side that a model of these flags is evaluated with."""
+    is_dino = 'teacher_temp' in trained and 'out_dim' in trained  # published figures of DINO are those of this crop
+    return .875 if trained.get('full_crop') is False or is_dino else 1.
+
+
 def side_of(size) -> Optional[int]:
     """The side in pixels that an image size means, if it is that of a square.
 

@@ -15,7 +15,9 @@ except ImportError:  # Windows
 
 CHECKPOINT, PREVIOUS, BEST = 'checkpoint.pth', 'checkpoint_previous.pth', 'best_model.pth'
 DAMAGED = 'checkpoint_damaged.pth'
-RUN_FILES = (CHECKPOINT, PREVIOUS, DAMAGED, BEST, 'log.txt', 'args.json', 'split.json', 'eval.json', 'report', 'tb')
+# Of all tasks, as patterns
+RUN_FILES = ('checkpoint*.pth', 'best_*.pth', 'backbone.*', 'log.txt', 'args.json', 'split.json', 'eval.json', 'report',
+             'pictures', 'tb')
 
 
 def check_output_dir(path: str):
@@ -32,7 +34,7 @@ def check_output_dir(path: str):
 
 def set_aside(path: Path):
     """Move the files of the run that a directory holds, if any, into `previous-N` there."""
-    files = [p for name in RUN_FILES if (p := path / name).exists()]
+    files = [file for pattern in RUN_FILES for file in sorted(path.glob(pattern))]
     if not files or not is_main_process():
         return
     number = 1

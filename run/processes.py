@@ -213,8 +213,15 @@ def wrap_for_distributed(model: torch.nn.Module, device: torch.device, *, sync_b
         notice('BatchNorm is not synchronised: each process normalises with its own batch (only CUDA can do that)')
         return torch.nn.parallel.DistributedDataParallel(model)
     if sync_bn:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = with_synchronised_bn(model, device)
     return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index])
+
+
+def with_synchronised_bn(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The model with BatchNorms that take the batches of all processes together, where there are several GPUs."""
+    if not is_distributed() or device.type != 'cuda':
+        return model
+    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def without_sync(model: torch.nn.Module):

@@ -19,7 +19,7 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Iterator, Optional, Union
+from typing import Iterable, Iterator, Optional, Union
 
 import torch
 
@@ -141,13 +141,14 @@ class Run:
                     first_update=self.position.updates_before(number), first_step=self.step, sums=self.sums,
                     after_update=self.after_update)
 
-    def finish(self, number: int, stats: dict, *, best: bool, summary: dict):
+    def finish(self, number: int, stats: dict, *, best: bool, summary: dict, keep: Iterable[str] = ()):
         """A round is done and evaluated: log it, store it, and leave if that is asked for.
 
         Args:
             stats: for the log.
             best: whether this is the best so far, and to be kept as best_model.pth; the same on all processes.
             summary: of the round, for the line that is printed: texts by the names of their columns.
+            keep: names of files in which this state stays, whatever comes later; the same on all processes.
 
         Raises:
             Interrupted: --stop-after-epochs.
@@ -158,8 +159,11 @@ class Run:
         # In this order a crash between two of these lines only means that the epoch is done again.
         if self.log is not None:
             self.log.write(stats)
-        if best and self.folder is not None:
-            checkpoints.save_checkpoint(self.state_dict(), self.folder / BEST)
+        names = [*([BEST] if best else []), *keep]
+        if names and self.folder is not None:
+            checkpoints.save_checkpoint(self.state_dict(), self.folder / names[0])
+            for name in names[1:]:
+                checkpoints.copy_as(self.folder / names[0], self.folder / name)
         self.save()
         spent, done = time.monotonic() - self.begun, number + 1 - self.first
         left = spent / done * (self.position.total - number - 1)

@@ -20,7 +20,7 @@ from loaders import pictures
 from loaders.workers import Loader
 from run import flags, processes
 from run.commandline import COUNT, COUNT_OR_0, PATH
-from run.descriptions import names_of, side_of, trained_with
+from run.descriptions import evaluation_crop, names_of, side_of, trained_with
 from utils import InputError, RunStopped, UnreadableImage
 from weights import check_model
 
@@ -37,6 +37,7 @@ class LoadedModel:
         full_crop: whether the whole shorter side of an image is used, or 0.875 of it.
         device: where it is.
         amp_dtype: autocast type; None: full precision.
+        mean, std: of each channel, by which images are normalised; None: ImageNet's.
     """
     model: torch.nn.Module
     name: str
@@ -45,6 +46,8 @@ class LoadedModel:
     full_crop: bool
     device: torch.device
     amp_dtype: Optional[torch.dtype]
+    mean: Optional[List[float]] = None
+    std: Optional[List[float]] = None
 
     def transform(self, image: Image.Image) -> torch.Tensor:
         """An image as evaluation shows it, (3, img_h, img_w); larger ones are resized to small sizes, too."""
@@ -114,12 +117,12 @@ def load_model(args, *, fuse: bool = True) -> LoadedModel:
         xcit.fuse(model)
     own_size = published.resolution if published else side_of(trained.get('input_size')) or (
         model.default_cfg['input_size'][-1])
-    own_crop = .875 if not published and trained.get('full_crop') is False else 1.
+    own_crop = published.crop if published else evaluation_crop(trained)
     return LoadedModel(
         model.to(device), name, names_in_words(given, model),
         input_size=args.input_size or own_size,
         full_crop=own_crop == 1. if args.full_crop is None else args.full_crop,
-        device=device, amp_dtype=flags.amp_dtype(args, device))
+        device=device, amp_dtype=flags.amp_dtype(args, device), mean=trained.get('mean'), std=trained.get('std'))
 
 
 def names_in_words(given: weights.Weights, model: torch.nn.Module) -> Optional[List[str]]:

@@ -20,7 +20,7 @@ import xcit
 import xcit_zoo
 from run import checkpoints, commandline
 from run.commandline import PATH, PATH_OBJECT, Parser
-from run.descriptions import names_of, side_of, trained_with
+from run.descriptions import evaluation_crop, names_of, side_of, trained_with
 from run.processes import notice
 from tools import common
 from utils import InputError, write_json
@@ -92,9 +92,9 @@ def timm_config(name: str, described: dict, model: torch.nn.Module, published: O
     config = {'architecture': architecture, 'num_classes': num_classes, 'num_features': model.num_features,
               'pretrained_cfg': {
                   'tag': published.tag if published else 'trained', 'num_classes': num_classes,
-                  'input_size': [3, side, side], 'mean': list(IMAGENET_DEFAULT_MEAN),
-                  'std': list(IMAGENET_DEFAULT_STD), 'interpolation': 'bicubic', 'fixed_input_size': False,
-                  'crop_pct': .875 if trained.get('full_crop') is False else 1., 'crop_mode': 'center',
+                  'input_size': [3, side, side], 'mean': list(trained.get('mean') or IMAGENET_DEFAULT_MEAN),
+                  'std': list(trained.get('std') or IMAGENET_DEFAULT_STD), 'interpolation': 'bicubic',
+                  'fixed_input_size': False, 'crop_pct': evaluation_crop(trained), 'crop_mode': 'center',
                   'pool_size': None, 'first_conv': own.get('first_conv'), 'classifier': own.get('classifier', 'head')}}
     if len(described.get('classes', [])) == num_classes > 0:
         config['label_names'] = described['classes']

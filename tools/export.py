@@ -152,7 +152,7 @@ def describe(loaded: common.LoadedModel) -> dict:
     crop = 1. if loaded.full_crop else .875
     return {'model': loaded.name, 'classes': loaded.classes, 'input_size': loaded.input_size,
             'crop': crop if datasets.resizes_for_evaluation(loaded) else None, 'interpolation': 'bicubic',
-            'mean': list(IMAGENET_DEFAULT_MEAN), 'std': list(IMAGENET_DEFAULT_STD)}
+            'mean': list(loaded.mean or IMAGENET_DEFAULT_MEAN), 'std': list(loaded.std or IMAGENET_DEFAULT_STD)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ from run.commandline import COUNT_OR_0, PATH, PATH_OBJECT, Parser
 from run.folder import BEST, CHECKPOINT
 from utils import InputError, first_line
 
-KEPT = ('model', 'data_set', 'data_path', 'input_size', 'full_crop', 'resize', 'exif', 'inat_category', 'val_split',
-        'num_classes', 'val_fraction', 'seed', 'batch_size', 'xca')  # of a run's flags, those that an evaluation has
+# Of a run's flags, those that an evaluation has
+KEPT = ('model', 'data_set', 'data_path', 'input_size', 'full_crop', 'mean', 'std', 'resize', 'exif', 'inat_category',
+        'val_split', 'num_classes', 'val_fraction', 'seed', 'batch_size', 'xca')
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -58,6 +59,8 @@ def evaluation(args, run: dict) -> list:
         flag = f'--{name.replace("_", "-")}'
         if isinstance(value, bool):
             words.append(flag if value else f'--no-{flag[2:]}')
+        elif isinstance(value, list):
+            words += [flag, *map(str, value)]
         elif value is not None:
             words.append(f'{flag}={value}')
     files = [args.folder / name for name in (BEST, CHECKPOINT)]

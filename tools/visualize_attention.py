@@ -16,10 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torchvision.transforms import functional as transforms
 from tqdm import tqdm
 
+import datasets
 import utils
 import xcit
 from loaders import pictures
@@ -118,7 +117,7 @@ class Attention:
     @torch.no_grad()
     def __call__(self, picture: Image.Image) -> torch.Tensor:
         """A picture of any size -> attention of CLS to its patches, (heads, H, W), float32, on the CPU."""
-        pixels = transforms.normalize(transforms.to_tensor(picture), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        pixels = datasets.build_normalisation(self.loaded)(picture)
         attn = self.loaded.model.cls_attn_blocks[self.layer].attn
         inputs = []
         hook = attn.register_forward_pre_hook(lambda module, args: inputs.extend(args))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from run import processes
 from run.processes import notice
-from run.progress import DevicePrefetch, Progress
+from run.progress import DevicePrefetch, Progress, with_stops
 from utils import RunStopped, seed_everything
 
 Clip = Callable[[list], torch.Tensor]
@@ -177,13 +177,10 @@ def evaluate(model: nn.Module, loader: Iterable, *, device: torch.device, amp_dt
     """
     model.eval()
     processes.broadcast_buffers(model)
-    if after_batch is None or not loader.counts_batches:
-        after_batch = skip
-    most_batches = processes.max_over_processes(len(loader))
     totals = torch.zeros(4, dtype=torch.float64)  # images, right, right among five, loss
     progress = Progress(DevicePrefetch(loader, device), header, device)
     resolution = None
-    for images, targets in progress:
+    for images, targets in with_stops(progress, loader, after_batch):
         resolution = list(images.shape[-2:])
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             logits = model(images)
@@ -196,9 +193,6 @@ def evaluate(model: nn.Module, loader: Iterable, *, device: torch.device, amp_dt
         hits = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         batch = torch.stack([hits[:, 0].sum(), hits.sum(), loss.sum()]).cpu()  # float32: some devices have no float64
         totals += torch.cat([torch.tensor([len(targets)]), batch.double()])
-        after_batch()
-    for _ in range(most_batches - len(loader)):
-        after_batch()
     count, top1, top5, loss = processes.reduce_over_processes(totals).tolist()
     acc1, acc5, loss = 100 * top1 / count, 100 * top5 / count, loss / count
     if announce:
@@ -207,12 +201,18 @@ def evaluate(model: nn.Module, loader: Iterable, *, device: torch.device, amp_dt
             'resolution': resolution, 'images_per_s': progress.stats()['images_per_s']}
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module):
+    """A context in which a model that is being trained is in eval mode."""
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
 def only_classes(logits: torch.Tensor, classes: Sequence[int]) -> torch.Tensor:
     """Logits (B, K) in which all other classes are impossible."""
     possible = torch.full_like(logits, -math.inf)
     possible[:, classes] = logits[:, classes]
     return possible
-
-
-def skip():
-    """Nothing."""

@@ -38,7 +38,7 @@ from run.position import Epochs
 from run.processes import notice
 from run.resume import load_for_resume
 from run.training import Run
-from utils import InputError, first_line, seed_everything, write_json
+from utils import InputError, first_line, replaced, seed_everything, write_json
 
 REFERENCE_BATCH = 512  # images for which --lr is meant
 LOW_LR = 1e-5  # a peak below it hardly trains anything
@@ -357,11 +357,6 @@ def adapt_teacher(args, teacher: torch.nn.Module, *, own: bool) -> torch.nn.Modu
     notice(f'--teacher-model {args.teacher_model}: sees the images {resized}normalised by mean {mean} and standard '
            f'deviation {std}, as it was trained')
     return TeacherOfOtherImages(teacher, student=student, own=(mean, std), size=size)
-
-
-def replaced(args, **values) -> argparse.Namespace:
-    """The flags with values that follow from the data; the command line's own are read-only."""
-    return argparse.Namespace(**{**vars(args), **values})
 
 
 def with_batch_that_fits(args, dataset) -> argparse.Namespace:

@@ -1,4 +1,5 @@
 """What is general: the errors that programs end with, text, seeds, and files that are written whole."""
+import argparse
 import contextlib
 import difflib
 import importlib.util
@@ -52,6 +53,11 @@ def similar(name: str, names: list) -> str:
     """What to add to the refusal of a name: those of `names` that are like it."""
     matches = difflib.get_close_matches(name, names, n=5, cutoff=.5)
     return f'; similar: {", ".join(dict.fromkeys(matches))}' if matches else ''
+
+
+def replaced(args, **values) -> argparse.Namespace:
+    """Flags with values that follow from the data; the command line's own are read-only."""
+    return argparse.Namespace(**{**vars(args), **values})
 
 
 def first_line(error: Exception) -> str:

@@ -130,16 +130,20 @@ def read(given: str, flag: str, model_name: str = '', *, use_ema: bool = False, 
     Raises:
         InputError: not there, damaged, or without weights.
     """
-    checkpoint = published(model_name, given)
-    if checkpoint is not None:
-        content = read_published(checkpoint, flag)
-    elif given.startswith(HUB):
-        content = read_hub(given.removeprefix(HUB), flag)
-    else:
-        content = checkpoints.load_checkpoint(given, flag)
+    content = read_content(given, flag, model_name)
     name = model_name or model_of_training(content) or ''
     own = names_of(name) if timm.is_model(name.partition('.')[0]) else None
     return extract(content, f'{flag} {given}', own=own, use_ema=use_ema, key=key)
+
+
+def read_content(given: str, flag: str, model_name: str = '') -> dict:
+    """All that a file holds; arguments and errors as of `read`."""
+    checkpoint = published(model_name, given)
+    if checkpoint is not None:
+        return read_published(checkpoint, flag)
+    if given.startswith(HUB):
+        return read_hub(given.removeprefix(HUB), flag)
+    return checkpoints.load_checkpoint(given, flag)
 
 
 def read_published(checkpoint: xcit_zoo.Published, flag: str) -> dict:

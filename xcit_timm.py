@@ -130,6 +130,27 @@ class TimmModel(nn.Module):
         return self.forward_cls(x), intermediates
 
     @torch.jit.ignore
+    def forward_attention(self, x: torch.Tensor, *, layer: int = -1) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Where the CLS token looks, and what the model makes of each patch; also of a model that is fused.
+
+        Args:
+            x: (B, in_chans, img_h, img_w).
+            layer: class-attention block, counted from 0, or from the end.
+
+        Returns:
+            Attention of CLS (B, h, N), in float32, of which that to CLS itself is left out; normalised tokens
+            (B, 1 + N, C).
+        """
+        attn, inputs = self.cls_attn_blocks[layer].attn, []
+        hook = attn.register_forward_pre_hook(lambda module, args: inputs.extend(args))
+        try:
+            tokens = self.forward_features(x)
+        finally:
+            hook.remove()
+        with torch.autocast(x.device.type, enabled=False):
+            return attn.attention_weights(inputs[0].float())[:, :, 1:], tokens
+
+    @torch.jit.ignore
     def prune_intermediate_layers(
             self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True):
         """Delete the layers that the chosen intermediates don't need; returns the block numbers chosen.

@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, Iterable, Iterator, List, Set, Tuple
+from typing import BinaryIO, Iterable, Iterator, List, Sequence, Set, Tuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
@@ -195,9 +195,9 @@ def by_own_range(values: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 # Looking at pictures before work starts
 
-def evenly_spread(paths: list) -> list:
-    """Up to NUM_PROBED of the paths."""
-    return paths[::-(-len(paths) // NUM_PROBED) or 1]
+def evenly_spread(paths: Sequence, most: int = NUM_PROBED) -> Sequence:
+    """Up to so many of the paths."""
+    return paths[::-(-len(paths) // most) or 1]
 
 
 def sizes(paths: Iterable, *, upright: bool) -> Set[Tuple[int, int]]:

@@ -31,6 +31,10 @@ def prefix_of(data_set: str) -> Optional[str]:
     return prefix if '/' in data_set and prefix in PACKAGES else None
 
 
+def is_stream(data_set: str) -> bool:
+    return prefix_of(data_set) in STREAMS
+
+
 def build_dataset(args, is_train: bool, *, upright: bool, labelled: bool) -> Tuple[Dataset, int]:
     """A split of the data set, without its transform, and the number of classes.
 

@@ -37,31 +37,13 @@ class Predictions:
         """Put together what the processes have got from a loader of `loaders.batches`."""
         rows = torch.cat(self.batches).double() if self.batches else torch.zeros(0, 1 + 2 * TOP, dtype=torch.float64)
         if loader.shares_images and processes.get_world_size() > 1:
-            rows = gathered(rows, in_turn=loader.counts_batches)
+            rows = processes.gather_rows(rows, in_turn=loader.counts_batches)
         kept = (rows.shape[1] - 1) // 2
         self.truth = rows[:, 0].long().numpy()
         self.top, self.probability = rows[:, 1:1 + kept].long().numpy(), rows[:, 1 + kept:].numpy()
 
     def __len__(self) -> int:
         return len(self.truth)
-
-
-def gathered(rows: torch.Tensor, *, in_turn: bool) -> torch.Tensor:
-    """The rows of all processes, (n, m), on each of them.
-
-    Args:
-        in_turn: they take the images of a data set in turn; else they have one part after another.
-    """
-    rank, world = processes.get_rank(), processes.get_world_size()
-    counts = torch.zeros(world, dtype=torch.int64)
-    counts[rank] = len(rows)
-    counts = processes.reduce_over_processes(counts)
-    columns = processes.max_over_processes(rows.shape[1] if len(rows) else 0)
-    places = rank + world * torch.arange(len(rows)) if in_turn else counts[:rank].sum() + torch.arange(len(rows))
-    everything = torch.zeros(int(counts.sum()), columns, dtype=torch.float64)
-    if len(rows):
-        everything[places] = rows
-    return processes.reduce_over_processes(everything)
 
 
 def write(path: Path, predictions: Predictions, classes: List[str], files: Optional[List[str]]):

@@ -84,12 +84,21 @@ def number(kind: type, low, high=None, *, above: bool = False):
     return parse
 
 
+def switch(text: str) -> bool:
+    """An argparse type: a yes or no in words."""
+    words = {'on': True, 'true': True, '1': True, 'off': False, 'false': False, '0': False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f'{text!r} is not allowed: it must be one of {", ".join(words)}')
+    return words[text.lower()]
+
+
 def expanded_path(text: str) -> Path:
     """The same as a pathlib.Path."""
     return Path(expanded(text))
 
 
 PATH, PATH_OBJECT = expanded, expanded_path
+SWITCH = dict(type=switch, metavar='true|false')
 COUNT = number(int, 1)
 COUNT_OR_0 = number(int, 0)
 FRACTION = number(float, 0, 1)

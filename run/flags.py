@@ -37,8 +37,8 @@ def add_device_flag(group):
     group.add_argument('--device', default='auto', help='auto (the first of cuda, mps and cpu that works) or a device')
 
 
-def add_amp_flag(group):
-    group.add_argument('--amp', choices=list(AMP_DTYPES), help='autocast type; fp16 on cuda and off elsewhere if unset')
+def add_amp_flag(group, *, default: str = 'fp16 on cuda'):
+    group.add_argument('--amp', choices=list(AMP_DTYPES), help=f'autocast type; {default} and off elsewhere if unset')
 
 
 def add_compile_flags(group):
@@ -58,8 +58,9 @@ def add_checkpoint_flags(group):
                        help='do N more epochs, then stop as on SIGTERM: stored, exit code 143; 0: go on to the end')
 
 
-def add_batch_flags(group):
-    group.add_argument('--batch-size', default=64, type=COUNT, metavar='IMAGES', help='of one process and one pass')
+def add_batch_flags(group, *, spellings: tuple = ('--batch-size',)):
+    group.add_argument(*spellings, dest='batch_size', default=64, type=COUNT, metavar='IMAGES',
+                       help='of one process and one pass')
     group.add_argument('--accum-iter', default=1, type=COUNT, metavar='N', help='batches that make one step')
 
 

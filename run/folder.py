@@ -20,8 +20,8 @@ RUN_FILES = ('checkpoint*.pth', 'best_*.pth', 'backbone.*', 'log.txt', 'args.jso
              'pictures', 'tb')
 
 
-def check_output_dir(path: str):
-    """Refuse a directory that could not be made, or written to, without making it.
+def check_output_dir(path: str, flag: str = '--output-dir'):
+    """Refuse a directory that could not be made, or written to, without making it; `flag` gave it.
 
     Raises:
         InputError: so it is.
@@ -29,7 +29,7 @@ def check_output_dir(path: str):
     folder = Path(path).absolute()
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise InputError(f'--output-dir {path}: {existing} is not a directory that can be written to')
+        raise InputError(f'{flag} {path}: {existing} is not a directory that can be written to')
 
 
 def set_aside(path: Path):

@@ -50,9 +50,38 @@ def reduce_over_processes(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.T
     return values
 
 
+def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """Elementwise mean, on any device, over all processes."""
+    if is_distributed():
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= get_world_size()
+    return values
+
+
 def sum_over_processes(sums: dict) -> dict:
     """The totals of all processes' `sums`, value by value."""
     return dict(zip(sums, reduce_over_processes(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()))
+
+
+def gather_rows(rows: torch.Tensor, *, in_turn: bool) -> torch.Tensor:
+    """The rows of all processes' CPU tensors (n, m), on each of them.
+
+    Args:
+        in_turn: they take the images of a data set in turn; else they have one part after another.
+    """
+    rank, world = get_rank(), get_world_size()
+    counts = torch.zeros(world, dtype=torch.int64)
+    counts[rank] = len(rows)
+    counts = reduce_over_processes(counts)
+    columns = max_over_processes(rows.shape[1] if len(rows) else 0)
+    places = rank + world * torch.arange(len(rows)) if in_turn else counts[:rank].sum() + torch.arange(len(rows))
+    everything = torch.zeros(int(counts.sum()), columns, dtype=rows.dtype)
+    if len(rows):
+        everything[places] = rows
+    if is_distributed():
+        dist.all_reduce(everything)
+    return everything
 
 
 def max_over_processes(value: int) -> int:

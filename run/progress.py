@@ -3,11 +3,12 @@ import datetime
 import math
 import sys
 import time
+from typing import Callable, Iterable, Iterator, Optional
 
 import torch
 from tqdm import tqdm
 
-from run.processes import get_world_size, notice, shows_bar
+from run.processes import get_world_size, max_over_processes, notice, shows_bar
 
 
 class Progress:
@@ -60,6 +61,23 @@ class Progress:
     def stats(self) -> dict:
         return {'images_per_s': self.images / max(self.seconds, 1e-9),
                 'data_s': self.data_time / max(len(self.loader), 1), 'memory_mb': peak_memory(self.device)}
+
+
+def with_stops(batches: Iterable, loader, after_batch: Optional[Callable[[], None]]) -> Iterator:
+    """The batches of an evaluation, with a call of `after_batch` after each, equally often on all processes.
+
+    Args:
+        batches: those of `loader`, of loaders.batches.
+        after_batch: None: nothing; nothing either where the processes can't know how often it would be.
+    """
+    called = after_batch is not None and loader.counts_batches
+    most = max_over_processes(len(loader))
+    for batch in batches:
+        yield batch
+        if called:
+            after_batch()
+    for _ in range(most - len(loader) if called else 0):
+        after_batch()
 
 
 class Table:

@@ -12,8 +12,9 @@ import torch
 from conftest import REFERENCE, ROOT, seeded_model, write_image
 from PIL import Image
 
+from reports.maps import color_table, enlarge
 from tools import visualize_attention
-from tools.visualize_attention import color_table, contact_sheet, enlarge, get_args_parser, main, read_frames
+from tools.visualize_attention import contact_sheet, get_args_parser, main, read_frames
 from utils import InputError, RunStopped
 
 PICTURE = REFERENCE / 'pattern.png'  # 420 x 300

@@ -14,7 +14,6 @@ from typing import Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -22,18 +21,14 @@ import datasets
 import utils
 import xcit
 from loaders import pictures
+from reports.maps import color_scale, color_table, paint, scale_to
 from run import commandline, folder, processes
 from run.commandline import COUNT, PATH, PATH_OBJECT, Parser
 from run.processes import notice
 from tools import common
 from utils import InputError, RunStopped, first_line
 
-PERCENTILES = (1, 99)  # of a map's values: what gets the darkest and the brightest colour
 SMOOTHING = .95  # of a video's colour scale: the part that each frame keeps of the scale before
-OPACITY = .6  # of the colours over the picture
-# matplotlib's "inferno" (CC0) at 17 even steps: dark to bright in steps that look even
-INFERNO = ('000004 0b0724 210c4a 3d0965 57106e 71196e 8a226a a32c61 bc3754 d24644 e45a31 f1731d f98e09 fcac11 f9cb35 '
-           'f2ea69 fcffa4')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,18 +113,12 @@ class Attention:
     def __call__(self, picture: Image.Image) -> torch.Tensor:
         """A picture of any size -> attention of CLS to its patches, (heads, H, W), float32, on the CPU."""
         pixels = datasets.build_normalisation(self.loaded)(picture)
-        attn = self.loaded.model.cls_attn_blocks[self.layer].attn
-        inputs = []
-        hook = attn.register_forward_pre_hook(lambda module, args: inputs.extend(args))
-        try:
-            amp_dtype = self.loaded.amp_dtype
-            with torch.autocast(self.loaded.device.type, amp_dtype, enabled=amp_dtype is not None):
-                self.loaded.model.forward_features(pixels[None].to(self.loaded.device))
-        finally:
-            hook.remove()
-        weights = attn.attention_weights(inputs[0].float())[0].cpu()
+        amp_dtype = self.loaded.amp_dtype
+        with torch.autocast(self.loaded.device.type, amp_dtype, enabled=amp_dtype is not None):
+            weights, _ = self.loaded.model.forward_attention(pixels[None].to(self.loaded.device), layer=self.layer)
+        weights = weights[0].cpu()
         W = math.ceil(picture.width / self.patch_size)
-        return weights[self.heads, 1:].unflatten(1, (-1, W))  # without CLS
+        return weights[self.heads].unflatten(1, (-1, W))
 
 
 def build_attention(args) -> Attention:
@@ -148,47 +137,6 @@ def build_attention(args) -> Attention:
     if max(heads) >= count:
         raise InputError(f'--heads {",".join(map(str, heads))}: {loaded.name} has heads 0 to {count - 1}')
     return Attention(loaded, args.layer, heads)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawing
-
-def scale_to(picture: Image.Image, longer_side: int, *, multiple_of: int = 1) -> Image.Image:
-    """The whole picture with this longer side, in pixels; sides are rounded to the multiple."""
-    scale = longer_side / max(picture.size)
-    return picture.resize([max(1, round(side * scale / multiple_of)) * multiple_of for side in picture.size],
-                          Image.Resampling.BICUBIC)
-
-
-def color_scale(weights: torch.Tensor) -> np.ndarray:
-    """The weights that get the darkest and the brightest colour."""
-    return np.percentile(weights.numpy(), PERCENTILES)
-
-
-def enlarge(weights: torch.Tensor, size: Tuple[int, int], patch_size: int) -> torch.Tensor:
-    """Weights of the patches (H, W) -> smoothly, of the pixels of a picture of (width, height), (height, width)."""
-    H, W = weights.shape
-    # The stem's strided convolutions centre token i on pixel i * patch_size, not on the middle of a patch.
-    between_tokens = ((H - 1) * patch_size + 1, (W - 1) * patch_size + 1)
-    pixels = F.interpolate(weights[None, None], between_tokens, mode='bicubic', align_corners=True)
-    width, height = size
-    return F.pad(pixels, (0, width - pixels.shape[3], 0, height - pixels.shape[2]), mode='replicate')[0, 0]
-
-
-def color_table() -> np.ndarray:
-    """256 colours, (256, 3), uint8."""
-    anchors = np.array([list(bytes.fromhex(color)) for color in INFERNO.split()])
-    at = np.linspace(0, len(anchors) - 1, 256)
-    return np.stack([np.interp(at, range(len(anchors)), channel) for channel in anchors.T], axis=1).astype(np.uint8)
-
-
-def paint(picture: Image.Image, weights: torch.Tensor, scale: np.ndarray, patch_size: int) -> Image.Image:
-    """Weights of the patches (H, W), as colours over the grey picture."""
-    low, high = scale
-    pixels = enlarge(weights, picture.size, patch_size).numpy()
-    level = ((pixels - low) / max(high - low, 1e-12)).clip(0, 1)
-    colors = Image.fromarray(color_table()[(level * 255).astype(np.uint8)])
-    return Image.blend(picture.convert('L').convert('RGB'), colors, OPACITY)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

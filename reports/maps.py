@@ -1,0 +1,128 @@
+"""Maps over a picture, one value or colour for each patch of a model: attention, and principal components."""
+from typing import List, Optional, Tuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+PERCENTILES = (1, 99)  # of a map's values: what gets the darkest and the brightest colour
+OPACITY = .6  # of the colours over the picture
+# matplotlib's "inferno" (CC0) at 17 even steps: dark to bright in steps that look even
+INFERNO = ('000004 0b0724 210c4a 3d0965 57106e 71196e 8a226a a32c61 bc3754 d24644 e45a31 f1731d f98e09 fcac11 f9cb35 '
+           'f2ea69 fcffa4')
+COMPONENTS = 3  # as red, green and blue
+
+
+def scale_to(picture: Image.Image, longer_side: int, *, multiple_of: int = 1) -> Image.Image:
+    """The whole picture with this longer side, in pixels; sides are rounded to the multiple."""
+    scale = longer_side / max(picture.size)
+    return picture.resize([max(1, round(side * scale / multiple_of)) * multiple_of for side in picture.size],
+                          Image.Resampling.BICUBIC)
+
+
+def color_scale(weights: torch.Tensor) -> np.ndarray:
+    """The weights that get the darkest and the brightest colour."""
+    return np.percentile(weights.numpy(), PERCENTILES)
+
+
+def enlarge(weights: torch.Tensor, size: Tuple[int, int], patch_size: int) -> torch.Tensor:
+    """Weights of the patches (H, W) -> smoothly, of the pixels of a picture of (width, height), (height, width)."""
+    H, W = weights.shape
+    # The stem's strided convolutions centre token i on pixel i * patch_size, not on the middle of a patch.
+    between_tokens = ((H - 1) * patch_size + 1, (W - 1) * patch_size + 1)
+    pixels = F.interpolate(weights[None, None], between_tokens, mode='bicubic', align_corners=True)
+    width, height = size
+    return F.pad(pixels, (0, width - pixels.shape[3], 0, height - pixels.shape[2]), mode='replicate')[0, 0]
+
+
+def color_table() -> np.ndarray:
+    """256 colours, (256, 3), uint8."""
+    anchors = np.array([list(bytes.fromhex(color)) for color in INFERNO.split()])
+    at = np.linspace(0, len(anchors) - 1, 256)
+    return np.stack([np.interp(at, range(len(anchors)), channel) for channel in anchors.T], axis=1).astype(np.uint8)
+
+
+def paint(picture: Image.Image, weights: torch.Tensor, scale: np.ndarray, patch_size: int) -> Image.Image:
+    """Weights of the patches (H, W), as colours over the grey picture."""
+    low, high = scale
+    pixels = enlarge(weights, picture.size, patch_size).numpy()
+    level = ((pixels - low) / max(high - low, 1e-12)).clip(0, 1)
+    colors = Image.fromarray(color_table()[(level * 255).astype(np.uint8)])
+    return Image.blend(picture.convert('L').convert('RGB'), colors, OPACITY)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Principal components of tokens
+
+def component_colors(tokens: List[torch.Tensor], *, remove_background: bool = False) -> List[np.ndarray]:
+    """The first three principal components of patch tokens as colours, in common for all pictures.
+
+    Args:
+        tokens: of each picture (H, W, C).
+        remove_background: leave out the patches that the first component tells from the others and that lie more at
+            the edges of the pictures; the components are then those of the rest.
+
+    Returns:
+        Of each picture (H, W, 3), from 0 to 1; background is black.
+    """
+    flat = torch.cat([picture.flatten(0, 1) for picture in tokens]).double()
+    shown = foreground(tokens, projected(flat, 1)[:, 0]) if remove_background else torch.ones(len(flat)).bool()
+    values = projected(flat[shown], COMPONENTS).numpy()
+    low, high = np.percentile(values, PERCENTILES, axis=0)
+    colors = np.zeros((len(flat), COMPONENTS))
+    colors[shown.numpy(), :values.shape[1]] = ((values - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
+    counts = [picture.shape[0] * picture.shape[1] for picture in tokens]
+    return [part.reshape(*picture.shape[:2], COMPONENTS)
+            for part, picture in zip(np.split(colors, np.cumsum(counts)[:-1]), tokens)]
+
+
+def projected(tokens: torch.Tensor, count: int) -> torch.Tensor:
+    """Tokens (n, C) in their first principal components (n, count), each with the sign that makes its skew positive."""
+    centred = tokens - tokens.mean(dim=0)
+    directions = torch.linalg.eigh(centred.t() @ centred)[1].flip(1)[:, :count]  # eigenvalues rise
+    values = centred @ directions
+    return values * torch.where(values.pow(3).mean(dim=0) < 0, -1., 1.)
+
+
+def foreground(tokens: List[torch.Tensor], component: torch.Tensor) -> torch.Tensor:
+    """Which of all tokens (n,) are on the side of a component that has less of the pictures' edges."""
+    edge = torch.cat([edges(*picture.shape[:2]).flatten() for picture in tokens])
+    above = component > threshold(component)
+    if not above.any() or above.all():
+        return torch.ones_like(above)
+    return above if edge[above].float().mean() < edge[~above].float().mean() else ~above
+
+
+def edges(H: int, W: int) -> torch.Tensor:
+    """Which patches are outermost, (H, W)."""
+    outer = torch.ones(H, W, dtype=torch.bool)
+    outer[1:-1, 1:-1] = False
+    return outer
+
+
+def threshold(values: torch.Tensor) -> float:
+    """The value that divides numbers (n,) into two parts that are most unlike each other (Otsu 1979)."""
+    ordered = values.sort()[0]
+    count = torch.arange(1, len(ordered), dtype=values.dtype)
+    below, total = ordered.cumsum(0)[:-1], ordered.sum()
+    between = count * (len(ordered) - count) * (below / count - (total - below) / (len(ordered) - count)) ** 2
+    at = int(between.argmax()) if len(between) else 0
+    return float(ordered[at])
+
+
+def color_picture(colors: np.ndarray, size: Tuple[int, int], patch_size: int) -> Image.Image:
+    """Colours of the patches (H, W, 3), from 0 to 1 -> smoothly, a picture of (width, height)."""
+    channels = [enlarge(torch.from_numpy(colors[:, :, i]), size, patch_size) for i in range(COMPONENTS)]
+    return Image.fromarray((torch.stack(channels, dim=2).clamp(0, 1) * 255).round().byte().numpy())
+
+
+def side_by_side(pictures: List[Image.Image], *, gap: int = 8, columns: Optional[int] = None) -> Image.Image:
+    """Pictures in rows on a white page, each in a place as large as the largest of them."""
+    columns = columns or len(pictures)
+    width, height = (max(picture.size[axis] for picture in pictures) + gap for axis in (0, 1))
+    rows = -(-len(pictures) // columns)
+    page = Image.new('RGB', (columns * width - gap, rows * height - gap), 'white')
+    for i, picture in enumerate(pictures):
+        page.paste(picture, (i % columns * width, i // columns * height))
+    return page

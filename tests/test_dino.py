@@ -1,0 +1,499 @@
+"""DINO against the original: schedules, head, loss, steps, crops and evaluations, by the numbers of dino.json."""
+import json
+import math
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import REFERENCE
+from PIL import Image
+from seeded_weights import image as seeded_image
+from seeded_weights import tensor as seeded_tensor
+
+import datasets
+from dino import monitor, neighbours, updates
+from dino.crops import Crops
+from dino.loss import DinoLoss
+from dino.networks import Head, MultiCrop
+from dino.schedules import cosine, teacher_temperatures
+
+NUMBERS = json.loads((REFERENCE / 'dino.json').read_text())
+
+
+def close(found, expected, rtol: float):
+    torch.testing.assert_close(torch.as_tensor(found, dtype=torch.float64),
+                               torch.as_tensor(expected, dtype=torch.float64), rtol=rtol, atol=1e-9)
+
+
+def generator(seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(seed))
+
+
+def seed_weights(module: torch.nn.Module, seed: int, prefix: str = '') -> torch.nn.Module:
+    """The reference's weights, by the names that the module has in the original."""
+    module.load_state_dict({key: torch.from_numpy(np.asarray(seeded_tensor(prefix + key, tuple(value.shape), seed)))
+                            for key, value in module.state_dict().items()})
+    with torch.no_grad():
+        next(value for key, value in module.named_parameters() if key.endswith('weight_g')).fill_(1)
+    return module
+
+
+def network(arch: str, out_dim: int, *, seed: int, use_bn: bool = False, norm_last_layer: bool = True) -> MultiCrop:
+    backbone = timm.create_model(arch, num_classes=0)
+    head = Head(backbone.num_features, out_dim, use_bn=use_bn, norm_last_layer=norm_last_layer)
+    return seed_weights(MultiCrop(backbone, head), seed)
+
+
+def crops_of(sides: list, batch: int, first: int) -> list:
+    return [torch.from_numpy(seeded_image((batch, 3, side, side), first + j)) for j, side in enumerate(sides)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules
+
+@pytest.mark.parametrize(('name', 'found'), [
+    ('lr', cosine(5e-4 * 1024 / 256, 1e-6, steps=140, warmup_steps=21)),
+    ('wd', cosine(.04, .4, steps=140)),
+    ('momentum', cosine(.996, 1., steps=140)),
+])
+def test_schedules_are_the_originals(name, found):
+    close(found, NUMBERS['schedules'][name], 1e-6)
+
+
+@pytest.mark.parametrize('name', ['momentum', 'lr_without_warmup'])
+def test_schedules_of_other_lengths_are_the_originals(name):
+    case = NUMBERS['more_schedules'][name]
+    found = cosine(case['base'], case['final'], steps=case['length'])
+    close([found[int(step)] for step in case['values']], list(case['values'].values()), 1e-6)
+    assert len(found) == case['length']
+
+
+def test_teacher_temperature_is_the_originals():
+    close(teacher_temperatures(.04, .07, warmup_epochs=5, epochs=12), NUMBERS['dino_loss']['teacher_temp'], 1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss and networks
+
+def test_loss_and_centre_are_the_originals():
+    rng, criterion = generator(11), DinoLoss(64, crops=6)
+    temperatures = NUMBERS['dino_loss']['teacher_temp']
+    for call in NUMBERS['dino_loss']['calls']:
+        student, teacher = (torch.from_numpy(rng.standard_normal((rows, 64)).astype(np.float32)) for rows in (24, 8))
+        loss, _ = criterion(student, teacher, temperatures[call['epoch']])
+        close(loss, call['loss'], 1e-6)
+        close(criterion.center.norm(), call['center_norm'], 1e-6)
+        close(criterion.center[0, :4], call['center_first'], 1e-6)
+
+
+def test_loss_is_in_float32_under_autocast():
+    rng = generator(11)
+    student, teacher = (torch.from_numpy(rng.standard_normal((rows, 64)).astype(np.float32)) for rows in (24, 8))
+    with torch.autocast('cpu', torch.bfloat16):
+        loss, _ = DinoLoss(64, crops=6)(student, teacher, .04)
+    close(loss, NUMBERS['dino_loss']['calls'][0]['loss'], 1e-6)
+
+
+def test_entropies_tell_a_uniform_output_from_equal_ones():
+    criterion = DinoLoss(64, crops=2)
+    _, uniform = criterion(torch.zeros(8, 64), torch.zeros(8, 64), .04)
+    close(list(uniform.values()), [math.log(64)] * 2, 1e-6)
+    one_hot = 100. * torch.eye(64)
+    _, alike = DinoLoss(64, crops=2)(torch.zeros(8, 64), one_hot[:1].expand(8, -1), .04)
+    close(list(alike.values()), [0., 0.], 1e-6)
+    _, apart = DinoLoss(64, crops=2)(torch.zeros(8, 64), one_hot[:8], .04)
+    close(list(apart.values()), [0., math.log(8)], 1e-5)
+
+
+@pytest.mark.parametrize('case', NUMBERS['head']['cases'], ids=lambda case: f'{case["in_dim"]}-{case["out_dim"]}')
+def test_head_is_the_originals(case):
+    head = Head(case['in_dim'], case['out_dim'], use_bn=case['use_bn'], norm_last_layer=case['norm_last_layer'])
+    assert {key: list(value.shape) for key, value in head.state_dict().items()} == dict(case['keys'])
+    seed_weights(head, case['seed'], 'head.')
+    x = generator(case['seed'] + 50).standard_normal((len(case['row_norms']), case['in_dim'])).astype(np.float32)
+    y = head(torch.from_numpy(x))
+    y.square().sum().backward()
+    close(y.norm(dim=1).detach(), case['row_norms'], 1e-5)
+    torch.testing.assert_close(y[0, :6].detach(), torch.tensor(case['first_row']), rtol=1e-5, atol=1e-6)
+    norms = {name: float(p.grad.norm()) for name, p in head.named_parameters() if p.requires_grad}
+    assert norms.keys() == set(case['trainable'])
+    torch.testing.assert_close(norms, case['grad_norms'], rtol=1e-5, atol=1e-5)
+
+
+def test_head_starts_as_the_originals():
+    torch.manual_seed(0)
+    head, expected = Head(384, 4096, use_bn=False, norm_last_layer=True), NUMBERS['head']['initialisation']
+    assert float(head.mlp[2].weight.detach().std()) == pytest.approx(expected['mlp_weight_std'], rel=.01)
+    assert float(head.last_layer.weight_v.detach().std()) == pytest.approx(expected['weight_v_std'], rel=.01)
+    assert float(head.last_layer.weight_v.detach().abs().max()) == pytest.approx(expected['weight_v_max'], rel=1e-3)
+    assert not head.mlp[0].bias.any()
+    assert bool((head.last_layer.weight_g == 1).all())
+
+
+@pytest.mark.parametrize('mode', ['eval', 'train'])
+def test_crops_of_one_size_pass_the_backbone_together(mode):
+    expected, passes = NUMBERS['multicrop'][mode], []
+    model = network('xcit_nano_12_p16', 128, seed=5).train(mode == 'train')
+    model.backbone.register_forward_pre_hook(lambda _, inputs: passes.append(list(inputs[0].shape)))
+    logits, _ = model(crops_of([64, 64, 32, 32, 32, 32], 3, 400))
+    assert passes == NUMBERS['multicrop']['calls_of_backbone']
+    torch.testing.assert_close(logits.norm(dim=1).detach(), torch.tensor(expected['row_norms']), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits[:, :2].detach(), torch.tensor(expected['first_two_of_rows']), rtol=1e-4,
+                               atol=1e-5)
+    close(sum_of_norms(model, 'running_mean'), expected['bn_running_mean_norms'], 1e-4)
+
+
+@pytest.mark.parametrize(('sides', 'expected'), [([64, 64, 48, 48, 32], [2, 2, 1]), ([64, 32, 64], [1, 1, 1])])
+def test_crops_are_passed_in_their_order(sides, expected):
+    passes = []
+
+    class Counted(torch.nn.Module):
+        def forward(self, x):
+            passes.append(len(x))
+            return x.mean(dim=(2, 3))
+
+    MultiCrop(Counted(), torch.nn.Identity())([torch.zeros(1, 3, side, side) for side in sides])
+    assert passes == expected
+
+
+def sum_of_norms(model: torch.nn.Module, end: str) -> float:
+    return sum(float(value.norm()) for key, value in model.state_dict().items() if key.endswith(end))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps
+
+def norm_of(model: torch.nn.Module) -> float:
+    return math.sqrt(sum(float(p.detach().double().square().sum()) for p in model.parameters()))
+
+
+def take_step(student, teacher, criterion, optimizer, crops, *, temperature, clip, freeze, momentum) -> dict:
+    with torch.no_grad():
+        taught, _ = teacher(crops[:2])
+    loss, _ = criterion(student(crops)[0], taught, temperature)
+    optimizer.zero_grad()
+    loss.backward()
+    with_gradient = [p for p in student.parameters() if p.grad is not None]
+    before = [float(p.grad.norm()) for p in with_gradient]
+    updates.clip_each(with_gradient, clip)
+    after = math.sqrt(sum(float(p.grad.square().sum()) for p in with_gradient))
+    if freeze:
+        updates.freeze_last_layer(student)
+    optimizer.step()
+    updates.average_into(teacher, student, momentum)
+    return {'loss': float(loss.detach()), 'center_norm': float(criterion.center.norm()),
+            'grad_norms_sum': sum(before), 'grad_norm_max': max(before),
+            'clipped_tensors': sum(norm > clip for norm in before), 'grad_norm_after_clipping': after,
+            'student_norm': norm_of(student), 'teacher_norm': norm_of(teacher),
+            'student_bn_means': sum_of_norms(student, 'running_mean'),
+            'teacher_bn_means': sum_of_norms(teacher, 'running_mean'),
+            'weight_g_norm': float(student.head.last_layer.weight_g.detach().norm()),
+            'weight_v_norm': float(student.head.last_layer.weight_v.detach().norm()),
+            'cls_token_norm': float(student.backbone.cls_token.detach().norm())}
+
+
+def count(groups: list) -> tuple:
+    return tuple(len(group['params']) for group in groups)
+
+
+def test_steps_of_adamw_are_the_originals():
+    expected = NUMBERS['train_steps']
+    student, teacher = (network('xcit_nano_12_p16', 512, seed=0).train() for _ in range(2))
+    groups = updates.parameter_groups(student)
+    assert count(groups) == (expected['decayed'], expected['undecayed'])
+    groups[0]['weight_decay'] = .04
+    optimizer, criterion = torch.optim.AdamW(groups, lr=1e-3), DinoLoss(512, crops=4)
+    for it, step in enumerate(expected['steps']):
+        crops = [*crops_of([64, 64], 4, 100 + 10 * it), *crops_of([32, 32], 4, 105 + 10 * it)]
+        found = take_step(student, teacher, criterion, optimizer, crops, temperature=.04, clip=3., freeze=it == 0,
+                          momentum=.996)
+        close([found[name] for name in step], list(step.values()), 1e-4)
+
+
+def test_steps_of_sgd_with_batchnorm_and_free_lengths_are_the_originals():
+    expected = NUMBERS['train_steps_2']
+    student, teacher = (network('xcit_tiny_12_p16', 256, seed=1, use_bn=True, norm_last_layer=False).train()
+                        for _ in range(2))
+    groups = updates.parameter_groups(student)
+    assert count(groups) == (expected['decayed'], expected['undecayed'])
+    optimizer, criterion = torch.optim.SGD(groups, lr=.1, momentum=.9), DinoLoss(256, crops=5)
+    temperatures = teacher_temperatures(.04, .07, warmup_epochs=2, epochs=12)
+    rates = zip((.1, .2, .2), (.04, .05, .06), (0, 1, 1), (.99, .995, .999))
+    for it, (step, (lr, decay, epoch, momentum)) in enumerate(zip(expected['steps'], rates)):
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        optimizer.param_groups[0]['weight_decay'] = decay
+        found = take_step(student, teacher, criterion, optimizer, crops_of([64, 64, 32, 32, 32], 3, 100 + 20 * it),
+                          temperature=temperatures[epoch], clip=.3, freeze=epoch < 1, momentum=momentum)
+        close([found[name] for name in step], list(step.values()), 1e-4)
+    with torch.no_grad():
+        features = teacher.eval().backbone(torch.from_numpy(seeded_image((2, 3, 64, 64), 7)))
+    close(features[:, :6], expected['teacher_features'], 1e-3)
+    close(features.norm(dim=1), expected['teacher_feature_norms'], 1e-4)
+
+
+def test_cls_token_temperature_and_lengths_are_decayed():
+    student = network('xcit_nano_12_p16', 16, seed=0, norm_last_layer=False)
+    decayed = {id(p) for p in updates.parameter_groups(student)[0]['params']}
+    names = {name for name, p in student.named_parameters() if id(p) in decayed}
+    assert {'backbone.cls_token', 'backbone.blocks.0.attn.temperature', 'head.last_layer.weight_g'} <= names
+
+
+def test_lars_is_the_originals():
+    rng, lars = generator(21), NUMBERS['lars']
+    shapes = {'matrix': (8, 5), 'bias': (8,), 'conv': (4, 3, 3, 3), 'zero_matrix': (3, 4), 'temperature': (2, 1, 1)}
+    values = {name: torch.nn.Parameter(torch.from_numpy(rng.standard_normal(shape).astype(np.float32)
+                                                        * (0 if name == 'zero_matrix' else 1)))
+              for name, shape in shapes.items()}
+    optimizer = updates.Lars([{'params': [p for p in values.values() if p.ndim != 1]},
+                              {'params': [values['bias']], 'weight_decay': 0.}], lr=0.)
+    for it, (step, lr, decay) in enumerate(zip(lars['steps'], (.3, .2, .2), (.1, .1, .2))):
+        for name, shape in shapes.items():
+            gradient = torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+            values[name].grad = gradient * (0 if it == 1 and name == 'conv' else 1)
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        optimizer.param_groups[0]['weight_decay'] = decay
+        optimizer.step()
+        for name, expected in step.items():
+            close(values[name].detach().norm(), expected['norm'], 1e-5)
+            torch.testing.assert_close(values[name].detach().flatten()[:3], torch.tensor(expected['first']), rtol=1e-5,
+                                       atol=1e-6)
+
+
+def model_with_gradients() -> torch.nn.Module:
+    rng, model = generator(22), torch.nn.Module()
+    for name, shape, factor in (('backbone.a', (6, 4), .1), ('backbone.b', (6,), 1.), ('backbone.c', (10, 10), 10.),
+                                ('head.last_layer.weight_v', (20, 5), 3.)):
+        parent = model
+        for part in name.split('.')[:-1]:
+            if not hasattr(parent, part):
+                parent.add_module(part, torch.nn.Module())
+            parent = getattr(parent, part)
+        parameter = torch.nn.Parameter(torch.zeros(shape))
+        parameter.grad = torch.from_numpy((factor * rng.standard_normal(shape)).astype(np.float32))
+        parent.register_parameter(name.rpartition('.')[2], parameter)
+    return model
+
+
+def test_each_gradient_is_clipped_by_its_own_norm():
+    expected, model = NUMBERS['clip_and_cancel'], model_with_gradients()
+    total = updates.clip_each(model.parameters(), 3.)
+    close([float(p.grad.norm()) for p in model.parameters()],
+          [expected['norms_after'][name] for name, _ in model.named_parameters()], 1e-5)
+    close(total, math.hypot(*expected['norms_before']), 1e-5)
+
+
+def test_clipping_at_0_leaves_gradients():
+    model = model_with_gradients()
+    updates.clip_each(model.parameters(), 0.)
+    close([float(p.grad.norm()) for p in model.parameters()], NUMBERS['clip_and_cancel']['norms_before'], 1e-5)
+
+
+def test_frozen_last_layer_has_no_gradient_at_all():
+    model = model_with_gradients()
+    updates.freeze_last_layer(model)
+    assert {name: p.grad is None for name, p in model.named_parameters()} == \
+        NUMBERS['clip_and_cancel']['gradient_is_none_in_epoch_0']
+
+
+def test_teacher_averages_parameters_and_not_buffers():
+    teacher, student = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
+    with torch.no_grad():
+        student.weight.fill_(3.)
+        student.running_mean.fill_(5.)
+    updates.average_into(teacher, student, .75)
+    assert teacher.weight.tolist() == [1.5, 1.5]
+    assert teacher.running_mean.tolist() == [0., 0.]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Crops
+
+def crop_args(**changed) -> Namespace:
+    return Namespace(**{**dict(
+        input_size=224, local_crops_size=96, local_crops_number=1, global_crops_scale=[.4, 1.],
+        local_crops_scale=[.05, .4], flip=.5, color_jitter=[.4, .4, .2, .1], grayscale=.2, blur=[1., .1, .5],
+        solarize=.2, mean=None, std=None), **changed})
+
+
+SIDE, DRAWS = 112, 300
+
+
+def picture(kind: str) -> Image.Image:
+    x = np.arange(SIDE)
+    row = {'grey100': np.full(SIDE, 100), 'grey220': np.full(SIDE, 220), 'red': np.full(SIDE, 100),
+           'ramp': np.round(30 + 50 * np.linspace(0, 1, SIDE)), 'stripes': np.where(x // 4 % 2, 110, 60)}[kind]
+    pixels = np.repeat(np.tile(row, (SIDE, 1))[:, :, None], 3, axis=2)
+    if kind == 'red':
+        pixels[:, :, 1:] = 50
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def draws(kind: str, **changed) -> list:
+    """Crops of a picture as arrays (h, w, 3), by kind of crop."""
+    torch.manual_seed(0)
+    crops, shown = Crops(crop_args(input_size=56, local_crops_size=24, **changed)), picture(kind)
+    return [[np.asarray(crop, dtype=np.float64) for crop in kinds]
+            for kinds in zip(*(crops.pictures(shown) for _ in range(DRAWS)))]
+
+
+TRUE = NUMBERS['augmentation']['true_probabilities']
+RATES = {
+    'color_jitter': ('grey100', lambda x: abs(x.mean() - 100) > .3, [TRUE['color_jitter']] * 3),
+    'solarize': ('grey220', lambda x: x.mean() < 128, list(TRUE['solarize'].values())),
+    'grayscale': ('red', lambda x: bool((x[:, :, 0] == x[:, :, 1]).all()), [TRUE['grayscale']] * 3),
+    'flip': ('ramp', lambda x: x[:, :len(x) // 2].mean() > x[:, len(x) // 2:].mean(), [TRUE['flip']] * 3),
+}
+
+
+@pytest.mark.parametrize('name', RATES)
+def test_random_operations_have_the_originals_rates(name):
+    kind, happened, expected = RATES[name]
+    for found, rate in zip(draws(kind), expected):
+        seen = sum(map(happened, found)) / DRAWS
+        assert abs(seen - rate) <= 4 * math.sqrt(rate * (1 - rate) / DRAWS)
+
+
+def test_color_jitter_is_as_strong_as_the_originals():
+    for found, expected in zip(draws('grey100'), NUMBERS['augmentation']['kinds'].values()):
+        means = [crop.mean() for crop in found]
+        error = expected['grey100_std_of_means'] / math.sqrt(DRAWS)
+        assert abs(np.mean(means) - 100) < 4 * error
+        # the standard error of a standard deviation, of both measurements
+        assert abs(np.std(means) - expected['grey100_std_of_means']) < 4 * error
+
+
+def test_blur_has_the_originals_rates():
+    off = dict(color_jitter=[0.] * 4, grayscale=0., solarize=0., flip=0., global_crops_scale=[1., 1.],
+               local_crops_scale=[1., 1.])
+    pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
+    pixels[:, ::2] = 255  # any blur leaves none of the two colours
+    torch.manual_seed(0)
+    crops, shown = Crops(crop_args(input_size=SIDE, local_crops_size=SIDE, **off)), Image.fromarray(pixels)
+    for found, rate in zip(zip(*(crops.pictures(shown) for _ in range(DRAWS))), TRUE['blur'].values()):
+        seen = sum(0 < np.asarray(crop)[SIDE // 2, SIDE // 2, 0] < 255 for crop in found) / DRAWS
+        assert abs(seen - rate) <= 4 * math.sqrt(rate * (1 - rate) / DRAWS)
+
+
+@pytest.mark.parametrize(('number', 'kind'), [(0, 'global1'), (1, 'global2'), (2, 'local')])
+def test_blur_is_as_strong_as_the_originals(number, kind):
+    expected, x = NUMBERS['augmentation']['kinds'][kind], np.arange(448)
+    row = np.where(x // 16 % 2, 110, 60).astype(np.uint8)
+    shown = Image.fromarray(np.repeat(np.tile(row, (448, 1))[:, :, None], 3, axis=2))
+    torch.manual_seed(0)
+    plan = Crops(crop_args()).plans[number]
+    edges = []
+    for _ in range(60):
+        crop = np.asarray(plan(shown), dtype=np.float64)[:, :, 0]
+        edges.append(np.abs(np.diff(crop, axis=1)).mean() / crop.mean())
+    error = expected['stripes_edge_std'] * math.sqrt(1 / 60 + 1 / 600)
+    assert abs(np.mean(edges) - expected['stripes_edge_mean']) < 4 * error
+
+
+@pytest.mark.parametrize('scale', [(.4, 1.), (.05, .4), (.25, 1.), (.14, 1.)])
+def test_crops_show_the_parts_that_the_originals_show(scale):
+    expected = NUMBERS['crop_distribution']['scales'][str(scale)]
+    crop = Crops(crop_args(global_crops_scale=list(scale))).plans[0].transforms[0]
+    shown, draws_ = torch.zeros(3, 375, 500), 2000
+    torch.manual_seed(0)
+    areas = []
+    for _ in range(draws_):
+        _, _, height, width = crop.get_params(shown, crop.scale, crop.ratio)
+        areas.append(height * width / (375 * 500))
+    assert abs(np.mean(areas) - expected['area_mean']) < 4 * expected['area_std'] * math.sqrt(1 / draws_ + 1 / 20000)
+
+
+def test_crops_depend_on_torchs_generator_alone():
+    crops, shown = Crops(crop_args()), picture('ramp')
+    torch.manual_seed(3)
+    first = crops(shown)
+    torch.manual_seed(3)
+    torch.testing.assert_close(crops(shown), first, rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+def test_evaluation_transform_is_the_originals():
+    expected = NUMBERS['eval_transforms']['knn_and_linear']
+    args = Namespace(input_size=224, full_crop=False, resize=True, mean=None, std=None)
+    image = datasets.build_eval_transform(args)(datasets.load_rgb(REFERENCE / 'pattern.png'))
+    step = expected['step']
+    assert list(image.shape) == expected['shape']
+    assert float(image.mean()) == pytest.approx(expected['mean'], abs=1e-5)
+    assert float(image.std()) == pytest.approx(expected['std'], abs=1e-4)
+    torch.testing.assert_close(image[:, ::step, ::step].flatten(), torch.tensor(expected['values']), rtol=0, atol=1e-4)
+
+
+def knn_case(seed: int, *, classes: int, width: int, images: tuple, noise: float) -> tuple:
+    rng = generator(seed)
+    centres = rng.standard_normal((classes, width))
+    found = []
+    for count_ in images:
+        labels = np.arange(count_) % classes
+        features = centres[labels] + noise * rng.standard_normal((count_, width))
+        found += [torch.from_numpy(features.astype(np.float32)), torch.from_numpy(labels)]
+    return tuple(found)
+
+
+def test_knn_is_the_originals():
+    expected = {int(k): values for k, values in NUMBERS['knn']['top1_top5'].items()}
+    train, train_labels, test, test_labels = knn_case(5, classes=10, width=16, images=(500, 200), noise=1.6)
+    hits = neighbours.accuracies(train, train_labels, test, test_labels, ks=list(expected), temperature=.07,
+                                 num_classes=10)
+    assert {k: top1 / 2 for k, (top1, _) in hits.items()} == {k: top1 for k, (top1, _) in expected.items()}
+    assert {k: hits[k][1] / 2 for k in (1, 20, 100)} == {k: expected[k][1] for k in (1, 20, 100)}
+    assert hits[10][1] / 2 in (93., 93.5, 94.)  # the original's own order among classes without votes is open
+
+
+@pytest.mark.parametrize('setting', NUMBERS['knn2']['results'])
+@pytest.mark.parametrize('blocks', [(256, 2 ** 16), (7, 97)])
+def test_knn_is_the_originals_in_blocks_of_any_size(monkeypatch, setting, blocks):
+    monkeypatch.setattr(neighbours, 'TEST_BLOCK', blocks[0])
+    monkeypatch.setattr(neighbours, 'TRAIN_BLOCK', blocks[1])
+    expected = NUMBERS['knn2']['results'][setting]
+    k, temperature = (float(part.split('=')[1]) for part in setting.split(','))
+    case = knn_case(13, classes=20, width=32, images=(1000, 250), noise=2.2)
+    hits = neighbours.accuracies(*case, ks=[int(k)], temperature=temperature, num_classes=20)[int(k)]
+    assert [100 * hit / 250 for hit in hits] == pytest.approx([expected['top1'], expected['top5']])
+
+
+def test_knn_of_equal_votes_takes_the_lower_class():
+    votes, labels = torch.tensor([[1., 1., 1., 1.]]), torch.tensor([[3, 1, 3, 1]])
+    assert neighbours.rank(votes, labels, 5).tolist() == [[1, 3, 0, 2, 4]]
+
+
+def test_knn_of_equal_similarities_takes_the_first(monkeypatch):
+    monkeypatch.setattr(neighbours, 'TRAIN_BLOCK', 4)
+    train = torch.ones(20, 1)
+    _, places = neighbours.nearest(train, torch.ones(2, 1), 6)
+    assert places.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Collapse
+
+def stats(**changed) -> dict:
+    return {**dict(train_teacher_entropy=2., train_mean_entropy=4., train_feature_spread=.5), **changed}
+
+
+@pytest.mark.parametrize(('figures', 'kinds'), [
+    (stats(), set()),
+    (stats(train_teacher_entropy=5.54, train_mean_entropy=5.545), {'uniform'}),
+    (stats(train_teacher_entropy=1., train_mean_entropy=1.01), {'alike'}),
+    (stats(train_teacher_entropy=0., train_mean_entropy=0.), {'alike'}),
+    (stats(train_feature_spread=.019), {'features'}),
+    (stats(train_feature_spread=.021), set()),
+    (stats(train_teacher_entropy=5.54, train_mean_entropy=5.54, train_feature_spread=0.), {'uniform', 'features'}),
+])
+def test_collapse_is_named_by_its_kind(figures, kinds):
+    assert set(monitor.collapse(figures, 256)) == kinds
+
+
+def test_spread_of_random_features_is_1_and_of_equal_ones_0():
+    torch.manual_seed(0)
+    assert float(monitor.spread(torch.randn(4096, 64))) == pytest.approx(1., abs=.01)
+    assert float(monitor.spread(torch.ones(8, 64))) == pytest.approx(0., abs=1e-6)

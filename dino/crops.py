@@ -2,7 +2,7 @@
 
 Source: paper section 3.1; original main_dino.py, DataAugmentationDINO.
 """
-from typing import List, Optional, Sequence, Tuple
+from typing import List, Sequence
 
 import torch
 from PIL import Image, ImageFilter, ImageOps
@@ -84,9 +84,3 @@ def name_of(number: int) -> str:
     """What a crop is called in the name of a file."""
     return PREVIEWED[number] if number < GLOBAL else f'{PREVIEWED[-1]}{number - GLOBAL + 1}'
 
-
-def as_picture(crop: torch.Tensor, mean: Optional[Tuple[float, ...]], std: Optional[Tuple[float, ...]]) -> Image.Image:
-    """A normalised crop (3, side, side) as it looked before."""
-    own = ToNormalizedTensor(mean, std)
-    pixels = crop * torch.tensor(own.std)[:, None, None] + torch.tensor(own.mean)[:, None, None]
-    return transforms.functional.to_pil_image(pixels.clamp(0, 1))

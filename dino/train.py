@@ -34,6 +34,7 @@ from run.commandline import (
     run_program,
 )
 from run.folder import check_output_dir
+from run.position import Epochs
 from run.processes import notice
 from run.training import Run
 from utils import InputError, seed_everything
@@ -56,7 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     flags.add_checkpoint_flags(group)
     group.add_argument('--epochs', default=100, type=COUNT, metavar='N', help='of the whole training')
     group.add_argument('--saveckp-freq', default=20, type=COUNT_OR_0, metavar='N',
-                       help='epochs between two checkpoints that stay, as checkpoint0020.pth; 0: none does')
+                       help='epochs between two checkpoints that stay, as checkpoint0020.pth, beside the last; 0: none')
     group.add_argument('--backbone-format', default='pth', choices=['pth', 'safetensors'],
                        help='of the file with the teacher\'s backbone')
 
@@ -204,7 +205,8 @@ def build_optimizer(args, student: MultiCrop) -> torch.optim.Optimizer:
     if args.optimizer == 'adamw':
         return torch.optim.AdamW(groups, lr=0., fused=True)
     if args.optimizer == 'sgd':
-        return torch.optim.SGD(groups, lr=0., momentum=SGD_MOMENTUM, fused=True)
+        # Not the fused kernel, which fails where only some weights have a momentum yet: --freeze-last-layer
+        return torch.optim.SGD(groups, lr=0., momentum=SGD_MOMENTUM, foreach=True)
     return updates.Lars(groups, lr=0.)
 
 
@@ -232,6 +234,11 @@ class Rates:
         for group in optimizer.param_groups:
             group['lr'] = self.lr[update]
         optimizer.param_groups[0]['weight_decay'] = self.weight_decay[update]
+
+    def go_on(self, optimizer: torch.optim.Optimizer, position: Epochs, *, accum_iter: int):
+        """Set what the last step before this position had."""
+        if done := (position.done + 1) * self.steps + position.step // accum_iter:
+            self.set(optimizer, done - 1)
 
     def means(self, epoch: int) -> Dict[str, float]:
         """Of the steps of an epoch, under the names that the log has for them."""
@@ -278,6 +285,7 @@ def train(args, device: torch.device) -> dict:
         run.resume()
         if run.is_over():
             return {}
+        rates.go_on(optimizer, run.position, accum_iter=args.accum_iter)
         if args.grad_checkpointing:
             student.backbone.set_grad_checkpointing()
         if args.compile:
@@ -300,9 +308,8 @@ def train(args, device: torch.device) -> dict:
                 stats = {**{f'train_{name}': value for name, value in stats.items() if name != 'dino'},
                          **rates.means(epoch), 'train_center_norm': float(criterion.center.norm())}
                 best = watch.after_epoch(epoch, stats, teacher, run)
-                keep = [*([f'checkpoint{epoch:04}.pth'] if args.saveckp_freq and epoch % args.saveckp_freq == 0 else
-                          []), *([files.BEST] if best else [])]
                 save_backbone(args, teacher)
+                keep = [*([f'checkpoint{epoch:04}.pth'] if stays(args, epoch) else []), *([files.BEST] * best)]
                 run.finish(epoch, stats, best=False, keep=keep, summary=monitor.line(stats))
     if args.output_dir:
         conclude(args)
@@ -329,6 +336,12 @@ def clip_of(args, student: MultiCrop, epoch: int) -> Callable[[list], torch.Tens
             updates.freeze_last_layer(student)
         return norm
     return clip
+
+
+def stays(args, epoch: int) -> bool:
+    """Whether the checkpoint of an epoch stays beside later ones."""
+    # differs: DINO checkpoints - the last one, too
+    return args.saveckp_freq > 0 and (epoch % args.saveckp_freq == 0 or epoch + 1 == args.epochs)
 
 
 def save_backbone(args, teacher: MultiCrop):

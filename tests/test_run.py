@@ -1,7 +1,6 @@
-"""What surrounds a training step does the same for every task: main.py, and a second training of 40 lines.
+"""What surrounds a training step does the same for every task: main.py, DINO, and a training of 40 lines.
 
-To have a new task tested, add it to PROGRAMS: the words that make a short run of it on the folders of `data`, and
-those that make it so many rounds long.
+To have a new task tested, add it to PROGRAMS.
 """
 import importlib
 import json
@@ -14,6 +13,7 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import pytest
 import torch
@@ -28,12 +28,42 @@ from run.position import Epochs, Iterations
 from utils import InputError, Interrupted, RunStopped
 
 STEPS = 4  # of a round
+
+
+class Kind(NamedTuple):
+    """A task.
+
+    Attributes:
+        flags: words for a short run on the folders of `data`.
+        length: words that make it so many rounds long.
+        weights: the part of a checkpoint that is trained.
+        best: name of the file of the best round.
+        scalar: what TensorBoard calls the loss.
+        place: of a round in TensorBoard.
+        images: tags of TensorBoard's pictures.
+    """
+    flags: Callable[[Path], list]
+    length: Callable[[int], list]
+    weights: str = 'model'
+    best: str = 'best_model.pth'
+    scalar: str = 'train/loss'
+    place: Callable[[int], int] = int
+    images: tuple = ()
+
+
 PROGRAMS = {
-    'main': (lambda data: tiniest(data, '--drop-path', '.3', '--drop', '.1', '--no-repeated-aug'),
-             lambda rounds: ['--epochs', str(rounds)]),
-    'tests.rotation_training': (
+    'main': Kind(lambda data: tiniest(data, '--drop-path', '.3', '--drop', '.1', '--no-repeated-aug'),
+                 lambda rounds: ['--epochs', str(rounds)], images=('train/images',)),
+    'tests.rotation_training': Kind(
         lambda data: ['--device', 'cpu', '--num-workers', '0', '--batch-size', '4', '--data-path', str(data / 'train')],
-        lambda rounds: ['--iterations', str(rounds * STEPS), '--every', str(STEPS)]),
+        lambda rounds: ['--iterations', str(rounds * STEPS), '--every', str(STEPS)], scalar='loss',
+        place=lambda i: (i + 1) * STEPS),
+    'tests.small_dino': Kind(
+        lambda data: ['--device', 'cpu', '--num-workers', '0', '--batch-size', '4', '--data-path', str(data),
+                      '--arch', 'xcit_test', '--drop-path-rate', '.3', '--out-dim', '16', '--warmup-epochs', '1',
+                      '--global-crops-size', '32', '--local-crops-size', '16', '--local-crops-number', '1',
+                      '--knn-every', '1', '--knn-data-path', str(data), '--nb-knn', '3'],
+        lambda rounds: ['--epochs', str(rounds)], weights='student', best='best_checkpoint.pth'),
 }
 
 
@@ -47,8 +77,8 @@ class Program:
     """A training as users start it: `flags` on the command line, or in this process."""
 
     def __init__(self, module: str, data: Path):
-        flags, self.length = PROGRAMS[module]
-        self.module, self.flags = module, [*flags(data), *self.length(3)]
+        self.module, self.kind = module, PROGRAMS[module]
+        self.flags = [*self.kind.flags(data), *self.kind.length(3)]
 
     def __call__(self, run: Path, *more: str):
         return importlib.import_module(self.module).main([*self.flags, '--output-dir', str(run), *more])
@@ -86,9 +116,12 @@ def same(own, expected) -> bool:
     return own == expected
 
 
+UNTESTED = ('checkpoint_previous.pth', 'checkpoint_damaged.pth')  # whose place depends on where a run was stopped
+
+
 def assert_same_run(run: Path, other: Path):
     """Bitwise the same parts in the same place, and the same curves."""
-    for name in ('checkpoint.pth', 'best_model.pth'):
+    for name in sorted(path.name for path in other.glob('*.pth') if path.name not in UNTESTED):
         own, expected = state(run, name), state(other, name)
         assert set(own) == set(expected)
         assert [key for key in own if key != 'args' and not same(own[key], expected[key])] == []
@@ -150,7 +183,7 @@ def test_kill_at_random_moments(program, tmp_path, world, kills):
     """Restarted until it is done, a training killed by kill -9 ends with bitwise the state of an undisturbed one."""
     chance, hit = random.Random(kills), 0
     undisturbed, killed, rounds = tmp_path / 'undisturbed', tmp_path / 'killed', 5 * kills
-    flags = [*program.length(rounds), '--save-every', '1', '--resume', 'auto',
+    flags = [*program.kind.length(rounds), '--save-every', '1', '--resume', 'auto',
              '--num-workers', '1' if program.module == 'main' and world == 1 else '0']
     run(program.command(undisturbed, *flags), world)
     for attempt in range(kills):
@@ -168,16 +201,15 @@ def test_kill_at_random_moments(program, tmp_path, world, kills):
     assert hit >= kills / 2
     assert_same_run(killed, undisturbed)
     events = EventAccumulator(str(killed / 'tb'), size_guidance={'scalars': 0, 'images': 0}).Reload()
-    scalars = events.Scalars('train/loss' if program.module == 'main' else 'loss')
-    assert [event.step for event in scalars] == [i if program.module == 'main' else (i + 1) * STEPS
-                                                 for i in range(rounds)]
-    assert len(events.Images('train/images')) == 1 if program.module == 'main' else not events.Tags()['images']
+    assert [event.step for event in events.Scalars(program.kind.scalar)] == [*map(program.kind.place, range(rounds))]
+    assert events.Tags()['images'] == [*program.kind.images]
+    assert [len(events.Images(tag)) for tag in program.kind.images] == [1] * len(program.kind.images)
 
 
 def test_two_processes_stop_together(program, tmp_path, data):
     """A signal to one of two processes stops both, stored, each saying so; exit code 143."""
     stopped = tmp_path / 'run'
-    processes = start(program.command(stopped, *program.length(1000)), 2)
+    processes = start(program.command(stopped, *program.kind.length(1000)), 2)
     deadline = time.monotonic() + 60
     while not (stopped / 'checkpoint.pth').exists() and time.monotonic() < deadline:
         time.sleep(.05)
@@ -256,18 +288,19 @@ def test_same_images_in_another_way_go_on(program, whole, tmp_path, monkeypatch)
 
 def test_checkpoint_that_lacks_a_part_is_refused(program, whole, tmp_path):
     """Weights alone are no training to go on with; the message says what to do with them."""
-    torch.save({'model': state(whole)['model']}, tmp_path / 'bare.pth')
-    with pytest.raises(InputError, match=r'has no optimizer and no .* to go on with; to start from its weights'):
+    torch.save({program.kind.weights: state(whole)[program.kind.weights]}, tmp_path / 'bare.pth')
+    with pytest.raises(InputError, match=r'has no .*optimizer and no .* to go on with; to start from its weights'):
         program(tmp_path / 'run', '--resume', str(tmp_path / 'bare.pth'))
     assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    ({'model': {'weight': torch.ones(1)}}, "not this model's|its model is of another training"),
+    ({'weights': {'weight': torch.ones(1)}}, "not this model's|its (model|weights) (is|are) of another"),
     ({'optimizer': {'state': {}, 'param_groups': []}}, 'its optimizer is'),
-    ({'optimizer': None}, 'has no optimizer to go on with')], ids=['model', 'optimizer', 'none'])
+    ({'optimizer': None}, 'has no optimizer to go on with')], ids=['weights', 'optimizer', 'none'])
 def test_checkpoint_of_another_training_is_refused(program, whole, tmp_path, change, message):
     """In one line, and no folder is left."""
+    change = {program.kind.weights if part == 'weights' else part: value for part, value in change.items()}
     torch.save({**state(whole), **change}, tmp_path / 'other.pth')
     with pytest.raises(InputError, match=message) as caught:
         program(tmp_path / 'run', '--resume', str(tmp_path / 'other.pth'))

@@ -1,0 +1,9 @@
+"""dino.train with a narrow head, so that its checkpoints are small."""
+from unittest import mock
+
+from dino import networks, train
+
+
+def main(argv=None) -> dict:
+    with mock.patch.object(networks, 'HIDDEN', 16):
+        return train.main(argv)

@@ -76,6 +76,10 @@ def published() -> Iterator[Published]:
 
 ZOO = {f'{entry.model}.{entry.tag}': entry for entry in published()}
 
+# Linear classifiers of the backbones trained without labels, by model
+DINO_LINEAR = {entry.model: f'https://dl.fbaipublicfiles.com/dino/dino_{entry.model}_pretrain/dino_{entry.model}'
+                            f'_linearweights.pth' for entry in ZOO.values() if entry.tag == 'fb_dino'}
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What files hold, timm's naming and registry

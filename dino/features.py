@@ -3,13 +3,13 @@ import dataclasses
 import json
 import zipfile
 from pathlib import Path
-from typing import Callable, List, Optional
+from typing import Callable, Iterator, List, Optional
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 import torch
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset, DistributedSampler, Subset
 
 import datasets
 from loaders import pictures, readers
@@ -28,10 +28,12 @@ class Features:
         features: (n, C), float32, as the model gives them.
         labels: (n,), int64.
         classes: what the classes 0, 1, ... are called.
+        made_of: which weights and images they are of, in plain values; None: not known.
     """
     features: torch.Tensor
     labels: torch.Tensor
     classes: List[str]
+    made_of: Optional[dict] = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -119,13 +121,14 @@ def read(path: str, flag: str) -> Features:
     if int(labels.min()) < 0 or int(labels.max()) >= len(classes):
         raise InputError(f'{source}: labels are from {int(labels.min())} to {int(labels.max())}, of {len(classes)} '
                          f'classes')
-    return Features(features, labels, classes)
+    return Features(features, labels, classes, names.get('made_of'))
 
 
 def read_npz(path: Path) -> tuple:
     with np.load(path, allow_pickle=False) as file:
         return ({name: file[name] for name in ('features', 'labels') if name in file},
-                {'classes': file['classes'].tolist()} if 'classes' in file else {})
+                {**({'classes': file['classes'].tolist()} if 'classes' in file else {}),
+                 **({'made_of': json.loads(str(file['made_of']))} if 'made_of' in file else {})})
 
 
 def read_safetensors(path: Path) -> tuple:
@@ -138,7 +141,7 @@ def read_safetensors(path: Path) -> tuple:
 def write(path: Path, found: Features):
     with whole_file(path) as unfinished:
         np.savez(unfinished, features=found.features.numpy(), labels=found.labels.numpy(),
-                 classes=np.array(found.classes))
+                 classes=np.array(found.classes), made_of=json.dumps(found.made_of))
 
 
 def in_common(train: Features, test: Features, *, where: str) -> Features:
@@ -150,10 +153,47 @@ def in_common(train: Features, test: Features, *, where: str) -> Features:
     if train.features.shape[1] != test.features.shape[1]:
         raise InputError(f'{where}: has features of {test.features.shape[1]} numbers, and those for training have '
                          f'{train.features.shape[1]}')
-    numbers = {name: i for i, name in enumerate(train.classes)}
+    return with_numbers_of(train.classes, test, where=where)
+
+
+def with_numbers_of(classes: List[str], test: Features, *, where: str) -> Features:
+    """Features whose labels are places in `classes`.
+
+    Raises:
+        InputError: a class of theirs is none of those; `where` they are from.
+    """
+    numbers = {name: i for i, name in enumerate(classes)}
     there = [test.classes[i] for i in test.labels.unique().tolist()]
     lacking = [name for name in there if name not in numbers]
     if lacking:
         raise InputError(f'{where}: has {len(lacking)} classes that the training images lack: {abridge(lacking)}')
     renumbered = torch.tensor([numbers.get(name, -1) for name in test.classes])
-    return Features(test.features, renumbered[test.labels], train.classes)
+    return dataclasses.replace(test, labels=renumbered[test.labels], classes=list(classes))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In training
+
+class Batches:
+    """Batches of features and labels for this process, in another order in each epoch: a loader of loaders.batches.
+
+    Args:
+        batch_size: of each process.
+        seed: of the order.
+    """
+    counts_batches = True
+
+    def __init__(self, found: Features, batch_size: int, *, seed: int):
+        self.found, self.batch_size, self.first = found, batch_size, 0
+        self.sampler = DistributedSampler(found, processes.get_world_size(), processes.get_rank(), seed=seed)
+
+    def set_position(self, epoch: int, step: int):
+        self.sampler.set_epoch(epoch)
+        self.first = step * self.batch_size
+
+    def __len__(self) -> int:
+        return -(-max(0, len(self.sampler) - self.first) // self.batch_size)
+
+    def __iter__(self) -> Iterator[List[torch.Tensor]]:
+        for rows in torch.tensor(list(self.sampler)[self.first:]).split(self.batch_size):
+            yield [self.found.features[rows], self.found.labels[rows]]

@@ -4,7 +4,6 @@ import re
 from typing import List, Optional
 
 import torch
-import torch.nn as nn
 
 import xcit_zoo
 from dino.loss import DinoLoss
@@ -139,11 +138,10 @@ def backbone_state(network: MultiCrop) -> dict:
     return {key: value.detach().contiguous() for key, value in network.backbone.state_dict().items()}
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A short text that is another for a model of other weights; a classifier's head does not count."""
+def fingerprint(state: dict) -> str:
+    """A short text that is another for other weights."""
     digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        if not key.startswith('head.'):
-            digest.update(key.encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for key, value in sorted(state.items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

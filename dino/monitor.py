@@ -157,7 +157,7 @@ class Monitor:
         if first and self.sets:
             top1, top5 = self.knn(teacher, after_batch=None)
             self.seen['knn_before'] = top1
-            notice(f'Before the first step: {words_of_knn(self.args.nb_knn, top1, top5)}')
+            notice(f'Before the first step: {neighbours.line(self.args.nb_knn, top1, top5)}')
         if first and self.shown:
             self.draw(teacher, 'before', None, 0)
 
@@ -225,11 +225,6 @@ def draw_maps(backbone: torch.nn.Module, shown: List[Image.Image], args, device:
     enlarged = max(1, 96 // max(max(picture.size) for picture in scaled))
     row = [picture.resize([side * enlarged for side in picture.size], Image.Resampling.NEAREST) for picture in row]
     return maps.side_by_side(row, columns=3 * math.ceil(math.sqrt(len(shown) / 3)))
-
-
-def words_of_knn(k: int, top1: float, top5: float) -> str:
-    """The original's line (eval_knn.py)."""
-    return f'{k}-NN classifier result: Top1: {top1}, Top5: {top5}'
 
 
 def folder(args) -> Path:

@@ -107,3 +107,8 @@ def check(ks: Sequence[int], images: int) -> str:
     """What is wrong about numbers of neighbours, '' if nothing is."""
     too_many = [k for k in ks if k > images]
     return f'there are {images} training images, less than {max(too_many)} neighbours' if too_many else ''
+
+
+def line(k: int, top1: float, top5: float) -> str:
+    """A result as the original prints it (eval_knn.py)."""
+    return f'{k}-NN classifier result: Top1: {top1}, Top5: {top5}'

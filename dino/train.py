@@ -52,7 +52,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group('run')
     flags.add_run_flags(group)
-    flags.add_amp_flag(group, default='bf16 on cuda')
+    flags.add_amp_flag(group, default='bf16 on cuda and off elsewhere')
     group.add_argument('--use-fp16', **SWITCH, help='the original\'s flag: true is --amp fp16, false --amp off')
     flags.add_checkpoint_flags(group)
     group.add_argument('--epochs', default=100, type=COUNT, metavar='N', help='of the whole training')

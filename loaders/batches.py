@@ -120,9 +120,12 @@ def images_of_epoch(dataset: Dataset, args) -> int:
         build_sampler(dataset, args))
 
 
-def build_train_loader(dataset: Dataset, args, device: torch.device, *, collate_fn: Callable = datasets.collate
-                       ) -> Union[Batches, streams.StreamLoader]:
+def build_train_loader(dataset: Dataset, args, device: torch.device, *, collate_fn: Callable = datasets.collate,
+                       drop_last: bool = True) -> Union[Batches, streams.StreamLoader]:
     """Batches of `--batch-size` for this process.
+
+    Args:
+        drop_last: leave out the last images of an epoch if they fill no batch; of a stream they always are.
 
     Raises:
         InputError: an epoch has less than a batch, or less than a step of the optimizer.
@@ -140,7 +143,7 @@ def build_train_loader(dataset: Dataset, args, device: torch.device, *, collate_
                    f'an epoch has {images} samples')
         loader = Batches(build_loader(
             datasets.SeededSamples(dataset, most_bad=args.skip_bad_images), args, device, sampler=sampler,
-            batch_size=args.batch_size, drop_last=True, collate_fn=collate_fn))
+            batch_size=args.batch_size, drop_last=drop_last, collate_fn=collate_fn))
     if not len(loader):
         raise InputError(f'--batch-size {args.batch_size}: an epoch has {images} images for each process, less than '
                          f'one batch')

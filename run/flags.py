@@ -37,8 +37,8 @@ def add_device_flag(group):
     group.add_argument('--device', default='auto', help='auto (the first of cuda, mps and cpu that works) or a device')
 
 
-def add_amp_flag(group, *, default: str = 'fp16 on cuda'):
-    group.add_argument('--amp', choices=list(AMP_DTYPES), help=f'autocast type; {default} and off elsewhere if unset')
+def add_amp_flag(group, *, default: str = 'fp16 on cuda and off elsewhere'):
+    group.add_argument('--amp', choices=list(AMP_DTYPES), help=f'autocast type; {default} if unset')
 
 
 def add_compile_flags(group):
@@ -58,10 +58,11 @@ def add_checkpoint_flags(group):
                        help='do N more epochs, then stop as on SIGTERM: stored, exit code 143; 0: go on to the end')
 
 
-def add_batch_flags(group, *, spellings: tuple = ('--batch-size',)):
+def add_batch_flags(group, *, spellings: tuple = ('--batch-size',), trains: bool = True):
     group.add_argument(*spellings, dest='batch_size', default=64, type=COUNT, metavar='IMAGES',
                        help='of one process and one pass')
-    group.add_argument('--accum-iter', default=1, type=COUNT, metavar='N', help='batches that make one step')
+    if trains:
+        group.add_argument('--accum-iter', default=1, type=COUNT, metavar='N', help='batches that make one step')
 
 
 def add_iteration_flags(group, *, iterations: int, every: int):
@@ -104,21 +105,23 @@ def add_data_path_flag(group, *, default: str = '', help: str = 'where the data 
     group.add_argument('--data-path', default=default, type=PATH, metavar='DIR', help=help)
 
 
-def add_loader_flags(group):
+def add_loader_flags(group, *, trains: bool = True):
     group.add_argument('--num-workers', default=10, type=COUNT_OR_0, metavar='N',
                        help='processes that load data, at most one for each core; 0: load in the main process')
-    group.add_argument('--skip-bad-images', default=0, type=COUNT_OR_0, metavar='N',
-                       help='up to N unreadable training images (of each process, since its start) are replaced by '
-                       'their neighbours, and reported')
+    if trains:
+        group.add_argument('--skip-bad-images', default=0, type=COUNT_OR_0, metavar='N',
+                           help='up to N unreadable training images (of each process, since its start) are replaced by '
+                           'their neighbours, and reported')
     group.add_argument('--pin-mem', action=boolean, default=True, help='page-locked host memory for cuda')
 
 
-def add_distributed_flags(group):
+def add_distributed_flags(group, *, sync_bn: bool = True):
     group.add_argument('--world-size', default=1, type=COUNT, metavar='N',
                        help='number of processes, where the launcher has not set WORLD_SIZE')
     group.add_argument('--dist-timeout', default=10., type=POSITIVE, metavar='MINUTES',
                        help='how long a process waits for the others')
-    group.add_argument('--sync-bn', action=boolean, default=True, help='synchronise BatchNorm over several GPUs')
+    if sync_bn:
+        group.add_argument('--sync-bn', action=boolean, default=True, help='synchronise BatchNorm over several GPUs')
     group.add_argument('--dist-url', default='env://', metavar='URL', help='where the processes meet')
 
 

@@ -16,8 +16,8 @@ except ImportError:  # Windows
 CHECKPOINT, PREVIOUS, BEST = 'checkpoint.pth', 'checkpoint_previous.pth', 'best_model.pth'
 DAMAGED = 'checkpoint_damaged.pth'
 # Of all tasks, as patterns
-RUN_FILES = ('checkpoint*.pth', 'best_*.pth', 'backbone.*', 'log.txt', 'args.json', 'split.json', 'eval.json', 'report',
-             'pictures', 'tb')
+RUN_FILES = ('checkpoint*.pth', 'best_*.pth', 'backbone.*', 'linear.pth', 'log.txt', 'args.json', 'split.json',
+             'eval.json', 'report', 'pictures', 'tb')
 
 
 def check_output_dir(path: str, flag: str = '--output-dir'):

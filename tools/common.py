@@ -20,7 +20,7 @@ from loaders import pictures
 from loaders.workers import Loader
 from run import flags, processes
 from run.commandline import COUNT, COUNT_OR_0, PATH
-from run.descriptions import evaluation_crop, names_of, side_of, trained_with
+from run.descriptions import evaluation_crop, names_of, number_of, side_of, trained_with
 from utils import InputError, RunStopped, UnreadableImage
 from weights import check_model
 
@@ -38,6 +38,7 @@ class LoadedModel:
         device: where it is.
         amp_dtype: autocast type; None: full precision.
         mean, std: of each channel, by which images are normalised; None: ImageNet's.
+        seed: of the training that the weights come from, if that is known.
     """
     model: torch.nn.Module
     name: str
@@ -48,6 +49,7 @@ class LoadedModel:
     amp_dtype: Optional[torch.dtype]
     mean: Optional[List[float]] = None
     std: Optional[List[float]] = None
+    seed: Optional[int] = None
 
     def transform(self, image: Image.Image) -> torch.Tensor:
         """An image as evaluation shows it, (3, img_h, img_w); larger ones are resized to small sizes, too."""
@@ -122,7 +124,8 @@ def load_model(args, *, fuse: bool = True) -> LoadedModel:
         model.to(device), name, names_in_words(given, model),
         input_size=args.input_size or own_size,
         full_crop=own_crop == 1. if args.full_crop is None else args.full_crop,
-        device=device, amp_dtype=flags.amp_dtype(args, device), mean=trained.get('mean'), std=trained.get('std'))
+        device=device, amp_dtype=flags.amp_dtype(args, device), mean=trained.get('mean'), std=trained.get('std'),
+        seed=number_of(trained.get('seed')))
 
 
 def names_in_words(given: weights.Weights, model: torch.nn.Module) -> Optional[List[str]]:

@@ -1,0 +1,233 @@
+"""What the evaluations share: a frozen backbone, and the features of labelled images that it gives or a file holds."""
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence, Tuple
+
+import torch
+from torch.utils.data import Dataset
+
+import datasets
+import weights
+import xcit
+from dino import features, files
+from dino.features import Features
+from loaders import readers
+from loaders.batches import build_eval_loader
+from run import flags, processes
+from run.commandline import COUNT, PATH
+from run.folder import check_output_dir
+from run.processes import notice
+from tools import common
+from utils import InputError, replaced
+
+SPLITS = ('train', 'val')
+DECIDED_BY_FILES = ('pretrained', 'model', 'features_dir', 'checkpoint_key')  # flags without effect on saved features
+
+
+@dataclasses.dataclass
+class Frozen:
+    """A backbone whose weights don't change.
+
+    Args:
+        loaded: the model, prepared for inference.
+        state: its weights as they were read, without a classifier's.
+        fingerprint: of them.
+        seed: of the training that they come from, as far as it is known.
+        source: where they come from, as the user gave it.
+    """
+    loaded: common.LoadedModel
+    state: dict
+    fingerprint: str
+    seed: int
+    source: str
+
+    @property
+    def identity(self) -> dict:
+        """Which backbone it is, in plain values."""
+        return {'model': self.loaded.name, 'fingerprint': self.fingerprint}
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, img_h, img_w) -> (B, C): the normalised CLS token."""
+        model = self.loaded.model
+        return model.forward_head(model.forward_features(images), pre_logits=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+def add_flags(parser, *, trains: bool):
+    """Which backbone, which images, or which files of features.
+
+    Args:
+        trains: also the flags that only a training has a use for.
+    """
+    group = parser.add_argument_group('model')
+    group.add_argument('--arch', '--model', dest='model', metavar='NAME',
+                       help='one of the 14 XCiT models, or of timm\'s; if unset, what the weights say, as a '
+                       'training\'s checkpoint does')
+    group.add_argument('--patch-size', type=COUNT, metavar='PIXELS', help='the model\'s name says it')
+    group.add_argument('--pretrained', '--pretrained-weights', dest='pretrained', default='', type=PATH,
+                       metavar='TAG|PATH|URL|hf-hub:NAME',
+                       help='weights: fb_dino, a training\'s checkpoint.pth (of which the teacher is taken), or others')
+    common.add_choice_of_weights(group)
+    common.add_square_arguments(parser)
+
+    group = parser.add_argument_group('features')
+    group.add_argument('--train-features', type=PATH, metavar='FILE',
+                       help='features of training images, made by tools.extract_features or kept in --features-dir; no '
+                       'model and no images are needed then')
+    group.add_argument('--val-features', type=PATH, metavar='FILE', help='of test images, likewise')
+    group.add_argument('--features-dir', type=PATH, metavar='DIR',
+                       help='keep the features of both splits there as train.npz and val.npz, and take them from there '
+                       'if they are of these weights and these images')
+
+    group = parser.add_argument_group('data')
+    datasets.add_data_flags(group)
+    flags.add_batch_flags(group, spellings=('--batch-size-per-gpu', '--batch-size'), trains=trains)
+    flags.add_loader_flags(group, trains=trains)
+    group = parser.add_argument_group('distributed')
+    flags.add_distributed_flags(group, sync_bn=False)
+    parser.set_defaults(batch_size=128, dist_eval=True)
+
+
+def check_flags(args):
+    """Refuse what can't work.
+
+    Raises:
+        InputError: so it is.
+    """
+    if bool(args.train_features) != bool(args.val_features):
+        given, other = ('train', 'val') if args.train_features else ('val', 'train')
+        raise InputError(f'--{given}-features {args.train_features or args.val_features}: needs --{other}-features, '
+                         f'too')
+    if args.train_features:
+        for flag in DECIDED_BY_FILES:
+            if getattr(args, flag):
+                raise InputError(f'--{flag.replace("_", "-")} {getattr(args, flag)}: has no effect with '
+                                 f'--train-features')
+    elif not args.pretrained:
+        raise InputError('--pretrained: is needed, or --train-features and --val-features')
+    else:
+        if args.model:
+            weights.check_model('--arch', args.model)
+        weights.check_exists(args.pretrained, '--pretrained', args.model or '')
+        datasets.check_data_set(args)
+    if args.features_dir:
+        check_output_dir(args.features_dir, '--features-dir')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Builders
+
+def load(args, device: torch.device) -> Frozen:
+    """The backbone that the flags describe.
+
+    Raises:
+        InputError: the weights can't be read, or are of another model.
+    """
+    loaded = common.load_model(args, fuse=False)
+    patch_size = getattr(loaded.model, 'feature_info', [{}])[0].get('reduction')
+    if args.patch_size not in (None, patch_size):
+        raise InputError(f'--patch-size {args.patch_size}: {loaded.name} has patches of {patch_size} pixels')
+    state = {key: value.detach().cpu().clone() for key, value in loaded.model.state_dict().items()
+             if key not in weights.head_keys(loaded.model)}
+    fingerprint = files.fingerprint(state)
+    if isinstance(loaded.model, xcit.Xcit):
+        xcit.fuse(loaded.model)
+    loaded.model.to(device)
+    return Frozen(dataclasses.replace(loaded, device=device), state, fingerprint, loaded.seed or 0, args.pretrained)
+
+
+def for_data(args, frozen: Frozen):
+    """The flags with what the model says about its images, where they don't."""
+    loaded = frozen.loaded
+    return replaced(args, input_size=loaded.input_size, full_crop=loaded.full_crop, mean=args.mean or loaded.mean,
+                    std=args.std or loaded.std)
+
+
+def build_datasets(args, splits: Sequence[str] = SPLITS) -> List[Dataset]:
+    """Labelled images as evaluation shows them.
+
+    Args:
+        args: of `for_data`.
+
+    Raises:
+        InputError: the data are not there, or not what the data set's name says.
+    """
+    return [features.build_dataset(args, is_train=split == 'train') for split in splits]
+
+
+def extract(args, frozen: Frozen, dataset: Dataset, device: torch.device, *, split: str, function=None) -> Features:
+    """The features of a data set's images, on every process.
+
+    Args:
+        function: images (B, 3, img_h, img_w) -> features (B, C), instead of the backbone.
+    """
+    return features.extract(function or frozen, build_eval_loader(dataset, args, device), device=device,
+                            amp_dtype=flags.amp_dtype(args, device), header=f'Features, {split}',
+                            classes=datasets.class_names(dataset))
+
+
+def features_of_both(args, frozen: Frozen, sets: List[Dataset], device: torch.device) -> Tuple[Features, Features]:
+    """Features of training and test images, from --features-dir if they are there.
+
+    Raises:
+        InputError: they are there, but of other weights or images.
+    """
+    found = []
+    for split, dataset in zip(SPLITS, sets):
+        path = Path(args.features_dir, f'{split}.npz') if args.features_dir else None
+        made_of = describe(args, frozen, dataset, split)
+        if path is not None and processes.on_main_process(lambda path=path: 'there' if path.exists() else ''):
+            kept = features.read(str(path), '--features-dir')
+            refuse_other_features(kept.made_of, made_of, str(path))
+            notice(f'{path}: {len(kept)} features are taken from there')
+        else:
+            kept = dataclasses.replace(extract(args, frozen, dataset, device, split=split), made_of=made_of)
+            if path is not None and processes.is_main_process():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                features.write(path, kept)
+        found.append(kept)
+    return found[0], features.in_common(*found, where='--data-path: val')
+
+
+def describe(args, frozen: Frozen, dataset: Dataset, split: str) -> Dict[str, object]:
+    """What the features of a split are made of: plain values, equal where it is the same."""
+    names = datasets.files_of(dataset)
+    root = Path(args.data_path).resolve()
+    relative = '\n'.join(str(Path(name).resolve().relative_to(root)) if Path(name).resolve().is_relative_to(root)
+                         else name for name in map(str, names))
+    return {**frozen.identity, 'data set': args.data_set, 'split': split,
+            'files': hashlib.sha256(relative.encode()).hexdigest()[:16] if names else str(root),
+            'images': None if readers.is_stream(args.data_set) else len(dataset), 'input size': args.input_size,
+            'full crop': args.full_crop, 'resize': args.resize, 'mean': args.mean, 'std': args.std,
+            'precision': args.amp}
+
+
+def refuse_other_features(found: Optional[dict], expected: dict, path: str):
+    if found is None:
+        raise InputError(f'--features-dir: {path} does not say what it was made of; use --train-features and '
+                         f'--val-features')
+    other = [f'{name}: {found.get(name)}, now {value}' for name, value in expected.items() if found.get(name) != value]
+    if other:
+        raise InputError(f'--features-dir: {path} was made of others ({"; ".join(other)}); choose another folder')
+
+
+def read_both(args) -> Tuple[Features, Features]:
+    """Features of --train-features and --val-features.
+
+    Raises:
+        InputError: they can't be used, or don't belong together.
+    """
+    train, val = (features.read(getattr(args, f'{split}_features'), f'--{split}-features') for split in SPLITS)
+    made = [identity(found.made_of) for found in (train, val)]
+    if all(made) and made[0] != made[1]:
+        raise InputError(f'--val-features {args.val_features}: is of other weights than --train-features '
+                         f'{args.train_features}')
+    return train, features.in_common(train, val, where=f'--val-features {args.val_features}')
+
+
+def identity(made_of: Optional[dict]) -> dict:
+    """Which backbone features are of; empty where that is not known."""
+    return {name: made_of[name] for name in ('model', 'fingerprint')} if made_of else {}

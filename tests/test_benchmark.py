@@ -8,7 +8,7 @@ from PIL import Image
 from processes import run
 
 import xcit_linear
-from tools import benchmark
+from tools import benchmark, measuring
 from tools.benchmark import main
 from utils import InputError
 
@@ -35,7 +35,7 @@ def test_speed_of_compiled_training():
 def test_operations_are_the_published_ones():
     """In its plain form nano has the 0.56 GMAC of the paper, two operations each, less what class attention saves."""
     step = benchmark.build_step(NANO, (224, 224), 1, training=False, precision='fp32', device=CPU, form='plain')
-    assert benchmark.operations(step) / 2e9 == pytest.approx(.56, rel=.05)
+    assert measuring.operations(step) / 2e9 == pytest.approx(.56, rel=.05)
 
 
 def test_scaling(tmp_path, capsys):
@@ -154,8 +154,8 @@ def test_medians_of_alternating_rounds(monkeypatch):
         step()
         return next(durations)
 
-    monkeypatch.setattr(benchmark, 'seconds', seconds)
-    times = benchmark.take_turns({name: lambda name=name: calls.append(name) for name in 'ab'}, CPU, 3)
+    monkeypatch.setattr(measuring, 'seconds', seconds)
+    times = measuring.take_turns({name: lambda name=name: calls.append(name) for name in 'ab'}, CPU, 3)
     assert times == {'a': 1., 'b': 5.}
     assert ''.join(calls) == 'aabbababab'
 
@@ -165,11 +165,11 @@ def test_out_of_memory_is_shown(capsys):
     def too_much():
         torch.empty(2 ** 60)
 
-    times = benchmark.take_turns({'small': lambda: None, 'large': too_much}, CPU, 1)
+    times = measuring.take_turns({'small': lambda: None, 'large': too_much}, CPU, 1)
     assert times['small'] is not None
     assert times['large'] is None
-    assert benchmark.shown(times['large']) == 'out of memory'
-    assert benchmark.peak_memory(too_much, CPU) is None
+    assert measuring.shown(times['large']) == 'out of memory'
+    assert measuring.peak_memory(too_much, CPU) is None
 
 
 def test_a_model_that_does_not_fit_is_shown(monkeypatch, capsys):
@@ -188,7 +188,7 @@ def test_peak_memory_is_of_the_step():
     peak, = run(['-c', """if True:
         import torch
         from run import processes
-        from tools import benchmark
+        from tools import benchmark, measuring
 
         def step():
             for n in (2 ** 22, 2 ** 24):
@@ -199,7 +199,7 @@ def test_peak_memory_is_of_the_step():
         processes.keep_freed_memory()
         held = [torch.ones(2 ** 22) for _ in range(9)]
         del held[::2]  # leaves holes in the heap
-        print(benchmark.peak_memory(step, torch.device('cpu')))"""], 1)
+        print(measuring.peak_memory(step, torch.device('cpu')))"""], 1)
     if peak == 'None\n':
         pytest.skip('this system does not tell')
     assert float(peak) == pytest.approx(128, abs=20)
@@ -223,3 +223,12 @@ def test_bad_input(arguments, words):
         main(arguments)
     assert all(word in str(error.value) for word in words), str(error.value)
     assert '\n' not in str(error.value)
+
+
+def test_dino(capsys):
+    """Teacher, student and both, here and by timm; the whole step takes the longest."""
+    rows = main(['dino', '--model', NANO, '--batch-size', '2', '--global-crops-size', '64', '--local-crops-size', '32',
+                 '--local-crops-number', '1', '--out-dim', '64', '--no-compile', '--rounds', '3', '--device', 'cpu'])
+    assert [row['step'] for row in rows] == ['teacher', 'student', 'whole step']
+    assert all(rows[0]['seconds'][way] < rows[2]['seconds'][way] for way in (('here', False), ('timm', False)))
+    assert re.search(r'^\| whole step \| timm \| [\d.]+ \| 1.00 \|', capsys.readouterr().out, re.M)

@@ -2,7 +2,8 @@
 
 speed: one model. scaling: models at growing resolution, with two plots. compare: models side by side (`--suite`: this
 XCiT against timm's in the settings of RESULTS.md). xca: cross-covariance attention alone, in both its forms. linear:
-linear layers by MKL and by oneDNN, on a CPU. data: how fast training images are loaded, against timm's loader.
+linear layers by MKL and by oneDNN, on a CPU. data: how fast training images are loaded, against timm's loader. dino: a
+training step of DINO, student and teacher, against the same with timm's model.
 
 A figure is the median of rounds in which the candidates take turns, after a warm-up. Memory is the peak of one step
 beyond what was in use before it: weights, the optimizer's state and the position that a fused model keeps for the next
@@ -12,18 +13,14 @@ import run.startup  # noqa: F401  first of all
 
 import argparse
 import csv
-import ctypes
 import datetime
 import functools
 import math
 import os
-import platform
 import re
-import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Tuple
 
@@ -33,7 +30,6 @@ import timm.models.xcit
 import torch
 from PIL import Image
 from timm.data import ImageDataset, auto_augment, create_loader
-from torch.utils.flop_counter import FlopCounterMode
 
 import datasets
 import main as classification
@@ -42,14 +38,27 @@ import xca
 import xcit
 import xcit_linear
 import xcit_zoo
+from dino import speed as dino_speed
 from loaders.batches import build_train_loader
 from run import commandline, folder, logs, processes
 from run.commandline import COUNT, COUNT_OR_0, PATH_OBJECT
 from run.flags import add_device_flag
 from run.processes import notice
+from tools.measuring import (
+    PRECISIONS,
+    fails_for_memory,
+    known,
+    least_of,
+    matrix_peak,
+    operations,
+    peak_memory,
+    ratio,
+    shown,
+    table,
+    take_turns,
+)
 from utils import InputError, similar
 
-PRECISIONS = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 TIMM = 'timm:'  # in front of a model's name: timm's implementation of XCiT
 OTHERS = ('deit_small_patch16_224', 'swin_tiny_patch4_window7_224', 'resnet50')
 RESOLUTIONS = (224, 384, 512, 768, 1024, 1344, 1792, 2240)
@@ -87,7 +96,7 @@ def model_name(text: str) -> str:
 def get_args_parser() -> argparse.ArgumentParser:
     parser = commandline.Parser('python -m tools.benchmark', description=__doc__,
                           formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_subparsers(dest='what', required=True, metavar='{speed,scaling,compare,xca,linear,data}')
+    what = parser.add_subparsers(dest='what', required=True, metavar='{speed,scaling,compare,xca,linear,data,dino}')
     command = functools.partial(what.add_parser,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
@@ -129,6 +138,17 @@ def get_args_parser() -> argparse.ArgumentParser:
                         help='of all images together')
     layers.add_argument('--rounds', type=COUNT, default=15, metavar='N', help='of which the median counts')
 
+    dino = command('dino', help='a training step without labels')
+    dino.add_argument('--model', choices=xcit.MODELS, default='xcit_small_12_p16', metavar='NAME', help='an XCiT')
+    dino.add_argument('--batch-size', type=COUNT, default=4, metavar='IMAGES', help='of a step')
+    dino.add_argument('--global-crops-size', type=COUNT, default=224, metavar='PIXELS', help='of two crops')
+    dino.add_argument('--local-crops-size', type=COUNT, default=96, metavar='PIXELS', help='of the others')
+    dino.add_argument('--local-crops-number', type=COUNT_OR_0, default=8, metavar='N', help='of an image')
+    dino.add_argument('--out-dim', type=COUNT, default=65536, metavar='N', help='prototypes of the head')
+    dino.add_argument('--compile', action=argparse.BooleanOptionalAction, default=True, help='also by torch.compile')
+    dino.add_argument('--compile-mode', choices=['default', 'reduce-overhead', 'max-autotune'], default='default',
+                      help='of torch.compile; the last two use CUDA graphs')
+
     for parser_of in (speed, scaling, compare):
         parser_of.add_argument('--training', action=argparse.BooleanOptionalAction, default=False,
                                help='steps with AdamW instead of inference')
@@ -137,7 +157,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         parser_of.add_argument('--compile-mode', choices=['default', 'reduce-overhead', 'max-autotune'],
                                default='default', help='of torch.compile; the last two use CUDA graphs')
         parser_of.add_argument('--xca', choices=xca.FORMS, default='auto', help='form of XCA, of the models here')
-    for parser_of in (speed, scaling, compare, alone):
+    for parser_of in (speed, scaling, compare, alone, dino):
         parser_of.add_argument('--precision', choices=list(PRECISIONS), default='fp32',
                                help='autocast type; fp32: no autocast')
         add_device_flag(parser_of)
@@ -171,141 +191,14 @@ def check_effect(args):
         for name in fixed:
             if getattr(args, name) != getattr(default, name):
                 raise InputError(f'--{name.replace("_", "-")}: has no effect with {flag}')
-    elif args.what in ('speed', 'scaling', 'compare'):
-        if args.compile_mode != 'default' and not args.compile:
-            raise InputError(f'--compile-mode {args.compile_mode}: has no effect without --compile')
+    if not is_two_sided(args) and getattr(args, 'compile_mode', 'default') != 'default' and not args.compile:
+        raise InputError(f'--compile-mode {args.compile_mode}: has no effect without --compile')
+    if args.what in ('speed', 'scaling', 'compare') and not is_two_sided(args):
         models = [args.model] if args.what == 'speed' else args.models
         if args.xca != 'auto' and not set(models) & set(xcit.MODELS):
             raise InputError(f'--xca {args.xca}: has no effect on {", ".join(models)}')
         if args.xca == 'gram' and args.precision != 'fp32':
             raise InputError(f'--xca gram: needs --precision fp32, not {args.precision}')
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or 'allocate memory' in str(error)
-
-
-def synchronize(device: torch.device):
-    if device.type != 'cpu':
-        torch.accelerator.synchronize(device)
-
-
-def seconds(step: Callable, device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    step()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def take_turns(steps: Dict[str, Callable], device: torch.device, rounds: int) -> Dict[str, Optional[float]]:
-    """Median seconds of each step over rounds in which all take their turn; None: out of memory.
-
-    A step that is shorter than 20 ms is repeated within its turn.
-    """
-    times: Dict[str, List[float]] = {}
-    repeats = {}
-    for name, step in steps.items():
-        try:
-            for _ in range(2):  # the first may compile
-                once = seconds(step, device)
-            repeats[name] = max(1, math.ceil(.02 / once))
-            times[name] = []
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-    for _ in range(rounds):
-        for name in list(times):
-            def turn(step=steps[name], repeat=repeats[name]):
-                for _ in range(repeat):
-                    step()
-
-            try:
-                times[name].append(seconds(turn, device) / repeats[name])
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                del times[name]
-    return {name: statistics.median(times[name]) if name in times else None for name in steps}
-
-
-def peak_memory(step: Callable, device: torch.device) -> Optional[float]:
-    """MB that a step needs at its peak beyond what is in use before it; None: out of memory, or can't be known here."""
-    if device.type != 'cpu':
-        return _peak_memory(step, device)
-    # In a thread, to which glibc gives another heap. That of the main thread has holes, which models and steps before
-    # have left: tensors would come to lie there, and the system not get them back when they are freed.
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_peak_memory, step, device).result()
-
-
-def _peak_memory(step: Callable, device: torch.device) -> Optional[float]:
-    try:
-        if device.type == 'cuda':
-            step()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-            step()
-            return (torch.cuda.max_memory_allocated(device) - before) / 2 ** 20
-        if device.type == 'cpu' and platform.system() == 'Linux':
-            processes.set_malloc(mmap_threshold=2 ** 17, trim_threshold=2 ** 17)  # memory that is freed does not count
-            step()
-            ctypes.CDLL(None).malloc_trim(0)
-            Path('/proc/self/clear_refs').write_text('5')  # the peak starts again from here
-            before = process_memory('VmRSS')
-            step()
-            return (process_memory('VmHWM') - before) / 2 ** 10
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-    except (OSError, AttributeError):  # containers may forbid it; other C libraries have no malloc_trim
-        pass
-    finally:
-        processes.set_malloc(mmap_threshold=2 ** 25, trim_threshold=2 ** 26)  # where glibc's own rule ends up
-    return None
-
-
-def process_memory(name: str) -> int:
-    """A figure of this process in kB, see proc(5)."""
-    return int(re.search(rf'{name}:\s+(\d+)', Path('/proc/self/status').read_text())[1])
-
-
-def matrix_peak(device: torch.device, precision: str) -> Optional[float]:
-    """Floating-point operations a second of a large product of matrices; None: out of memory."""
-    n = 2048 if device.type == 'cpu' else 8192
-
-    def product():
-        return a @ a
-
-    try:
-        a = torch.randn(n, n, device=device, dtype=PRECISIONS[precision])
-    except RuntimeError as error:
-        product = fails_for_memory(error)
-    steps = {'product': product}
-    if device.type == 'cpu' and precision == 'fp32':
-        steps['linear'] = lambda: xcit_linear.linear(a, a, a[0])  # which may have another library
-    times = take_turns(steps, device, 7)
-    return 2 * n ** 3 / min(times.values()) if all(times.values()) else None
-
-
-def operations(step: Callable) -> Optional[int]:
-    """Floating-point operations of a step's products and convolutions, as it runs; None: out of memory."""
-    def product(self_shape, a_shape, b_shape, **_) -> int:
-        return 2 * math.prod(a_shape) * b_shape[-1]
-
-    in_place = {torch.ops.aten.addmm_: product, torch.ops.aten.baddbmm_: product}  # torch leaves these out
-    try:
-        with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-            step()
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        return None
-    return counter.get_total_flops()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,45 +260,10 @@ def build_step(name: str, resolution: Tuple[int, int], batch_size: int, *, train
     return train
 
 
-def fails_for_memory(error: RuntimeError) -> Callable:
-    """A step in place of one that memory does not suffice to build; other errors are raised again."""
-    if not is_out_of_memory(error):
-        raise error
-    message = str(error)  # the error itself holds what was built until then
-
-    def step():
-        raise torch.OutOfMemoryError(message)
-
-    return step
-
-
-def least_of(values: Dict[tuple, Optional[float]]) -> Dict[str, Optional[float]]:
-    """The least value of those with the same first half of the key; None: there is none."""
-    names = dict.fromkeys(name for name, _ in values)
-    return {name: min((v for (n, _), v in values.items() if n == name and v), default=None) for name in names}
-
-
 def step_builder(args, device: torch.device) -> Callable:
     """`build_step` with the settings of the command line."""
     return functools.partial(build_step, training=args.training, precision=args.precision, device=device,
                              compiled=args.compile, compile_mode=args.compile_mode, form=args.xca)
-
-
-def shown(value: Optional[float], digits: int = 1, unit: str = '', *, none: str = 'out of memory') -> str:
-    return none if value is None else f'{value:.{digits}f}{unit}'
-
-
-known = functools.partial(shown, none='-')
-
-
-def ratio(ours: Optional[float], theirs: Optional[float]) -> str:
-    return '-' if ours is None or theirs is None else f'{theirs / ours:.2f}'
-
-
-def table(header: List[str], rows: List[list]):
-    """Print a Markdown table."""
-    for row in (header, ['---'] * len(header), *rows):
-        notice(f'| {" | ".join(map(str, row))} |')
 
 
 def pixels(resolution: Tuple[int, int]) -> str:
@@ -718,7 +576,7 @@ def main(argv: Optional[list] = None):
 
 
 COMMANDS = {'speed': speed, 'scaling': scaling, 'compare': compare, 'xca': attention_alone, 'linear': linear_layers,
-            'data': data}
+            'data': data, 'dino': dino_speed.measure}
 
 if __name__ == '__main__':
     commandline.run_program(main)

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import safetensors
+import timm
 import torch
 from conftest import seeded_model, write_folders, write_image
 
@@ -89,3 +90,25 @@ def test_bad_output(tmp_path, data, backbone, output, message):
     (tmp_path / 'folder.npz').mkdir()
     with pytest.raises(InputError, match=message):
         extract(backbone, data, '--output', tmp_path / output)
+
+
+def test_patch_tokens_are_the_models(tmp_path, data, backbone):
+    """Of each picture a grid of normalised tokens."""
+    extract(backbone, data, '--output', tmp_path / 'f.npz', '--patch-tokens')
+    with np.load(tmp_path / 'f.npz') as found:
+        tokens, features, paths = found['tokens'], found['features'], found['paths']
+    assert tokens.shape == (16, 3, 3, 128)
+    model = seeded_model('xcit_nano_12_p16', num_classes=0).eval()
+    transform = datasets.build_eval_transform(type('args', (), dict(input_size=48, full_crop=True)))
+    image = transform(datasets.load_rgb(str(data / paths[5])))[None]
+    with torch.no_grad():
+        expected = model.forward_features(image)[0]
+    torch.testing.assert_close(torch.from_numpy(tokens[5]).flatten(0, 1), expected[1:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.from_numpy(features[5]), expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_patch_tokens_of_another_model_are_refused(tmp_path, data):
+    torch.save(timm.create_model('resnet10t', num_classes=0).state_dict(), tmp_path / 'resnet.pth')
+    with pytest.raises(InputError, match='--patch-tokens: is for XCiT models only'):
+        main([str(data), '--output', str(tmp_path / 'f.npz'), '--model', 'resnet10t', '--pretrained',
+              str(tmp_path / 'resnet.pth'), '--patch-tokens', '--device', 'cpu', '--num-workers', '0'])

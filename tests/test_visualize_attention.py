@@ -306,7 +306,7 @@ def test_program_prints_one_line_and_exits_with_2(tmp_path):
          '--output-dir', tmp_path / 'out'], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.splitlines() == [result.stderr.rstrip('\n')]
-    assert 'error: --model resnet18: has no class attention; allowed: xcit_nano_12_p16' in result.stderr
+    assert 'error: --model resnet18: is no XCiT, which this program is for; allowed: xcit_nano_12_p16' in result.stderr
     assert not (tmp_path / 'out').exists()
 
 
@@ -339,7 +339,7 @@ def test_other_models_checkpoint_is_refused(tmp_path):
     model = seeded_model('resnet10t', num_classes=2)
     torch.save({'model': model.state_dict(), 'args': {'model': 'resnet10t'}}, tmp_path / 'run.pth')
     refused([PICTURE, '--pretrained', tmp_path / 'run.pth', '--output-dir', tmp_path / 'out'],
-            'resnet10t: has no class attention')
+            'resnet10t: is no XCiT')
 
 
 def test_inputs_are_not_written_over(weights, tmp_path):

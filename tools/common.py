@@ -21,7 +21,8 @@ from loaders.workers import Loader
 from run import flags, processes
 from run.commandline import COUNT, COUNT_OR_0, PATH
 from run.descriptions import evaluation_crop, names_of, number_of, side_of, trained_with
-from utils import InputError, RunStopped, UnreadableImage
+from run.progress import map_tensors
+from utils import InputError, RunStopped, UnreadableImage, whole_file
 from weights import check_model
 
 
@@ -144,6 +145,22 @@ def names_in_words(given: weights.Weights, model: torch.nn.Module) -> Optional[L
     return [info.label_name_to_description(name) if name in known else name for name in names]
 
 
+def patch_size(loaded: LoadedModel) -> int:
+    """The side of a patch in pixels, of a model that has tokens for patches, and one for the class.
+
+    Raises:
+        InputError: it is no XCiT.
+    """
+    check_xcit(loaded.name)
+    return loaded.model.feature_info[0]['reduction']
+
+
+def check_xcit(model_name: str):
+    if model_name.split('.')[0] not in xcit.MODELS:
+        raise InputError(f'--model {model_name}: is no XCiT, which this program is for; allowed: '
+                         f'{", ".join(xcit.MODELS)}')
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
@@ -226,11 +243,14 @@ def add_loading_arguments(parser: argparse.ArgumentParser):
                        help='processes that read images, at most one for each core; 0: read in the main process')
 
 
-def forward(loaded: LoadedModel, function, images: torch.Tensor) -> torch.Tensor:
-    """`function(images)` as the model is evaluated: without gradients, in its autocast type; float32 on the CPU."""
+def forward(loaded: LoadedModel, function, images: torch.Tensor):
+    """`function(images)` as the model is evaluated: without gradients, in its autocast type; float32 on the CPU.
+
+    The function gives a tensor, or several nested in any way.
+    """
     with torch.inference_mode(), torch.autocast(loaded.device.type, loaded.amp_dtype,
                                                 enabled=loaded.amp_dtype is not None):
-        return function(images).float().cpu()
+        return map_tensors(function(images), lambda tensor: tensor.float().cpu())
 
 
 def report_unreadable(unreadable: list, total: int):
@@ -243,3 +263,30 @@ def report_unreadable(unreadable: list, total: int):
         print(error, file=sys.stderr)
     if unreadable:
         raise RunStopped(f'{unreadable[-1]} ({len(unreadable)} of {total} could not be read)')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawings
+
+def unique_stems(paths: List[Path]) -> List[str]:
+    """The paths' names without suffixes, with numbers where they would be equal."""
+    stems, taken = [], set()
+    for path in paths:
+        stem, number = path.stem, 1
+        while stem.lower() in taken:  # some file systems don't tell upper from lower case
+            number += 1
+            stem = f'{path.stem}-{number}'
+        taken.add(stem.lower())
+        stems.append(stem)
+    return stems
+
+
+def check_inputs_are_kept(inputs: List[Path], outputs: List[Path]):
+    lost = {path.resolve() for path in inputs} & {path.resolve() for path in outputs}
+    if lost:
+        raise InputError(f'--output-dir {outputs[0].parent}: {min(lost)} would be written over; choose another one')
+
+
+def save_picture(picture: Image.Image, path: Path):
+    with whole_file(path) as unfinished:
+        picture.save(unfinished)

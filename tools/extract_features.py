@@ -1,14 +1,15 @@
 """Write the features of pictures to a file: for each, what the model's classifier sees of it.
 
 In the file: `features` (n, C) float32 and `paths`, relative to a folder that was given; of a folder of class folders
-also `labels` (n,) int64 and `classes`, their names. In .safetensors, paths and classes are JSON in the metadata.
+also `labels` (n,) int64 and `classes`, their names; with --patch-tokens `tokens` (n, H, W, C) float32, normalised. In
+.safetensors, paths and classes are JSON in the metadata.
 """
 import run.startup  # noqa: F401  first of all
 
 import argparse
 import json
 from pathlib import Path
-from typing import List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import numpy as np
 import safetensors.numpy
@@ -32,6 +33,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--output', required=True, type=PATH, metavar='FILE', help='.npz or .safetensors')
     parser.add_argument('--pool', choices=POOLS,
                         help='of an XCiT: the CLS token, or the mean of the patches; what the classifier sees if unset')
+    parser.add_argument('--patch-tokens', action=argparse.BooleanOptionalAction, default=False,
+                        help='of an XCiT: also what it makes of each patch; all of them are held in memory')
     parser.add_argument('--skip-bad-images', default=0, type=COUNT_OR_0, metavar='N',
                         help='leave out up to N images that can\'t be read')
     common.add_weights_arguments(parser)
@@ -50,28 +53,46 @@ def class_folders(data: List[str], paths: List[Path]) -> Optional[Tuple[List[str
     return names, [names.index(folder) for folder in folders]
 
 
-def extract(args, paths: List[Path], loaded: common.LoadedModel) -> Tuple[np.ndarray, List[int]]:
-    """Features (n, C) of the readable images, and their places in `paths`."""
+def extract(args, paths: List[Path], loaded: common.LoadedModel) -> Tuple[dict, List[int]]:
+    """Arrays by name of the readable images, features (n, C) and tokens (n, H, W, C), and their places in `paths`."""
     if args.pool:
         if not isinstance(loaded.model, xcit.Xcit):
             raise InputError(f'--pool {args.pool}: is for XCiT models only, not {loaded.name}')
         loaded.model.global_pool = args.pool
-    features = np.empty((len(paths), loaded.model.num_features), np.float32)
-    unreadable, places = [], []
+    if args.patch_tokens and not isinstance(loaded.model, xcit.Xcit):
+        raise InputError(f'--patch-tokens: is for XCiT models only, not {loaded.name}')
+    function = outputs(loaded, patch_tokens=args.patch_tokens)
+    arrays, unreadable, places = {}, [], []
     for images, indices in common.batches(paths, loaded, batch_size=args.batch_size, num_workers=args.num_workers,
                                           unreadable=unreadable):
         if len(unreadable) > args.skip_bad_images:
             raise unreadable[0]
-        features[len(places):len(places) + len(indices)] = common.forward(loaded, pooled(loaded.model), images)
+        for name, rows in common.forward(loaded, function, images).items():
+            rows = rows.numpy()
+            whole = arrays.setdefault(name, np.empty((len(paths), *rows.shape[1:]), np.float32))
+            if rows.shape[1:] != whole.shape[1:]:
+                raise InputError(f'--patch-tokens: {paths[indices[0]]} has {rows.shape[1]} x {rows.shape[2]} patches, '
+                                 f'and pictures before it {whole.shape[1]} x {whole.shape[2]}')
+            whole[len(places):len(places) + len(indices)] = rows
         places += indices
     if len(unreadable) > args.skip_bad_images or not places:
         raise unreadable[0]
-    return features[:len(places)], places
+    return {name: whole[:len(places)] for name, whole in arrays.items()}, places
 
 
-def pooled(model: torch.nn.Module):
-    """images (B, 3, img_h, img_w) -> (B, C)."""
-    return lambda images: model.forward_head(model.forward_features(images), pre_logits=True)
+def outputs(loaded: common.LoadedModel, *, patch_tokens: bool):
+    """A function of images (B, 3, img_h, img_w): features (B, C) and, if they are asked for, tokens (B, H, W, C)."""
+    model = loaded.model
+
+    def function(images: torch.Tensor) -> Dict[str, torch.Tensor]:
+        found = model.forward_features(images)
+        features = {'features': model.forward_head(found, pre_logits=True)}
+        if not patch_tokens:
+            return features
+        grid = [-(-side // model.feature_info[0]['reduction']) for side in images.shape[-2:]]
+        return {**features, 'tokens': found[:, 1:].unflatten(1, grid)}
+
+    return function
 
 
 def write(path: Path, arrays: dict, names: dict):
@@ -94,8 +115,8 @@ def main(argv: Optional[list] = None) -> dict:
         raise InputError(f'--output {output}: {"is a folder" if output.is_dir() else "its folder is missing"}')
     paths = common.find_images(args.data)
     loaded = common.load_model(args)
-    features, places = extract(args, paths, loaded)
-    arrays, names = {'features': features}, {}
+    arrays, places = extract(args, paths, loaded)
+    names = {}
     root = args.data[0] if len(args.data) == 1 and Path(args.data[0]).is_dir() else None
     names['paths'] = [str(paths[i].relative_to(root) if root else paths[i]) for i in places]
     labelled = class_folders(args.data, paths)
@@ -103,8 +124,9 @@ def main(argv: Optional[list] = None) -> dict:
         names['classes'], labels = labelled
         arrays['labels'] = np.array(labels)[places]
     write(output, arrays, names)
-    processes.notice(f'{output}: features {features.shape} of {len(places)} of {len(paths)} images'
-                 + (f', {len(names["classes"])} classes' if labelled else ''))
+    shapes = ', '.join(f'{name} {array.shape}' for name, array in arrays.items() if name != 'labels')
+    processes.notice(f'{output}: {shapes} of {len(places)} of {len(paths)} images'
+                     + (f', {len(names["classes"])} classes' if labelled else ''))
     return {**arrays, **names}
 
 

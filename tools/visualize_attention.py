@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 import datasets
 import utils
-import xcit
 from loaders import pictures
 from reports.maps import color_scale, color_table, paint, scale_to
 from run import commandline, folder, processes
@@ -79,14 +78,9 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     if args.video and args.save_raw:
         raise InputError('--save-raw: has no effect with --video')
     if args.model:
-        check_xcit(args.model)
+        common.check_xcit(args.model)
     folder.check_output_dir(args.output_dir)
     return args
-
-
-def check_xcit(model_name: str):
-    if model_name.split('.')[0] not in xcit.MODELS:
-        raise InputError(f'--model {model_name}: has no class attention; allowed: {", ".join(xcit.MODELS)}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,7 +101,7 @@ class Attention:
 
     @property
     def patch_size(self) -> int:
-        return self.loaded.model.feature_info[0]['reduction']
+        return common.patch_size(self.loaded)
 
     @torch.no_grad()
     def __call__(self, picture: Image.Image) -> torch.Tensor:
@@ -128,7 +122,7 @@ def build_attention(args) -> Attention:
         InputError: it is no XCiT, or has no such block or head.
     """
     loaded = common.load_model(args)
-    check_xcit(loaded.name)
+    common.check_xcit(loaded.name)
     blocks = loaded.model.cls_attn_blocks
     if not -len(blocks) <= args.layer < len(blocks):
         raise InputError(f'--layer {args.layer}: {loaded.name} has class-attention blocks 0 to {len(blocks) - 1}')
@@ -235,19 +229,6 @@ def describe_scale(scale: np.ndarray, tokens: int) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
-def unique_stems(paths: List[Path]) -> List[str]:
-    """The paths' names without suffixes, with numbers where they would be equal."""
-    stems, taken = [], set()
-    for path in paths:
-        stem, number = path.stem, 1
-        while stem.lower() in taken:  # some file systems don't tell upper from lower case
-            number += 1
-            stem = f'{path.stem}-{number}'
-        taken.add(stem.lower())
-        stems.append(stem)
-    return stems
-
-
 def map_path(stem: Path, name: str, suffix: str = '.png') -> Path:
     return stem.with_name(f'{stem.name}_{name}{suffix}')
 
@@ -256,17 +237,6 @@ def output_files(stem: Path, heads: List[int]) -> List[Path]:
     """All that may be written for a picture."""
     names = ['mean', 'sheet', *(f'head{head}' for head in heads)]
     return [map_path(stem, 'attention', '.npy')] + [map_path(stem, name) for name in names]
-
-
-def check_inputs_are_kept(inputs: List[Path], outputs: List[Path]):
-    lost = {path.resolve() for path in inputs} & {path.resolve() for path in outputs}
-    if lost:
-        raise InputError(f'--output-dir {outputs[0].parent}: {min(lost)} would be written over; choose another one')
-
-
-def save_picture(picture: Image.Image, path: Path):
-    with utils.whole_file(path) as unfinished:
-        picture.save(unfinished)
 
 
 def draw_picture(attention: Attention, picture: Image.Image, stem: Path, *, save_raw: bool):
@@ -278,12 +248,12 @@ def draw_picture(attention: Attention, picture: Image.Image, stem: Path, *, save
     for name, values in maps.items():
         scale = color_scale(values)
         painted = paint(picture, values, scale, attention.patch_size)
-        save_picture(painted, map_path(stem, name))
+        common.save_picture(painted, map_path(stem, name))
         tiles.append(Tile(painted, name.replace('head', 'head '), describe_scale(scale, tokens)))
     mean, *heads = tiles
     mean.name = f'mean of {len(heads)} head{"s" * (len(heads) > 1)}'
     original = Tile(picture, 'picture', f'{picture.width} x {picture.height} pixels')
-    save_picture(contact_sheet((original, mean), heads), map_path(stem, 'sheet'))
+    common.save_picture(contact_sheet((original, mean), heads), map_path(stem, 'sheet'))
     if save_raw:
         with utils.whole_file(map_path(stem, 'attention', '.npy')) as unfinished:
             np.save(unfinished, weights.numpy())
@@ -296,11 +266,11 @@ def draw_pictures(args) -> List[Path]:
         The contact sheets.
     """
     paths = common.find_images(args.images)
-    stems = [Path(args.output_dir, stem) for stem in unique_stems(paths)]
+    stems = [Path(args.output_dir, stem) for stem in common.unique_stems(paths)]
     for path in paths:
         pictures.load_rgb(path)  # what can't be read is refused before the work
     attention = build_attention(args)
-    check_inputs_are_kept(paths, [file for stem in stems for file in output_files(stem, attention.heads)])
+    common.check_inputs_are_kept(paths, [file for stem in stems for file in output_files(stem, attention.heads)])
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     for path, stem in zip(tqdm(paths, unit=' images', disable=not processes.shows_bar()), stems):
         draw_picture(attention, scale_to(pictures.load_rgb(path), args.input_size), stem, save_raw=args.save_raw)
@@ -397,7 +367,7 @@ def draw_video(args) -> Path:
     with open_video(args.video) as container:
         next(read_frames(container))  # what can't be read is refused before the work
     path = Path(args.output_dir, f'{args.video.stem}_attention.mp4')
-    check_inputs_are_kept([args.video], [path])
+    common.check_inputs_are_kept([args.video], [path])
     attention = build_attention(args)
     path.parent.mkdir(parents=True, exist_ok=True)
     with utils.whole_file(path) as unfinished, open_video(args.video) as container:

@@ -14,6 +14,7 @@ from conftest import ROOT, seeded_model, write_image
 import main as classification
 import xcit
 import xcit_zoo
+from dino import knn
 from loaders import pictures
 from run.folder import DirectoryLock
 from tools import eval_zoo
@@ -22,6 +23,7 @@ from utils import InputError, RunStopped
 
 NAME = 'xcit_nano_12_p16'
 TAGS = ('fb_in1k', 'fb_dist_in1k')
+LABELLED = ['fb_in1k', 'fb_dist_in1k', 'fb_dist_in1k_384']
 WORDNET = ('n01440764', 'n02123045', 'n02504458')  # classes 0, 281, 386
 
 
@@ -43,7 +45,7 @@ def file_of(folder: Path, tag: str) -> Path:
 def published(tmp_path_factory) -> Path:
     """The three files of the smallest model."""
     folder = tmp_path_factory.mktemp('published')
-    for tag in eval_zoo.TAGS:
+    for tag in LABELLED:
         model = seeded_model(NAME)
         model.head.bias.data[281] += 100 * (tag == 'fb_dist_in1k')  # sees a cat everywhere
         torch.save({'model': model.state_dict()}, file_of(folder, tag))
@@ -81,10 +83,15 @@ def earlier(measured, tmp_path) -> Path:
 # ----- what it measures
 
 def test_42_checkpoints_are_evaluated():
-    """All that have a head, three of each model."""
-    assert len(eval_zoo.ZOO) == 42
-    assert {published.model for published in eval_zoo.ZOO} == set(xcit.MODELS)
-    assert eval_zoo.TAGS == ['fb_in1k', 'fb_dist_in1k', 'fb_dist_in1k_384']
+    """All that have a head, three of each model; and DINO's four in two ways."""
+    assert len(eval_zoo.CLASSIFIERS) == 42
+    assert {published.model for published in eval_zoo.CLASSIFIERS} == set(xcit.MODELS)
+    assert eval_zoo.TAGS == [*LABELLED, 'fb_dino', 'fb_dino_linear']
+    assert {name: entry.top1 for name, entry in eval_zoo.ENTRIES.items() if 'dino' in name} == {
+        'xcit_small_12_p16.fb_dino': 76., 'xcit_small_12_p16.fb_dino_linear': 77.8,
+        'xcit_small_12_p8.fb_dino': 77.1, 'xcit_small_12_p8.fb_dino_linear': 79.2,
+        'xcit_medium_24_p16.fb_dino': 76.4, 'xcit_medium_24_p16.fb_dino_linear': 78.8,
+        'xcit_medium_24_p8.fb_dino': 77.9, 'xcit_medium_24_p8.fb_dino_linear': 80.3}
 
 
 def test_accuracies_are_those_of_main(measured, imagenet, published):
@@ -134,6 +141,32 @@ def test_tags_are_found_without_a_folder(imagenet, published, tmp_path, monkeypa
     assert row['weights'] == xcit_zoo.ZOO[f'{NAME}.fb_dist_in1k'].url
 
 
+def test_backbones_of_dino_are_measured_in_both_ways(imagenet, tmp_path):
+    """k-NN by the training images, and the linear classifier: what the programs for them find."""
+    name, root = 'xcit_small_12_p16', tmp_path / 'imagenet'
+    root.mkdir()
+    (root / 'val').symlink_to(imagenet / 'val')
+    for label, folder in enumerate(WORDNET):
+        for i in range(7):
+            write_image(root / 'train' / folder / f'{i}.JPEG', size=(70, 60), seed=100 * label + i)
+    folder = tmp_path / 'published'
+    folder.mkdir()
+    torch.save(seeded_model(name, num_classes=0).state_dict(), folder / 'xcit_small_12_cp16_dino.pth')
+    bias = torch.zeros(1000)
+    bias[281] = 1000.  # sees a cat everywhere
+    torch.save({'state_dict': {'module.linear.weight': torch.zeros(1000, 384), 'module.linear.bias': bias}},
+               folder / 'dino_xcit_small_12_p16_linearweights.pth')
+    argv = flags(root, folder, tmp_path / 'zoo', tags=['fb_dino', 'fb_dino_linear'])
+    argv[argv.index(NAME)] = name
+    by_knn, by_linear = main(argv)
+    assert [by_knn[name] for name in ('tag', 'published_top1', 'crop', 'error')] == ['fb_dino', '76.0', '0.875', '']
+    found = knn.main(['--arch', name, '--pretrained', str(folder / 'xcit_small_12_cp16_dino.pth'), '--data-path',
+                      str(root), '--nb-knn', '20', '--device', 'cpu', '--num-workers', '0'])
+    assert float(by_knn['top1']) == found['results']['20']['top1']
+    assert (by_linear['tag'], by_linear['published_top1']) == ('fb_dino_linear', '77.8')
+    assert float(by_linear['top1']) == pytest.approx(100 / 3)
+
+
 # ----- the tables
 
 @pytest.mark.parametrize(('top1', 'expected'), [
@@ -168,9 +201,9 @@ def test_program_prints_each_result_and_the_table(imagenet, published, tmp_path)
 def test_measured_rows_are_not_measured_again(earlier, imagenet, published):
     """A second call only adds what is missing, in the zoo's order."""
     before = read(earlier)
-    rows = main(flags(imagenet, published, earlier, tags=eval_zoo.TAGS))
+    rows = main(flags(imagenet, published, earlier, tags=LABELLED))
     assert read(earlier)[:2] == before == rows[:2]
-    assert [row['tag'] for row in rows] == eval_zoo.TAGS
+    assert [row['tag'] for row in rows] == LABELLED
 
 
 def test_nothing_is_left_to_do(earlier, imagenet, published):
@@ -220,7 +253,7 @@ def test_other_images_are_not_mixed_in(earlier, imagenet, published, tmp_path):
     for name in WORDNET:
         write_image(other / 'val' / name / '0.JPEG', size=(70, 60))
     with pytest.raises(InputError, match=r'6 images of .*, these are 3 of .*; choose another --output-dir'):
-        main(flags(other, published, earlier, tags=eval_zoo.TAGS))
+        main(flags(other, published, earlier, tags=LABELLED))
     assert (earlier / 'zoo.csv').read_bytes() == before
 
 
@@ -245,7 +278,7 @@ def some_bad(published, tmp_path) -> Path:
 def test_bad_checkpoints_do_not_stop_the_others(imagenet, some_bad, tmp_path):
     """They are named at the end, exit code 1, and in both tables; the good one is measured."""
     with pytest.raises(RunStopped, match=r'2 of 3 checkpoints could not be evaluated: .*fb_in1k, .*_384') as caught:
-        main(flags(imagenet, some_bad, tmp_path / 'zoo', tags=eval_zoo.TAGS))
+        main(flags(imagenet, some_bad, tmp_path / 'zoo', tags=LABELLED))
     assert caught.value.exit_code == 1
     rows = read(tmp_path / 'zoo')
     assert ['damaged' in rows[0]['error'], rows[1]['error'], 'no such file' in rows[2]['error']] == [True, '', True]
@@ -279,7 +312,8 @@ def test_another_models_file_is_an_error(imagenet, tmp_path):
     (['--data-path', '/none'], '--data-path /none: no such directory'),
     (['--checkpoints', '/none'], '--checkpoints /none: no such directory'),
     (['--models', 'xcit_small'], 'xcit_small_12_p16'),
-    (['--tags', 'fb_dino'], "'fb_in1k', 'fb_dist_in1k', 'fb_dist_in1k_384'"),
+    (['--tags', 'fb_swag'], "'fb_in1k', 'fb_dist_in1k', 'fb_dist_in1k_384'"),
+    (['--tags', 'fb_dino'], f'--models {NAME}: have none of the tags fb_dino'),
     (['--device', 'tpu'], '--device tpu'),
     (['--amp', 'fp16'], '--amp fp16: needs cuda'),
     (['--batch-size', '0'], '--batch-size'),

@@ -1,5 +1,8 @@
 """Evaluate the published ImageNet checkpoints, each at its resolution and crop, and compare with the published top-1.
 
+Those trained without labels (DINO) have two: fb_dino by 20 nearest neighbours, which needs the training images, too;
+fb_dino_linear by the published linear classifier.
+
 Goes through them one after another. What is measured stands in zoo.csv and zoo.md of the output directory as soon as it
 is known, and what main.py says meanwhile in zoo.log; called again, the program goes on with what is missing.
 """
@@ -8,7 +11,9 @@ import run.startup  # noqa: F401  first of all
 import argparse
 import contextlib
 import csv
+import dataclasses
 import io
+import time
 from pathlib import Path
 from typing import Dict, Iterable, List, Optional
 
@@ -19,13 +24,21 @@ import main as classification
 import utils
 import xcit
 import xcit_zoo
+from dino import classifiers, knn, linear
 from run import commandline, flags, folder
 from run.commandline import COUNT, COUNT_OR_0, PATH, PATH_OBJECT, Parser
 from run.processes import notice
 from utils import InputError, RunStopped
 
-ZOO = [published for published in xcit_zoo.ZOO.values() if published.num_classes]  # DINO's backbones have no head
-TAGS = list(dict.fromkeys(published.tag for published in ZOO))
+CLASSIFIERS = [published for published in xcit_zoo.ZOO.values() if published.num_classes]
+BACKBONES = [published for published in xcit_zoo.ZOO.values() if not published.num_classes]
+KNN, LINEAR = 'fb_dino', classifiers.TAG
+ENTRIES = {f'{entry.model}.{entry.tag}': entry for entry in [*CLASSIFIERS, *(
+    entry for backbone in BACKBONES for entry in (
+        dataclasses.replace(backbone, top1=backbone.knn),
+        dataclasses.replace(backbone, tag=LINEAR, url=xcit_zoo.DINO_LINEAR[backbone.model])))]}
+TAGS = list(dict.fromkeys(entry.tag for entry in ENTRIES.values()))
+NEIGHBOURS = 20
 VAL_IMAGES = 50000  # of ImageNet
 TOLERANCE = .1  # percent, that a measured top-1 may be away from the published one
 COLUMNS = ('model', 'tag', 'resolution', 'crop', 'published_top1', 'top1', 'top5', 'loss', 'images_per_s', 'images',
@@ -66,17 +79,24 @@ def evaluation_flags(args, published: xcit_zoo.Published) -> list:
 
 def check(args) -> int:
     """Refuse what would fail for every checkpoint; returns the number of evaluation images."""
+    if args.tags is None:
+        has_train = Path(args.data_path, 'train').is_dir()
+        args.tags = [tag for tag in TAGS if tag != KNN or has_train]
+        if not has_train:
+            notice(f'--data-path {args.data_path}: has no train/, so that {KNN} is left out')
+    if not chosen(args):
+        raise InputError(f'--models {" ".join(args.models)}: have none of the tags {", ".join(args.tags)}')
     if args.checkpoints is not None and not args.checkpoints.is_dir():
         raise InputError(f'--checkpoints {args.checkpoints}: no such directory')
-    parsed = classification.parse_args(evaluation_flags(args, chosen(args)[0]))
+    parsed = classification.parse_args(evaluation_flags(args, CLASSIFIERS[0]))
     dataset, _ = datasets.build_dataset(parsed, is_train=False)
     datasets.probe_images(dataset)
     return len(dataset)
 
 
 def chosen(args) -> List[xcit_zoo.Published]:
-    return [published for published in ZOO
-            if published.model in (args.models or xcit.MODELS) and published.tag in (args.tags or TAGS)]
+    return [published for published in ENTRIES.values()
+            if published.model in (args.models or xcit.MODELS) and published.tag in args.tags]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,7 +113,7 @@ def read_rows(path: Path) -> Dict[str, dict]:
     if text and tuple(reader.fieldnames or ()) != COLUMNS:
         raise InputError(f'{path}: is not a table of this program; choose another --output-dir')
     rows = list(reader)
-    whole = {name_of(row): row for row in rows if None not in row and name_of(row) in xcit_zoo.ZOO
+    whole = {name_of(row): row for row in rows if None not in row and name_of(row) in ENTRIES
              and (is_measured(row) or row['error'])}
     if len(whole) < len(rows):
         notice(f'{path}: {len(rows) - len(whole)} damaged rows are left out')
@@ -118,7 +138,7 @@ def check_same_images(rows: Iterable[dict], path: Path, *, data_path: str, image
 
 def write_tables(rows: Dict[str, dict], folder: Path):
     """zoo.csv and zoo.md, each whole or as before, in the order of the zoo."""
-    in_order = [rows[name] for name in xcit_zoo.ZOO if name in rows]
+    in_order = [rows[name] for name in ENTRIES if name in rows]
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
     writer.writeheader()
@@ -141,7 +161,7 @@ def markdown(rows: List[dict]) -> str:
     measured = [row for row in rows if not row['error']]
     if measured:
         row = measured[0]
-        lines += ['', f'Measured on {row["images"]} images of `{row["data_path"]}` at crop {row["crop"]}; deviations '
+        lines += ['', f'Measured on {row["images"]} images of `{row["data_path"]}`; deviations '
                   f'above {TOLERANCE} are marked with an exclamation mark.']
     lines += [''] * any(row['error'] for row in rows)
     lines += [f'- not measured: `{name_of(row)}`: {row["error"]}' for row in rows if row['error']]
@@ -159,27 +179,58 @@ def deviation(row: dict) -> str:
 
 def measure(args, published: xcit_zoo.Published, images: int) -> dict:
     """Evaluate a checkpoint; returns its row, with the reason in `error` if the weights can't be had."""
-    file = args.checkpoints and str(args.checkpoints / Path(published.url).name)
     row = dict.fromkeys(COLUMNS, '') | {
         'model': published.model, 'tag': published.tag, 'resolution': published.resolution, 'crop': published.crop,
         'published_top1': published.top1, 'images': images, 'data_path': data_path(args), **setting(args, published)}
     try:
         with open(args.output_dir / 'zoo.log', 'a') as log, contextlib.redirect_stdout(log):
-            stats = classification.main([*evaluation_flags(args, published), '--pretrained', file or published.tag])
+            return row | MEASURES.get(published.tag, by_classifier)(args, published)
     except datasets.UnreadableImage:  # the fault of the data, not of the weights
         raise
     except InputError as error:
         return row | {'error': error}
-    return row | {'top1': stats['acc1'], 'top5': stats['acc5'], 'loss': stats['loss'],
-                  'images_per_s': stats['images_per_s']}
+
+
+def file_of(args, published: xcit_zoo.Published) -> str:
+    """Where a checkpoint is, or the tag that means it."""
+    return str(args.checkpoints / Path(published.url).name) if args.checkpoints else published.tag
+
+
+def by_classifier(args, published: xcit_zoo.Published) -> dict:
+    stats = classification.main([*evaluation_flags(args, published), '--pretrained', file_of(args, published)])
+    return {'top1': stats['acc1'], 'top5': stats['acc5'], 'loss': stats['loss'], 'images_per_s': stats['images_per_s']}
+
+
+def by_neighbours(args, published: xcit_zoo.Published) -> dict:
+    start = time.perf_counter()
+    found = knn.main([*backbone_flags(args, published), '--nb-knn', str(NEIGHBOURS)])
+    tops = found['results'][str(NEIGHBOURS)]
+    return {**tops, 'images_per_s': sum(found['images'].values()) / (time.perf_counter() - start)}
+
+
+def by_linear(args, published: xcit_zoo.Published) -> dict:
+    start = time.perf_counter()
+    stats = linear.main([*backbone_flags(args, published), '--evaluate', '--linear-weights', file_of(args, published)])
+    return {'top1': stats['acc1'], 'top5': stats['acc5'], 'loss': stats['loss'],
+            'images_per_s': stats['images'] / (time.perf_counter() - start)}
+
+
+MEASURES = {KNN: by_neighbours, LINEAR: by_linear}
+
+
+def backbone_flags(args, published: xcit_zoo.Published) -> list:
+    """The command line of dino.knn and dino.linear."""
+    return ['--arch', published.model, '--pretrained', file_of(args, ENTRIES[f'{published.model}.{KNN}']),
+            '--data-path', args.data_path, '--batch-size', str(args.batch_size), '--num-workers',
+            str(args.num_workers), '--device', args.device, *(['--amp', args.amp] if args.amp else [])]
 
 
 def setting(args, published: xcit_zoo.Published) -> dict:
     """What else a row depends on: where the weights come from, and what they are run with."""
     device = flags.choose_device(args)
     file = args.checkpoints and (args.checkpoints / Path(published.url).name).resolve()
-    return {'weights': str(file or published.url), 'device': str(device),
-            'dtype': str(flags.amp_dtype(args, device) or torch.float32)}
+    amp_dtype = None if published.tag in MEASURES and args.amp is None else flags.amp_dtype(args, device)
+    return {'weights': str(file or published.url), 'device': str(device), 'dtype': str(amp_dtype or torch.float32)}
 
 
 def is_current(args, published: xcit_zoo.Published, row: Optional[dict]) -> bool:

@@ -64,7 +64,7 @@ def words_of(command: str, folder) -> list:
     return words
 
 
-TOOLS = sorted(path.stem for path in (ROOT / 'tools').glob('*.py') if path.stem not in ('__init__', 'common'))
+TOOLS = sorted(path.stem for path in (ROOT / 'tools').glob('*.py') if 'def get_args_parser' in path.read_text())
 
 
 @pytest.mark.parametrize('tool', TOOLS)
@@ -74,6 +74,17 @@ def test_tool_command_parses(tool):
     assert found
     for command in found:
         importlib.import_module(f'tools.{tool}').get_args_parser().parse_args(shlex.split(command))
+
+
+@pytest.mark.parametrize('program', ['train', 'knn', 'linear'])
+def test_dino_command_parses(program):
+    """So is every command of the programs of DINO."""
+    found = commands(f'-m dino.{program}')
+    assert found
+    for command in found:
+        args = importlib.import_module(f'dino.{program}').get_args_parser().parse_args(shlex.split(command))
+        name = args.arch if program == 'train' else args.model
+        assert name is None or timm.is_model(name)
 
 
 @pytest.mark.parametrize('block', re.findall(r'```python\n(.*?)```', README, re.DOTALL))
@@ -87,8 +98,8 @@ def test_python_runs(block):
 def test_slurm_command_parses(command):
     """So is every command of the SLURM wrapper."""
     job, words = run_with_submitit.get_args_parser().parse_known_args(shlex.split(command))
-    assert job.program == 'main'
-    assert timm.is_model(get_args_parser().parse_args(words).model)
+    args = importlib.import_module(job.program).get_args_parser().parse_args(words)
+    assert timm.is_model(args.model if job.program == 'main' else args.arch)
 
 
 def test_model_table_is_the_codes():

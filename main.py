@@ -62,7 +62,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument('--epochs', default=400, type=COUNT, metavar='N', help='of the whole training')
 
     group = parser.add_argument_group('model')
-    group.add_argument('--model', default='xcit_small_12_p16', help='one of the 14 XCiT models, or of timm\'s')
+    group.add_argument('--model', default='xcit_small_12_p16',
+                       help='one of the 14 XCiT models, or of timm\'s; if unset, and the file of --pretrained or '
+                       '--finetune says what it is of, that')
     group.add_argument('--input-size', default=224, type=COUNT, metavar='PIXELS', help='side of the square images')
     group.add_argument('--drop', default=0., type=FRACTION, metavar='FRACTION', help='dropout')
     group.add_argument('--drop-path', default=.1, type=number(float, 0, .999), metavar='FRACTION',
@@ -168,6 +170,10 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
         parser.set_defaults(**FINETUNING)
         args = parser.parse_args(argv)
         args.pretrained = args.finetune
+    if args.pretrained:
+        parser.set_defaults(model=None)
+        if parser.parse_args(argv).model is None:
+            args.model = model_of_weights(args)
     weights.check_model('--model', args.model)
     if weights.published('', args.model) and not args.pretrained and not args.resume:
         args.pretrained = args.model  # a name with a tag asks for its weights
@@ -219,6 +225,16 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
 def uses_soft_targets(args) -> bool:
     """Whether targets are probabilities: the one place that decides, for mixup and for the criterion."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def model_of_weights(args) -> str:
+    """What --model is where it is not given: what the weights say, as a training's file does, or the default."""
+    flag = '--finetune' if args.finetune else '--pretrained'
+    name = weights.model_named_in(args.pretrained, flag)
+    if name is None or name == args.model or not timm.is_model(name):
+        return args.model
+    notice(f'{flag} {args.pretrained}: is of {name}, so --model is that')
+    return name
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -360,6 +360,18 @@ def model_of_training(checkpoint: dict) -> Optional[str]:
     return own if own in xcit.MODELS else name
 
 
+def model_named_in(given: str, flag: str) -> Optional[str]:
+    """The model that weights say they are of, without a download; None if they don't.
+
+    Raises:
+        InputError: the file can't be read.
+    """
+    known = published('', given) or published_as(given)
+    if known:
+        return known.model
+    return model_of_training(checkpoints.load_checkpoint(given, flag)) if Path(given).is_file() else None
+
+
 def create_model(name: str, pretrained=False, **kwargs) -> torch.nn.Module:
     """`timm.create_model` of an XCiT model with any weights that `read` takes.
 

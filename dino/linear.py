@@ -279,7 +279,7 @@ def save_model(args, held: frozen.Frozen, layer: torch.nn.Linear, classes: List[
         'args': {'model': held.loaded.name, 'input_size': args.input_size, 'full_crop': args.full_crop,
                  'mean': args.mean, 'std': args.std}, 'classes': list(classes)})
     notice(f'{path}: backbone and classifier as one model; to evaluate it: python main.py --eval --pretrained {path} '
-           f'--model {held.loaded.name} --input-size {args.input_size} --data-set {args.data_set}')
+           f'--input-size {args.input_size} --data-set {args.data_set} --data-path {args.data_path}')
 
 
 def check_classes(args, classes: List[str]):

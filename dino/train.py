@@ -365,7 +365,7 @@ def conclude(args):
     checkpoint = monitor.folder(args) / 'checkpoint.pth'
     notice(f'Next, see what the features are worth, or fine-tune them with labels:\n'
            f'  python -m dino.knn --pretrained {checkpoint} --data-set FOLDER --data-path DIR\n'
-           f'  python main.py --finetune {checkpoint} --model {args.arch} --data-set FOLDER --data-path DIR')
+           f'  python main.py --finetune {checkpoint} --input-size {args.input_size} --data-set FOLDER --data-path DIR')
 
 
 def main(argv: Optional[list] = None) -> dict:

@@ -2,6 +2,7 @@
 import math
 
 import pytest
+import small_dino
 import timm
 import torch
 from conftest import seeded_model, tiny, write_folders
@@ -117,3 +118,20 @@ def test_other_setting_than_published_is_told(tmp_path, folders, capsys):
     torch.save({'model': seeded_model('xcit_nano_12_p16', num_classes=2).state_dict()}, path)
     main(tiny(folders, '--eval', '--pretrained', str(path)))
     assert 'its published accuracy is for --input-size 384 --full-crop' in capsys.readouterr().out
+
+
+def test_a_training_by_dino_is_enough(folders, tmp_path, capsys):
+    """The file says which model it is; the teacher is taken, under a fresh head."""
+    small_dino.main(['--device', 'cpu', '--num-workers', '0', '--batch-size', '8', '--epochs', '1', '--warmup-epochs',
+                     '1', '--arch', 'xcit_nano_12_p16', '--out-dim', '16', '--global-crops-size', '32',
+                     '--local-crops-number', '0', '--data-path', str(folders), '--output-dir', str(tmp_path / 'dino')])
+    path = tmp_path / 'dino' / 'checkpoint.pth'
+    content = torch.load(path)
+    content['teacher']['module.backbone.cls_token'].fill_(7.)
+    torch.save(content, path)
+    argv = ['--finetune', str(path), '--freeze-backbone', '--input-size', '32', '--device', 'cpu', '--num-workers', '0',
+            '--batch-size', '4', '--epochs', '1', '--data-set', 'FOLDER', '--data-path', str(folders), '--output-dir',
+            str(tmp_path / 'run')]
+    main(argv)
+    assert f'--finetune {path}: is of xcit_nano_12_p16, so --model is that' in capsys.readouterr().out
+    assert bool((checkpoint(tmp_path / 'run')['model']['cls_token'] == 7.).all())

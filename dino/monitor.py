@@ -134,7 +134,11 @@ class Monitor:
     def build_sets(self) -> List[Dataset]:
         """The labelled images for training and for test."""
         args = self.labelled_args()
-        sets = [features.build_dataset(args, is_train=is_train, most=args.knn_images) for is_train in (True, False)]
+        try:
+            sets = [features.build_dataset(args, is_train=is_train, most=args.knn_images) for is_train in (True, False)]
+        except InputError as error:
+            flag = '--knn-data-path' if args.knn_data_path else '--data-path'
+            raise InputError(f'--knn-every: {str(error).replace("--data-path", flag)}') from None
         if not readers.is_stream(args.data_set) and (problem := neighbours.check([args.nb_knn], len(sets[0]))):
             raise InputError(f'--nb-knn {args.nb_knn}: {problem}')
         return sets

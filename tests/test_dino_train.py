@@ -435,6 +435,7 @@ def test_other_ways_to_train(flat, tmp_path, flags):
     (['--use-fp16', 'true', '--amp', 'off'], ['--use-fp16 true', '--amp']),
     (['--batch-size', '9'], ['8', '9']),
     (['--knn-every', '1'], ['--knn-every 1', '--knn-data-path']),
+    (['--knn-every', '1', '--knn-data-path', '/nowhere'], ['--knn-data-path /nowhere', 'no such directory']),
     (['--pictures', '/nowhere', '--pictures-every', '1'], ['--pictures /nowhere', 'no such directory']),
     (['--val-fraction', '.1'], ['--val-fraction', 'no effect']),
     (['--pretrained', '/nowhere.pth'], ['--pretrained /nowhere.pth', 'no such file']),

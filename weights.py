@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import re
 from pathlib import Path
 from typing import List, Optional, Set, Tuple
@@ -112,7 +113,7 @@ def check_exists(given: str, flag: str, model_name: str):
         return
     allowed = f'; tags of {model_name}: {", ".join(tags(model_name))}' if tags(model_name) else ''
     if not model_name and given in {entry.tag for entry in xcit_zoo.ZOO.values()}:
-        example = next(iter(xcit_zoo.ZOO)).split('.')[0]
+        example = next(entry.model for entry in xcit_zoo.ZOO.values() if entry.tag == given)
         allowed = f'; as a tag it needs its model\'s name before it, as in {example}.{given}'
     raise InputError(f'{flag} {given}: no such file{allowed}')
 
@@ -358,6 +359,16 @@ def model_of_training(checkpoint: dict) -> Optional[str]:
     name = next((name for name in named if isinstance(name, str) and name), None)
     own = re.sub(r'_(224|384)(\..*)?$', '', str(name))
     return own if own in xcit.MODELS else name
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A short text that is another for other weights; a classifier's head does not count."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        if key not in head_keys(model):
+            digest.update(key.encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def model_named_in(given: str, flag: str) -> Optional[str]:

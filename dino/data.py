@@ -1,8 +1,9 @@
 """The pictures that DINO learns from: any, whatever folders they are in, or a data set of datasets.py."""
+import argparse
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Callable, List, Optional, Tuple
 
 from PIL import Image
 from torch.utils.data import Dataset
@@ -11,10 +12,11 @@ import datasets
 from dino import crops
 from loaders import pictures, readers
 from loaders.pictures import load_rgb
+from run import flags
 from run.commandline import COUNT, COUNT_OR_0, FRACTION, PATH, number
 from run.flags import add_data_path_flag
-from run.processes import notice
-from utils import InputError, derive_seed, seed_cpu, writing
+from run.processes import is_main_process, notice
+from utils import InputError, UnreadableImage, derive_seed, seed_cpu, writing
 
 ANY = 'PICTURES'  # the --data-set of all pictures below --data-path
 PART = number(float, 0, 1, above=True)
@@ -91,16 +93,27 @@ def add_crop_flags(group):
     group.add_argument('--preview-count', default=8, type=COUNT, metavar='N', help='pictures whose crops are written')
 
 
-def check_crop_flags(args, *, patch_size: int):
-    """Refuse what can't work, and complete lists that are off.
+def check_flags(args, parser: argparse.ArgumentParser):
+    """Refuse a data set that is none, and flags without effect.
 
     Raises:
         InputError: so it is.
     """
     if args.data_set != ANY:
         datasets.check_data_set(args)
-    elif unused := next((flag for flag in ('val_fraction', 'num_classes') if getattr(args, flag)), None):
-        raise InputError(f'--{unused.replace("_", "-")}: has no effect with --data-set {ANY}')
+    else:
+        unused = ('val_fraction', 'num_classes', 'train_split', 'val_split', 'inat_category')
+        flags.refuse_without_effect(args, parser, unused, f'with --data-set {ANY}')
+    if not args.preview_crops:
+        flags.refuse_without_effect(args, parser, ['preview_count'], 'without --preview-crops')
+
+
+def check_crop_flags(args, *, patch_size: int):
+    """Refuse what can't work, and complete lists that are off.
+
+    Raises:
+        InputError: so it is.
+    """
     for flag, count in (('color_jitter', 4), ('blur', 3)):
         values = getattr(args, flag)
         if values == [0.]:
@@ -132,7 +145,7 @@ def build_dataset(args) -> Dataset:
     Raises:
         InputError: they are not there, or the first of them can't be read.
     """
-    if args.data_set == ANY:
+    if args.data_set == ANY or (args.data_set == 'FOLDER' and not args.val_fraction):  # which needs no labels
         dataset = Pictures(Path(args.data_path), upright=datasets.turns_upright(args))
     else:
         dataset, _ = datasets.load_dataset(args, is_train=True, labelled=False)
@@ -152,15 +165,34 @@ def write_preview(args, dataset: Dataset) -> int:
     if readers.is_stream(args.data_set):
         raise InputError(f'--preview-crops: needs a data set whose pictures have numbers, and {args.data_set} is a '
                          f'stream')
+    if not is_main_process():
+        return args.preview_count
     folder = Path(args.preview_crops)
-    shown = pictures.evenly_spread(range(len(dataset)), args.preview_count)
-    plain = datasets.picture_of(dataset)
+    shown = some_pictures(dataset, args.preview_count, skip_bad=args.skip_bad_images > 0)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for index in shown:
-            image: Image.Image = plain(index)
+        for index, image in shown:
             seed_cpu(derive_seed(args.seed, index))
             for number_, crop in enumerate(dataset.transform.pictures(image)):
                 crop.save(folder / f'{index:06}_{crops.name_of(number_)}.png')
     notice(f'{folder}: the crops of {len(shown)} of {len(dataset)} pictures')
     return len(shown)
+
+
+def some_pictures(dataset: Dataset, count: int, *, skip_bad: bool) -> List[Tuple[int, Image.Image]]:
+    """Pictures from everywhere in a data set, with their numbers.
+
+    Args:
+        skip_bad: leave out those that can't be read.
+
+    Raises:
+        UnreadableImage: one can't be read.
+    """
+    plain, found = datasets.picture_of(dataset), []
+    for index in pictures.evenly_spread(range(len(dataset)), count):
+        try:
+            found.append((index, plain(index)))
+        except UnreadableImage:
+            if not skip_bad:
+                raise
+    return found

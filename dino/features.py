@@ -7,7 +7,6 @@ from typing import Callable, Iterator, List, Optional
 
 import numpy as np
 import safetensors
-import safetensors.numpy
 import torch
 from torch.utils.data import Dataset, DistributedSampler, Subset
 
@@ -18,6 +17,7 @@ from run.progress import DevicePrefetch, Progress, with_stops
 from utils import InputError, abridge, first_line, replaced, whole_file
 
 SUFFIXES = ('.npz', '.safetensors')
+ARRAYS = ('features', 'labels')  # in a file
 
 
 @dataclasses.dataclass
@@ -60,8 +60,22 @@ def build_dataset(args, *, is_train: bool, most: Optional[int] = None) -> Datase
     if most is None or most >= len(dataset) or readers.is_stream(args.data_set):
         return dataset
     part = Subset(dataset, pictures.evenly_spread(range(len(dataset)), most))
-    part.classes = dataset.classes
+    part.classes, part.standard = dataset.classes, getattr(dataset, 'standard', None)
     return part
+
+
+def check_common(train: Dataset, test: Dataset):
+    """Refuse test images of a class that the training images lack.
+
+    Raises:
+        InputError: names such classes.
+    """
+    refuse_lacking([name for name in test.classes if name not in set(train.classes)], where='--data-path: val')
+
+
+def refuse_lacking(names: List[str], *, where: str):
+    if names:
+        raise InputError(f'{where}: has {len(names)} classes that the training images lack: {abridge(names)}')
 
 
 @torch.inference_mode()
@@ -103,15 +117,17 @@ def read(path: str, flag: str) -> Features:
         raise InputError(f'{source}: must end in {" or ".join(SUFFIXES)}, as files of tools.extract_features do')
     try:
         arrays, names = (read_npz if Path(path).suffix == '.npz' else read_safetensors)(Path(path))
+        arrays = {name: torch.from_numpy(array) for name, array in arrays.items()}
     except FileNotFoundError:
         raise InputError(f'{source}: no such file') from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile,
+            safetensors.SafetensorError) as error:
         raise InputError(f'{source}: damaged, or no file of features ({first_line(error)})') from None
     if 'features' not in arrays:
         raise InputError(f'{source}: has no features; it has: {abridge(list(arrays)) or "nothing"}')
     if 'labels' not in arrays:
         raise InputError(f'{source}: has no labels, which tools.extract_features writes of one folder of class folders')
-    features, labels = torch.from_numpy(arrays['features']).float(), torch.from_numpy(arrays['labels']).long()
+    features, labels = arrays['features'].float(), arrays['labels'].long()
     if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
         raise InputError(f'{source}: features {tuple(features.shape)} and labels {tuple(labels.shape)} don\'t belong '
                          f'together')
@@ -126,7 +142,7 @@ def read(path: str, flag: str) -> Features:
 
 def read_npz(path: Path) -> tuple:
     with np.load(path, allow_pickle=False) as file:
-        return ({name: file[name] for name in ('features', 'labels') if name in file},
+        return ({name: file[name] for name in ARRAYS if name in file},
                 {**({'classes': file['classes'].tolist()} if 'classes' in file else {}),
                  **({'made_of': json.loads(str(file['made_of']))} if 'made_of' in file else {})})
 
@@ -134,8 +150,8 @@ def read_npz(path: Path) -> tuple:
 def read_safetensors(path: Path) -> tuple:
     with safetensors.safe_open(path, 'np') as file:
         metadata = file.metadata() or {}
-    arrays = safetensors.numpy.load_file(path)
-    return arrays, {'classes': json.loads(metadata['classes'])} if 'classes' in metadata else {}
+        arrays = {name: file.get_tensor(name) for name in ARRAYS if name in file.keys()}
+    return arrays, {name: json.loads(metadata[name]) for name in ('classes', 'made_of') if name in metadata}
 
 
 def write(path: Path, found: Features):
@@ -162,11 +178,13 @@ def with_numbers_of(classes: List[str], test: Features, *, where: str) -> Featur
     Raises:
         InputError: a class of theirs is none of those; `where` they are from.
     """
+    if list(test.classes) == list(classes):
+        return test
     numbers = {name: i for i, name in enumerate(classes)}
-    there = [test.classes[i] for i in test.labels.unique().tolist()]
-    lacking = [name for name in there if name not in numbers]
-    if lacking:
-        raise InputError(f'{where}: has {len(lacking)} classes that the training images lack: {abridge(lacking)}')
+    if len(numbers) < len(classes) or len(set(test.classes)) < len(test.classes):
+        raise InputError(f'{where}: its classes are not those of the training images, and some have the same name')
+    refuse_lacking([name for i, name in enumerate(test.classes) if name not in numbers and bool(
+        (test.labels == i).any())], where=where)
     renumbered = torch.tensor([numbers.get(name, -1) for name in test.classes])
     return dataclasses.replace(test, labels=renumbered[test.labels], classes=list(classes))
 

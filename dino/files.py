@@ -1,10 +1,13 @@
 """What checkpoints of DINO hold, under the original's names, and in files of others, from any year."""
 import hashlib
+import os
 import re
 from typing import List, Optional
 
 import torch
+from torch.utils.data import Dataset
 
+import datasets
 import xcit_zoo
 from dino.loss import DinoLoss
 from dino.networks import MultiCrop
@@ -45,17 +48,22 @@ class Network:
 
 
 class DataSet:
-    """What a training learns from, as a part of it: how many pictures, which may not change."""
+    """What a training learns from, as a part of it: pictures that may not change, though their folder may move."""
 
-    def __init__(self, images: int):
-        self.images = images
+    def __init__(self, dataset: Dataset):
+        names = datasets.files_of(dataset)
+        root = os.path.commonpath([os.path.dirname(name) for name in names] or ['.'])
+        listed = '\n'.join(os.path.relpath(name, root) for name in names)
+        self.images, self.names = len(dataset), hashlib.sha256(listed.encode()).hexdigest()[:16]
 
     def state_dict(self) -> dict:
-        return {'images': self.images}
+        return {'images': self.images, 'names': self.names}
 
     def load_state_dict(self, state: dict):
         if state['images'] != self.images:
             raise InputError(f'was trained on {state["images"]} pictures, and --data-path has {self.images}')
+        if state.get('names', self.names) != self.names:
+            raise InputError(f'was trained on {self.images} pictures of other names than --data-path has')
 
 
 def renamed(state: dict) -> dict:
@@ -136,12 +144,3 @@ def centre_in(content: dict) -> Optional[torch.Tensor]:
 def backbone_state(network: MultiCrop) -> dict:
     """A network's backbone as a bare state dict of contiguous tensors."""
     return {key: value.detach().contiguous() for key, value in network.backbone.state_dict().items()}
-
-
-def fingerprint(state: dict) -> str:
-    """A short text that is another for other weights."""
-    digest = hashlib.sha256()
-    for key, value in sorted(state.items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -1,6 +1,8 @@
 """What the evaluations share: a frozen backbone, and the features of labelled images that it gives or a file holds."""
+import argparse
 import dataclasses
 import hashlib
+import os
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
@@ -10,7 +12,7 @@ from torch.utils.data import Dataset
 import datasets
 import weights
 import xcit
-from dino import features, files
+from dino import features
 from dino.features import Features
 from loaders import readers
 from loaders.batches import build_eval_loader
@@ -22,7 +24,10 @@ from tools import common
 from utils import InputError, replaced
 
 SPLITS = ('train', 'val')
-DECIDED_BY_FILES = ('pretrained', 'model', 'features_dir', 'checkpoint_key')  # flags without effect on saved features
+# Flags without effect on features that are in files
+OF_IMAGES = ('pretrained', 'model', 'patch_size', 'use_ema', 'checkpoint_key', 'features_dir', 'input_size',
+             'full_crop', 'data_set', 'data_path', 'val_fraction', 'exif', 'inat_category', 'train_split', 'val_split',
+             'num_classes', 'mean', 'std', 'resize')
 
 
 @dataclasses.dataclass
@@ -80,7 +85,8 @@ def add_flags(parser, *, trains: bool):
     group.add_argument('--val-features', type=PATH, metavar='FILE', help='of test images, likewise')
     group.add_argument('--features-dir', type=PATH, metavar='DIR',
                        help='keep the features of both splits there as train.npz and val.npz, and take them from there '
-                       'if they are of these weights and these images')
+                       'if they are of these weights and these images'
+                       + ('; a training is then without augmentation' if trains else ''))
 
     group = parser.add_argument_group('data')
     datasets.add_data_flags(group)
@@ -91,8 +97,8 @@ def add_flags(parser, *, trains: bool):
     parser.set_defaults(batch_size=128, dist_eval=True)
 
 
-def check_flags(args):
-    """Refuse what can't work.
+def check_flags(args, parser: argparse.ArgumentParser):
+    """Refuse what can't work, and flags without effect.
 
     Raises:
         InputError: so it is.
@@ -102,10 +108,7 @@ def check_flags(args):
         raise InputError(f'--{given}-features {args.train_features or args.val_features}: needs --{other}-features, '
                          f'too')
     if args.train_features:
-        for flag in DECIDED_BY_FILES:
-            if getattr(args, flag):
-                raise InputError(f'--{flag.replace("_", "-")} {getattr(args, flag)}: has no effect with '
-                                 f'--train-features')
+        flags.refuse_without_effect(args, parser, OF_IMAGES, 'with --train-features')
     elif not args.pretrained:
         raise InputError('--pretrained: is needed, or --train-features and --val-features')
     else:
@@ -132,7 +135,7 @@ def load(args, device: torch.device) -> Frozen:
         raise InputError(f'--patch-size {args.patch_size}: {loaded.name} has patches of {patch_size} pixels')
     state = {key: value.detach().cpu().clone() for key, value in loaded.model.state_dict().items()
              if key not in weights.head_keys(loaded.model)}
-    fingerprint = files.fingerprint(state)
+    fingerprint = weights.fingerprint(loaded.model)
     if isinstance(loaded.model, xcit.Xcit):
         xcit.fuse(loaded.model)
     loaded.model.to(device)
@@ -155,7 +158,10 @@ def build_datasets(args, splits: Sequence[str] = SPLITS) -> List[Dataset]:
     Raises:
         InputError: the data are not there, or not what the data set's name says.
     """
-    return [features.build_dataset(args, is_train=split == 'train') for split in splits]
+    sets = [features.build_dataset(args, is_train=split == 'train') for split in splits]
+    if len(sets) == 2:
+        features.check_common(*sets)
+    return sets
 
 
 def extract(args, frozen: Frozen, dataset: Dataset, device: torch.device, *, split: str, function=None) -> Features:
@@ -175,37 +181,51 @@ def features_of_both(args, frozen: Frozen, sets: List[Dataset], device: torch.de
     Raises:
         InputError: they are there, but of other weights or images.
     """
-    found = []
+    kept = read_kept(args, frozen, sets) if args.features_dir else {}
     for split, dataset in zip(SPLITS, sets):
-        path = Path(args.features_dir, f'{split}.npz') if args.features_dir else None
-        made_of = describe(args, frozen, dataset, split)
-        if path is not None and processes.on_main_process(lambda path=path: 'there' if path.exists() else ''):
-            kept = features.read(str(path), '--features-dir')
-            refuse_other_features(kept.made_of, made_of, str(path))
-            notice(f'{path}: {len(kept)} features are taken from there')
-        else:
-            kept = dataclasses.replace(extract(args, frozen, dataset, device, split=split), made_of=made_of)
-            if path is not None and processes.is_main_process():
+        if split not in kept:
+            kept[split] = extract(args, frozen, dataset, device, split=split)
+            if args.features_dir and processes.is_main_process():
+                path = kept_file(args, split)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                features.write(path, kept)
-        found.append(kept)
-    return found[0], features.in_common(*found, where='--data-path: val')
+                features.write(path, dataclasses.replace(kept[split], made_of=describe(args, frozen, dataset, split)))
+    return kept['train'], features.in_common(kept['train'], kept['val'], where='--data-path: val')
+
+
+def kept_file(args, split: str) -> Path:
+    return Path(args.features_dir, f'{split}.npz')
+
+
+def read_kept(args, frozen: Frozen, sets: List[Dataset]) -> Dict[str, Features]:
+    """By split, what --features-dir has already.
+
+    Raises:
+        InputError: it is of other weights or images.
+    """
+    there = processes.on_main_process(lambda: ' '.join(split for split in SPLITS if kept_file(args, split).exists()))
+    kept = {split: features.read(str(kept_file(args, split)), '--features-dir') for split in there.split()}
+    for split, dataset in zip(SPLITS, sets):
+        if split in kept:
+            refuse_other_features(kept[split].made_of, describe(args, frozen, dataset, split), kept_file(args, split))
+            notice(f'{kept_file(args, split)}: {len(kept[split])} features are taken from there')
+    return kept
 
 
 def describe(args, frozen: Frozen, dataset: Dataset, split: str) -> Dict[str, object]:
     """What the features of a split are made of: plain values, equal where it is the same."""
-    names = datasets.files_of(dataset)
-    root = Path(args.data_path).resolve()
-    relative = '\n'.join(str(Path(name).resolve().relative_to(root)) if Path(name).resolve().is_relative_to(root)
-                         else name for name in map(str, names))
+    root = os.path.realpath(args.data_path)
+    samples = getattr(dataset, 'samples', [(name, None) for name in datasets.files_of(dataset)])
+    listed = '\n'.join(f'{os.path.relpath(name, args.data_path)} {label} {os.path.getsize(name)}'
+                       for name, label in samples)
     return {**frozen.identity, 'data set': args.data_set, 'split': split,
-            'files': hashlib.sha256(relative.encode()).hexdigest()[:16] if names else str(root),
-            'images': None if readers.is_stream(args.data_set) else len(dataset), 'input size': args.input_size,
-            'full crop': args.full_crop, 'resize': args.resize, 'mean': args.mean, 'std': args.std,
-            'precision': args.amp}
+            'files': hashlib.sha256(listed.encode()).hexdigest()[:16] if samples else root,
+            'images': None if readers.is_stream(args.data_set) else len(dataset), 'precision': args.amp,
+            **{name.replace('_', ' '): getattr(args, name) for name in (
+                'input_size', 'full_crop', 'resize', 'mean', 'std', 'exif', 'inat_category', 'train_split', 'val_split',
+                'val_fraction')}}
 
 
-def refuse_other_features(found: Optional[dict], expected: dict, path: str):
+def refuse_other_features(found: Optional[dict], expected: dict, path: Path):
     if found is None:
         raise InputError(f'--features-dir: {path} does not say what it was made of; use --train-features and '
                          f'--val-features')

@@ -45,9 +45,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     """Parse the command line and refuse what can't work before any work is done."""
-    args = get_args_parser().parse_args(argv)
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
     args.amp = args.amp or 'off'
-    frozen.check_flags(args)
+    frozen.check_flags(args, parser)
     if args.baselines and args.train_features:
         raise InputError('--baselines: needs images, and --train-features has none')
     if args.output:
@@ -138,6 +139,7 @@ def main(argv: Optional[list] = None) -> dict:
         found = {**evaluate(args, device), 'temperature': args.temperature, 'args': vars(args),
                  'environment': environment()}
         if args.output and processes.is_main_process():
+            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
             write_json(Path(args.output), found)
     return found
 

@@ -6,8 +6,10 @@ linear.pth in --output-dir.
 import run.startup  # noqa: F401  first of all
 
 import argparse
+import contextlib
 import dataclasses
 import math
+import shlex
 from pathlib import Path
 from typing import Callable, Dict, Iterable, List, Optional
 
@@ -24,12 +26,13 @@ from engine import train_one_epoch
 from loaders.batches import build_train_loader
 from run import checkpoints, flags, parts, processes
 from run.commandline import COUNT, PATH, POSITIVE, Parser, run_program
+from run.descriptions import names_of
 from run.folder import check_output_dir
 from run.logs import environment
 from run.position import Epochs
 from run.processes import notice
 from run.training import Run
-from utils import InputError, replaced, seed_everything, write_json
+from utils import InputError, abridge, replaced, seed_everything, write_json
 
 REFERENCE_BATCH = 256  # images for which --lr is meant
 MOMENTUM = .9
@@ -68,16 +71,21 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     """Parse the command line and refuse what can't work before any work is done."""
-    args = get_args_parser().parse_args(argv)
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
     args.amp = args.amp or 'off'
     if args.output_dir is None:
         args.output_dir = '' if args.evaluate else '.'
     flags.check_run_flags(args)
-    frozen.check_flags(args)
+    frozen.check_flags(args, parser)
+    if args.features_dir or args.train_features:
+        flags.refuse_without_effect(args, parser, ['skip_bad_images'], 'on features that are in files')
     if len(set(args.lr)) < len(args.lr):
         raise InputError(f'--lr {" ".join(f"{lr:g}" for lr in args.lr)}: has a value twice')
     if args.evaluate and not args.linear_weights:
         raise InputError(f'--evaluate: needs --linear-weights, a file or {TAG}')
+    if args.evaluate and args.resume:
+        raise InputError(f'--resume {args.resume}: has no effect with --evaluate')
     if args.linear_weights and not args.evaluate:
         raise InputError(f'--linear-weights {args.linear_weights}: has no effect without --evaluate')
     if args.linear_weights and args.linear_weights != TAG and not checkpoints.is_url(args.linear_weights) and not Path(
@@ -131,6 +139,7 @@ def build_source(args, device: torch.device, held: Optional[frozen.Frozen]) -> S
                       len(train), train.features.shape[1], train.classes, frozen.identity(train.made_of))
     dataset = build_train_dataset(args)
     val_set, = frozen.build_datasets(args, ('val',))
+    features.check_common(dataset, val_set)
     classes = datasets.class_names(dataset)
     return Source(
         build_train_loader(dataset, args, device, drop_last=False), held,
@@ -142,7 +151,8 @@ def build_source(args, device: torch.device, held: Optional[frozen.Frozen]) -> S
 def build_train_dataset(args) -> Dataset:
     """Training images with the original's augmentation; small pictures are cropped as main.py does it."""
     dataset, _ = datasets.load_dataset(args, is_train=True)
-    datasets.probe_images(dataset, is_train=True)
+    if not args.skip_bad_images:
+        datasets.probe_images(dataset, is_train=True)
     args = replaced(args, resize=datasets.decide_resize(args, dataset))
     crop = (transforms.RandomResizedCrop(args.input_size) if datasets.resizes(args) else
             transforms.RandomCrop(args.input_size, padding=PADDING, pad_if_needed=True))
@@ -203,34 +213,40 @@ def train(args, device: torch.device, held: Optional[frozen.Frozen]) -> dict:
                'scaled_lr': learning_rates(args, 0), **source.backbone}
     with run.locked():
         run.resume()
-        if run.is_over():
+        over = run.is_over()
+        if over and not args.save_classifier:
             return {}
         val = source.val()
         ddp_linears = processes.wrap_for_distributed(linears, device, sync_bn=False)
         losses = losses_of(ddp_linears, source.features, args.lr)
-        with run.started(derived):
+        with contextlib.nullcontext() if over else run.started(derived):
             for epoch in run.rounds(source.loader):
                 for group, lr in zip(optimizer.param_groups, learning_rates(args, epoch)):
                     group['lr'] = lr
                 stats = train_one_epoch(ddp_linears, losses, source.loader, optimizer=optimizer,
                                         **run.options(epoch, device))
                 stats = {f'train_{name}': value for name, value in stats.items()}
-                tested = {}
+                stats['train_loss'] /= len(args.lr)  # of a classifier
                 if (epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs:
-                    tested = {lr: classifiers.evaluate(layer, val, device) for lr, layer in zip(args.lr,
-                                                                                                linears.layers)}
+                    tested = test(args, linears, val, device)
                     stats.update(figures(tested))
                     best.note_best('acc1', stats['test_acc1'])
                     stats['test_best_acc1'] = best['acc1']
                     save(args, linears, tested, source)
-                run.finish(epoch, stats, best=False, summary=summary_of(stats, args.lr))
+                run.finish(epoch, stats, best=False, summary=summary_of(stats))
+        tested = test(args, linears, val, device)
     for lr, found in tested.items():
         notice(f'--lr {lr:g}: {classifiers.line(found)}')
     lr = best_of(tested)
     notice(f'Best: --lr {lr:g}\n{classifiers.line(tested[lr])}')
     if args.save_classifier:
         save_model(args, held, linears.layers[args.lr.index(lr)], source.classes)
-    return stats
+    return figures(tested) if over else stats
+
+
+def test(args, linears: Linears, val: Features, device: torch.device) -> Dict[float, dict]:
+    """Figures of each classifier, by its learning rate."""
+    return {lr: classifiers.evaluate(layer, val, device) for lr, layer in zip(args.lr, linears.layers)}
 
 
 def losses_of(ddp_linears: torch.nn.Module, features_of: Callable, lrs: List[float]) -> Callable[[list], dict]:
@@ -255,9 +271,9 @@ def figures(tested: Dict[float, dict]) -> dict:
     return {**{f'test_{name}': value for name, value in tested[lr].items()}, **each, 'test_lr': lr}
 
 
-def summary_of(stats: dict, lrs: List[float]) -> dict:
+def summary_of(stats: dict) -> dict:
     """What the table of epochs shows of one: texts by column."""
-    columns = {'loss': format(stats['train_loss'] / len(lrs), '.4f'), 'lr': format(stats['train_lr'], '.2e')}
+    columns = {'loss': format(stats['train_loss'], '.4f'), 'lr': format(stats['train_lr'], '.2e')}
     if 'test_acc1' not in stats:
         return {**columns, 'top-1': '-', 'top-5': '-', 'best': '-', 'of --lr': '-'}
     return {**columns, 'top-1': format(stats['test_acc1'], '.2f'), 'top-5': format(stats['test_acc5'], '.2f'),
@@ -278,8 +294,17 @@ def save_model(args, held: frozen.Frozen, layer: torch.nn.Linear, classes: List[
     classifiers.save_with_backbone(path, layer, held, {
         'args': {'model': held.loaded.name, 'input_size': args.input_size, 'full_crop': args.full_crop,
                  'mean': args.mean, 'std': args.std}, 'classes': list(classes)})
-    notice(f'{path}: backbone and classifier as one model; to evaluate it: python main.py --eval --pretrained {path} '
-           f'--input-size {args.input_size} --data-set {args.data_set} --data-path {args.data_path}')
+    notice(f'{path}: backbone and classifier as one model; to evaluate it: {shlex.join(evaluation_command(args))}')
+
+
+def evaluation_command(args) -> List[str]:
+    """How main.py evaluates the file of --save-classifier as it was tested here; the file says the model."""
+    words = ['python', 'main.py', '--eval', '--pretrained', args.save_classifier, '--input-size', str(args.input_size)]
+    words += ['--full-crop'] if args.full_crop else []
+    for flag in ('mean', 'std'):
+        words += [f'--{flag}', *map(str, getattr(args, flag))] if getattr(args, flag) else []
+    return [*words, '--data-set', args.data_set, *([] if args.data_set == 'SAMPLE' else ['--data-path',
+                                                                                         args.data_path])]
 
 
 def check_classes(args, classes: List[str]):
@@ -301,10 +326,15 @@ def evaluate(args, device: torch.device, held: Optional[frozen.Frozen]) -> dict:
     if (layer.in_features, layer.out_features) != (width, len(classes)):
         raise InputError(f'{source}: is for features of {layer.in_features} numbers and {layer.out_features} classes, '
                          f'and here are {width} and {len(classes)}')
+    known = content.get('backbone')
     try:
-        refuse_other_backbone(content.get('backbone'), identity)
+        refuse_other_backbone(known if isinstance(known, dict) else None, identity)
     except InputError as error:
         raise InputError(f'{source}: {error}') from None
+    names = names_of(content.get('classes'), len(classes))
+    if names not in (None, list(classes)):
+        raise InputError(f'{source}: is for other classes ({abridge(names, 4)}), or in another order, than these '
+                         f'({abridge(list(classes), 4)})')
     if held is not None:
         val = frozen.extract(args, held, dataset, device, split='val')
     stats = {**classifiers.evaluate(layer.to(device), val, device), 'images': len(val)}

@@ -44,7 +44,7 @@ class DinoLoss(nn.Module):
 
         Returns:
             The loss, and figures without a gradient: `teacher_entropy`, the mean entropy of the teacher's
-            probabilities for an image; `mean_entropy`, that of their mean over this process's batch.
+            probabilities for an image; `mean_entropy`, that of their mean over the batches of all processes.
         """
         # Never in half precision, whatever autocast is: divided by .04, logits have no digits to lose
         with torch.autocast(student.device.type, enabled=False):
@@ -52,10 +52,10 @@ class DinoLoss(nn.Module):
             teacher = teacher.detach().float()
             probabilities = F.softmax((teacher - self.center) / temperature, dim=-1)
             loss = self.cross_entropy(probabilities.chunk(GLOBAL), log_p)
+            means = mean_over_processes(torch.stack([teacher.mean(dim=0), probabilities.mean(dim=0)]))
             # After the loss: a batch is centred by those before it
-            self.center.lerp_(mean_over_processes(teacher.mean(dim=0, keepdim=True)), 1 - CENTRE_MOMENTUM)
-            return loss, {'teacher_entropy': entropy(probabilities).mean(),
-                          'mean_entropy': entropy(probabilities.mean(dim=0))}
+            self.center.lerp_(means[:1], 1 - CENTRE_MOMENTUM)
+            return loss, {'teacher_entropy': entropy(probabilities).mean(), 'mean_entropy': entropy(means[1])}
 
     def cross_entropy(self, probabilities: List[torch.Tensor], log_p: List[torch.Tensor]) -> torch.Tensor:
         """Mean over the pairs of a teacher's crop and another one of the student."""

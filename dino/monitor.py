@@ -2,7 +2,7 @@
 import argparse
 import math
 from pathlib import Path
-from typing import List, Optional
+from typing import List
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ import datasets
 from dino import data, features, neighbours
 from dino.networks import MultiCrop
 from engine import evaluating
-from loaders import pictures, readers
+from loaders import readers
 from loaders.batches import build_eval_loader
 from reports import maps
 from run import flags, parts, processes
@@ -26,7 +26,7 @@ from utils import InputError, replaced, whole_file
 EQUAL, NEAR = .01, .01  # entropies that are so near to each other, or to ln(out_dim), in units of ln(out_dim)
 LEAST_SPREAD = .02
 REMEDIES = 'try a lower --teacher-temp, a lower --lr, --use-bn-in-head true, or a smaller --out-dim'
-PICTURES = 'pictures'  # a folder in --output-dir
+PICTURES = 'dino_pictures'  # a folder in --output-dir
 SHOWN_SIDE = 480  # pixels of the longer side of pictures whose maps are drawn
 NO_LABELS = 'needs labelled pictures: --knn-data-path, with train/ and val/ of class folders'
 
@@ -52,18 +52,25 @@ def add_flags(group):
     group.add_argument('--pictures-count', default=8, type=COUNT, metavar='N', help='of them')
 
 
-def check_flags(args):
+def check_flags(args, parser: argparse.ArgumentParser):
+    """Refuse what can't work, and flags without effect.
+
+    Raises:
+        InputError: so it is.
+    """
     if args.knn_every:
         if args.knn_data_set is not None:
-            datasets.check_data_set(replaced(args, data_set=args.knn_data_set))
+            try:
+                datasets.check_data_set(replaced(args, data_set=args.knn_data_set))
+            except InputError as error:
+                raise InputError(str(error).replace('--data-set', '--knn-data-set')) from None
         elif args.data_set == data.ANY and not args.knn_data_path:
             raise InputError(f'--knn-every {args.knn_every}: {NO_LABELS}')
     else:
-        for flag in ('knn_data_set', 'knn_data_path', 'knn_images'):
-            if getattr(args, flag):
-                raise InputError(f'--{flag.replace("_", "-")} {getattr(args, flag)}: has no effect without --knn-every')
-    if not args.pictures_every and args.pictures:
-        raise InputError(f'--pictures {args.pictures}: has no effect without --pictures-every')
+        unused = ('knn_data_set', 'knn_data_path', 'knn_images', 'nb_knn', 'knn_temperature')
+        flags.refuse_without_effect(args, parser, unused, 'without --knn-every')
+    if not args.pictures_every:
+        flags.refuse_without_effect(args, parser, ['pictures', 'pictures_count'], 'without --pictures-every')
     if args.pictures_every and not args.output_dir:
         raise InputError(f'--pictures-every {args.pictures_every}: needs --output-dir to write to')
     if args.pictures_every and not args.pictures and readers.is_stream(args.data_set):
@@ -77,9 +84,14 @@ def check_flags(args):
 # Figures of an epoch
 
 def spread(found: torch.Tensor) -> torch.Tensor:
-    """How much features (n, C) differ: their standard deviation at length 1, times the root of C; 1 is all ways alike.
+    """How much the features (n, C) of all processes differ: their mean standard deviation at length 1, times sqrt(C).
+
+    1: they are spread evenly over all directions; 0: they are the same.
     """
-    return F.normalize(found.detach().float(), dim=1).std(dim=0, correction=0).mean() * found.shape[1] ** .5
+    unit = F.normalize(found.detach().float(), dim=1)
+    mean = processes.mean_over_processes(unit.mean(dim=0))
+    variance = processes.mean_over_processes((unit - mean).square().mean(dim=0))
+    return variance.sqrt().mean() * found.shape[1] ** .5
 
 
 def line(stats: dict) -> dict:
@@ -136,8 +148,9 @@ class Monitor:
         args = self.labelled_args()
         try:
             sets = [features.build_dataset(args, is_train=is_train, most=args.knn_images) for is_train in (True, False)]
+            features.check_common(*sets)
         except InputError as error:
-            flag = '--knn-data-path' if args.knn_data_path else '--data-path'
+            flag = '--knn-data-path' if self.args.knn_data_path else '--data-path'
             raise InputError(f'--knn-every: {str(error).replace("--data-path", flag)}') from None
         if not readers.is_stream(args.data_set) and (problem := neighbours.check([args.nb_knn], len(sets[0]))):
             raise InputError(f'--nb-knn {args.nb_knn}: {problem}')
@@ -153,37 +166,40 @@ class Monitor:
             chosen = data.Pictures(Path(self.args.pictures), upright=True)
         else:
             chosen = dataset
-        plain = datasets.picture_of(chosen)
-        return [plain(index) for index in pictures.evenly_spread(range(len(chosen)), self.args.pictures_count)]
+        return [picture for _, picture in data.some_pictures(chosen, self.args.pictures_count,
+                                                             skip_bad=self.args.skip_bad_images > 0)]
 
-    def before_training(self, teacher: MultiCrop, *, first: bool):
-        """Of the untrained teacher, if nothing is done yet."""
-        if first and self.sets:
-            top1, top5 = self.knn(teacher, after_batch=None)
+    def before_training(self, teacher: MultiCrop, run: Run):
+        """Look at the untrained teacher."""
+        if self.sets:
+            top1, top5 = self.knn(teacher, run)
             self.seen['knn_before'] = top1
             notice(f'Before the first step: {neighbours.line(self.args.nb_knn, top1, top5)}')
-        if first and self.shown:
-            self.draw(teacher, 'before', None, 0)
+        if self.shown:
+            self.draw(teacher, 'before', run, 0)
 
     def after_epoch(self, epoch: int, stats: dict, teacher: MultiCrop, run: Run) -> bool:
         """Look at what an epoch has brought, and enter it into its figures; whether its k-NN is as good as any before.
         """
-        if epoch + 1 > self.args.warmup_epochs:  # before, untrained features may be alike
+        if epoch or not self.args.warmup_epochs:  # the first epoch of a warm-up hardly changes untrained features
             for kind, words in collapse(stats, self.args.out_dim).items():
                 if kind not in self.seen:
                     self.seen[kind] = float(epoch)
                     notice(f'Warning: collapse in epoch {epoch}: {words}; {REMEDIES}')
-        if self.shown and (epoch + 1) % self.args.pictures_every == 0:
-            self.draw(teacher, f'epoch{epoch:04}', run, epoch)
-        if not self.sets or ((epoch + 1) % self.args.knn_every and epoch + 1 < self.args.epochs):
+        draws = self.shown and (epoch + 1) % self.args.pictures_every == 0
+        classifies = self.sets and ((epoch + 1) % self.args.knn_every == 0 or epoch + 1 == self.args.epochs)
+        if draws or classifies:
+            run.save_untested()
+        if draws:
+            self.draw(teacher, f'epoch{epoch:04}', run, epoch + 1)
+        if not classifies:
             return False
-        run.save_untested()
-        stats['knn_top1'], stats['knn_top5'] = self.knn(teacher, after_batch=run.look_up)
+        stats['knn_top1'], stats['knn_top5'] = self.knn(teacher, run)
         if 'knn_before' in self.seen:
             stats['knn_before'] = self.seen['knn_before']
         return self.seen.note_best('knn_best', stats['knn_top1'])
 
-    def knn(self, teacher: MultiCrop, *, after_batch) -> tuple:
+    def knn(self, teacher: MultiCrop, run: Run) -> tuple:
         """Top-1 and top-5 in percent by the features of the teacher's backbone."""
         args = self.labelled_args()
         processes.broadcast_buffers(teacher)
@@ -191,13 +207,14 @@ class Monitor:
             train, test = (features.extract(
                 teacher.backbone, build_eval_loader(dataset, args, self.device), device=self.device,
                 amp_dtype=flags.amp_dtype(args, self.device), header=f'k-NN, {name} images',
-                classes=list(dataset.classes), after_batch=after_batch)
+                classes=datasets.class_names(dataset), after_batch=run.look_up)
                 for dataset, name in zip(self.sets, ('training', 'test')))
+        test = features.in_common(train, test, where='--knn-data-path: test images')
         return neighbours.classify(train, test, ks=[args.nb_knn], temperature=args.knn_temperature,
                                    device=self.device)[args.nb_knn]
 
-    def draw(self, teacher: MultiCrop, name: str, run: Optional[Run], epoch: int):
-        """Write a sheet of the pictures with their attention and principal components."""
+    def draw(self, teacher: MultiCrop, name: str, run: Run, done: int):
+        """Write a sheet of the pictures with their attention and principal components; `done`: epochs that are."""
         if not processes.is_main_process():
             return
         with evaluating(teacher.backbone):
@@ -206,16 +223,16 @@ class Monitor:
         path.parent.mkdir(exist_ok=True)
         with whole_file(path) as unfinished:
             sheet.save(unfinished)
-        if run is not None and run.log is not None:
-            run.log.tensorboard.do('add_image', PICTURES, np.asarray(sheet), epoch, None, 'HWC')
+        if run.log is not None:
+            run.log.tensorboard.do('add_image', 'pictures', np.asarray(sheet), done, None, 'HWC')
 
 
 @torch.inference_mode()
 def draw_maps(backbone: torch.nn.Module, shown: List[Image.Image], args, device: torch.device) -> Image.Image:
     """Each picture beside the mean attention of its CLS token, and its patch tokens as colours, in common for all."""
     patch_size = backbone.feature_info[0]['reduction']
-    scaled = [maps.scale_to(picture, SHOWN_SIDE if args.input_size > datasets.SMALL else
-                            max(args.input_size, max(picture.size))) for picture in shown]
+    side = SHOWN_SIDE if args.input_size > datasets.SMALL else args.input_size
+    scaled = [maps.scale_to(picture, side) for picture in shown]
     transform, attentions, tokens = datasets.build_normalisation(args), [], []
     for picture in scaled:
         attention, found = backbone.forward_attention(transform(picture)[None].to(device))

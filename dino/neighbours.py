@@ -15,25 +15,32 @@ from utils import InputError
 
 TEST_BLOCK, TRAIN_BLOCK = 256, 2 ** 16  # features that are compared with each other at a time
 TOP = 5
+CPU = torch.device('cpu')
 
 
 def accuracies(train: torch.Tensor, train_labels: torch.Tensor, test: torch.Tensor, test_labels: torch.Tensor, *,
-               ks: Sequence[int], temperature: float, num_classes: int) -> Dict[int, Tuple[int, int]]:
+               ks: Sequence[int], temperature: float, num_classes: int, device: torch.device = CPU
+               ) -> Dict[int, Tuple[int, int]]:
     """How many test features get their class, and how many have it among the first five.
 
     Args:
-        train, test: (n, C) and (m, C), of any length; on the device that is to compare them.
+        train, test: (n, C) and (m, C), of any length.
         train_labels, test_labels: (n,) and (m,) class indices.
         ks: numbers of neighbours, each at most n.
         num_classes: K.
+        device: that is to compare the features; the training ones are there once.
 
     Returns:
         By k: right, and right among min(5, k).
     """
-    train, hits = F.normalize(train.float(), dim=1), {k: [0, 0] for k in ks}
+    unit, hits = torch.empty(train.shape, device=device), {k: [0, 0] for k in ks}
+    for rows, place in zip(train.split(TRAIN_BLOCK), unit.split(TRAIN_BLOCK)):
+        place.copy_(F.normalize(rows.float(), dim=1))
     for rows, labels in zip(test.split(TEST_BLOCK), test_labels.split(TEST_BLOCK)):
-        similarities, places = nearest(train, F.normalize(rows.float(), dim=1), max(ks))
-        votes = (similarities / temperature).exp()
+        similarities, places = (found.cpu() for found in nearest(
+            unit, F.normalize(rows.to(device).float(), dim=1), max(ks)))
+        # Relative to the largest, which leaves the order as it is, and no temperature makes infinite
+        votes = ((similarities - similarities[:, :1]).double() / temperature).exp()
         for k in ks:
             ranked = rank(votes[:, :k], train_labels[places[:, :k]], num_classes)[:, :min(TOP, k)]
             right = ranked == labels[:, None]
@@ -66,8 +73,10 @@ def nearest(train: torch.Tensor, rows: torch.Tensor, k: int) -> Tuple[torch.Tens
 def first_largest(values: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
     """The k largest in each row (b, n) and their places; of equal ones the first, which topk does not promise."""
     found, places = values.topk(min(k + 1, values.shape[1]), dim=1)
-    if bool((found[:, 1:] == found[:, :-1]).any()):
-        found, places = values.sort(dim=1, descending=True, stable=True)
+    tied = (found[:, 1:] == found[:, :-1]).any(dim=1)
+    if bool(tied.any()):
+        again, where = values[tied].sort(dim=1, descending=True, stable=True)
+        found[tied], places[tied] = again[:, :found.shape[1]], where[:, :found.shape[1]]
     return found[:, :k], places[:, :k]
 
 
@@ -82,8 +91,7 @@ def rank(votes: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.T
     """
     # differs: nearest neighbours - of classes with equal votes, as those without any, the lower one comes first; in
     # the original their order is that of an unstable sort
-    sums = torch.zeros(len(votes), num_classes, device=votes.device, dtype=torch.float64)
-    sums.scatter_add_(1, labels, votes.double())
+    sums = torch.zeros(len(votes), num_classes, dtype=votes.dtype).scatter_add_(1, labels, votes)
     return sums.sort(dim=1, descending=True, stable=True)[1]
 
 
@@ -97,8 +105,8 @@ def classify(train: Features, test: Features, *, ks: Sequence[int], temperature:
     if problem := check(ks, len(train)):
         raise InputError(f'--nb-knn {" ".join(map(str, ks))}: {problem}')
     mine = slice(processes.get_rank(), None, processes.get_world_size())
-    hits = accuracies(train.features.to(device), train.labels.to(device), test.features[mine].to(device),
-                      test.labels[mine].to(device), ks=ks, temperature=temperature, num_classes=len(train.classes))
+    hits = accuracies(train.features, train.labels, test.features[mine], test.labels[mine], ks=ks,
+                      temperature=temperature, num_classes=len(train.classes), device=device)
     counts = processes.reduce_over_processes(torch.tensor([hits[k] for k in ks]))
     return {k: tuple((100 * row / len(test)).tolist()) for k, row in zip(ks, counts.double())}
 

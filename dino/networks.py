@@ -28,9 +28,9 @@ class Prototypes(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, BOTTLENECK) -> (B, K)."""
+        # In full precision: the loss divides these logits by .04
         with torch.autocast(x.device.type, enabled=False):
-            weight = self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
-        return F.linear(x, weight)
+            return F.linear(x.float(), self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True)))
 
 
 class Head(nn.Module):

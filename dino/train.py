@@ -32,6 +32,7 @@ from run.commandline import (
     Parser,
     number,
     run_program,
+    switch,
 )
 from run.folder import check_output_dir
 from run.position import Epochs
@@ -42,6 +43,10 @@ from utils import InputError, seed_everything
 REFERENCE_BATCH = 256  # images for which --lr is meant
 OPTIMIZERS = ('adamw', 'sgd', 'lars')
 SGD_MOMENTUM = .9
+# What a resume may not change: the schedules, and what is compared with what
+FIXED = ('arch', 'epochs', 'warmup_epochs', 'warmup_teacher_temp_epochs', 'lr', 'min_lr', 'weight_decay',
+         'weight_decay_end', 'momentum_teacher', 'warmup_teacher_temp', 'teacher_temp', 'freeze_last_layer',
+         'clip_grad', 'optimizer', 'local_crops_number', 'norm_last_layer', 'data_set')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,8 +57,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group('run')
     flags.add_run_flags(group)
-    flags.add_amp_flag(group, default='bf16 on cuda and off elsewhere')
-    group.add_argument('--use-fp16', **SWITCH, help='the original\'s flag: true is --amp fp16, false --amp off')
+    flags.add_amp_flag(group, default='bf16 on cuda, or fp16 where that has none, and off elsewhere')
+    group.add_argument('--use-fp16', dest='amp', type=lambda text: 'fp16' if switch(text) else 'off',
+                       metavar='true|false', help='the original\'s flag: true means --amp fp16, false --amp off')
     flags.add_checkpoint_flags(group)
     group.add_argument('--epochs', default=100, type=COUNT, metavar='N', help='of the whole training')
     group.add_argument('--saveckp-freq', default=20, type=COUNT_OR_0, metavar='N',
@@ -113,12 +119,14 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     """Parse the command line and refuse what can't work before any work is done."""
-    args = get_args_parser().parse_args(argv)
-    set_amp(args)
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    args.amp = args.amp or default_amp(args)
     flags.check_run_flags(args)
     patch_size = patch_size_of(args.arch)
     if args.patch_size not in (None, patch_size):
         raise InputError(f'--patch-size {args.patch_size}: {args.arch} has patches of {patch_size} pixels')
+    data.check_flags(args, parser)
     data.check_crop_flags(args, patch_size=patch_size)
     for flag in ('warmup_epochs', 'warmup_teacher_temp_epochs'):
         if getattr(args, flag) > args.epochs:
@@ -128,19 +136,15 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
         weights.check_exists(args.pretrained, '--pretrained', args.arch)
     if args.preview_crops:
         check_output_dir(args.preview_crops, '--preview-crops')
-    monitor.check_flags(args)
+    monitor.check_flags(args, parser)
     return args
 
 
-def set_amp(args):
-    """Enter into --amp what --use-fp16, or the device, says."""
-    if args.use_fp16 is not None:
-        meant = 'fp16' if args.use_fp16 else 'off'
-        if args.amp not in (None, meant):
-            raise InputError(f'--use-fp16 {str(args.use_fp16).lower()}: is --amp {meant}, not --amp {args.amp}')
-        args.amp = meant
-    elif args.amp is None:
-        args.amp = 'bf16' if processes.choose_device(args.device).type == 'cuda' else 'off'
+def default_amp(args) -> str:
+    """What --amp is where it is not given."""
+    if processes.choose_device(args.device).type != 'cuda':
+        return 'off'
+    return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
 
 
 def patch_size_of(arch: str) -> int:
@@ -150,6 +154,10 @@ def patch_size_of(arch: str) -> int:
         InputError: there is no such model, or it is no XCiT.
     """
     weights.check_model('--arch', arch)
+    if '.' in arch:
+        name, _, tag = arch.partition('.')
+        raise InputError(f'--arch {arch}: a tag means weights, which are given by --pretrained: --arch {name} '
+                         f'--pretrained {tag}')
     with torch.device('meta'):
         model = timm.create_model(arch, num_classes=0) if arch.startswith('xcit') else None
     if not isinstance(model, xcit.Xcit):
@@ -237,7 +245,7 @@ class Rates:
 
     def go_on(self, optimizer: torch.optim.Optimizer, position: Epochs, *, accum_iter: int):
         """Set what the last step before this position had."""
-        if done := (position.done + 1) * self.steps + position.step // accum_iter:
+        if done := (position.done + 1) * self.steps - (-position.step // accum_iter):
             self.set(optimizer, done - 1)
 
     def means(self, epoch: int) -> Dict[str, float]:
@@ -272,10 +280,9 @@ def train(args, device: torch.device) -> dict:
     run = Run(args, files.NextEpoch(args.epochs), {
         'student': files.Network(student), 'teacher': files.Network(teacher),
         'optimizer': parts.Optimizer(optimizer), 'dino_loss': criterion, 'fp16_scaler': scaler,
-        'data': files.DataSet(len(dataset)), 'monitor': watch.seen},
+        'data': files.DataSet(dataset), 'monitor': watch.seen},
         optional=('fp16_scaler', 'data', 'monitor'),
-        fixed=('arch', 'epochs', 'warmup_epochs', 'warmup_teacher_temp_epochs', 'optimizer', 'local_crops_number',
-               'norm_last_layer', 'data_set'))
+        fixed=FIXED)
     derived = {'device': str(device), 'amp_dtype': str(flags.amp_dtype(args, device)),
                'processes': processes.get_world_size(), 'global_batch': flags.images_per_step(args),
                'scaled_lr': scaled_lr(args), 'pictures': len(dataset), 'steps_per_epoch': rates.steps,
@@ -297,7 +304,8 @@ def train(args, device: torch.device) -> dict:
         teacher.train()  # faithful: it normalises with the batch's statistics, too (original main_dino.py)
         with run.started(derived):
             notice_pace(args, steps=rates.steps)
-            watch.before_training(teacher, first=run.position.done < 0 and not run.step)
+            if run.position.done < 0 and not run.step:
+                watch.before_training(teacher, run)
             for epoch in run.rounds(loader):
                 stats = train_one_epoch(
                     ddp_student, losses_of(ddp_student, teacher, criterion, rates.temperature[epoch]), loader,
@@ -352,7 +360,7 @@ def save_backbone(args, teacher: MultiCrop):
 
 
 def notice_pace(args, *, steps: int):
-    """Say how fast is learnt, and what differs from what the flags may be taken for."""
+    """Say what the learning rate is, and what the flags do not mean."""
     notice(f'Learning rate {scaled_lr(args):.3g} at its peak: --lr {args.lr:g} x {flags.images_per_step(args)} images '
            f'a step / {REFERENCE_BATCH}; an epoch has {steps} steps, the warm-up {steps * args.warmup_epochs}')
     notice(f'The loss begins at about ln({args.out_dim}) = {math.log(args.out_dim):.2f}')

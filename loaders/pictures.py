@@ -195,9 +195,10 @@ def by_own_range(values: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 # Looking at pictures before work starts
 
-def evenly_spread(paths: Sequence, most: int = NUM_PROBED) -> Sequence:
-    """Up to so many of the paths."""
-    return paths[::-(-len(paths) // most) or 1]
+def evenly_spread(paths: Sequence, most: int = NUM_PROBED) -> list:
+    """So many of the paths, or all of them if there are fewer."""
+    count = min(most, len(paths))
+    return [paths[len(paths) * i // count] for i in range(count)]
 
 
 def sizes(paths: Iterable, *, upright: bool) -> Set[Tuple[int, int]]:

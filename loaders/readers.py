@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {'hfds': 'datasets', 'wds': 'webdataset', 'tfds': 'tensorflow_datasets', 'torch': 'torchvision'}  # they need
 INSTALL = {'tfds': 'tensorflow tensorflow-datasets'}  # what pip is to install; else what the requirements file names
 STREAMS = ('wds', 'tfds')
-MOST_CLASSES = 2 ** 31  # of labels that nobody looks at
 TRAIN_OR_NOT = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')  # splits of torch/NAME
 
 
@@ -40,7 +39,7 @@ def build_dataset(args, is_train: bool, *, upright: bool, labelled: bool) -> Tup
 
     Args:
         upright: turn pictures as their EXIF orientation says.
-        labelled: whether the classes matter; else their number need not be known.
+        labelled: whether the classes matter; else every sample is of class 0, whatever the data say.
 
     Raises:
         InputError: the package or the data are not there, or the number of classes is not known.
@@ -54,7 +53,8 @@ def build_dataset(args, is_train: bool, *, upright: bool, labelled: bool) -> Tup
     split = args.train_split if is_train else args.val_split
     cache = root if root.is_dir() else None
     try:
-        columns = columns_of(args.data_set.removeprefix('hfds/'), split, cache) if prefix == 'hfds' else {}
+        columns = columns_of(args.data_set.removeprefix('hfds/'), split, cache, labelled=labelled) if (
+            prefix == 'hfds') else {}
         mode = {'input_img_mode': ''} if prefix == 'wds' else {}  # as it is stored: pictures.py converts it
         source = create_dataset(args.data_set, root=cache and str(cache), split=split, is_training=is_train,
                                 batch_size=args.batch_size, seed=args.seed, **columns, **mode)
@@ -72,11 +72,12 @@ def build_dataset(args, is_train: bool, *, upright: bool, labelled: bool) -> Tup
                          f'{args.data_path} ({type(error).__name__}: {first_line(error)})') from None
     if prefix in STREAMS:
         files = len(source.reader.split_info.filenames) if prefix == 'wds' else None
-        dataset = Stream(source, seed=args.seed, is_train=is_train, files=files, upright=upright)
+        dataset = Stream(source, seed=args.seed, is_train=is_train, files=files, upright=upright, labelled=labelled)
     else:
-        dataset = Readable(source, upright=upright)
-    if not dataset.classes and not args.num_classes and not labelled:
-        dataset.classes = range(MOST_CLASSES)
+        dataset = Readable(source, upright=upright, labelled=labelled)
+    if not labelled:
+        dataset.classes = ['']
+        return dataset, 1
     if not dataset.classes and not args.num_classes:
         raise InputError(f'--data-set {args.data_set}: does not say how many classes it has: add --num-classes')
     if dataset.classes and args.num_classes not in (None, len(dataset.classes)):
@@ -109,8 +110,11 @@ def import_hugging_face_datasets():
         sys.path[:] = paths
 
 
-def columns_of(name: str, split: str, root: Optional[Path]) -> dict:
+def columns_of(name: str, split: str, root: Optional[Path], *, labelled: bool) -> dict:
     """Which columns of a Hugging Face data set hold the images and their classes, as options of timm's reader.
+
+    Args:
+        labelled: whether the classes matter; else any column stands for them.
 
     Raises:
         InputError: it does not have one of each.
@@ -120,6 +124,7 @@ def columns_of(name: str, split: str, root: Optional[Path]) -> dict:
     images = [column for column, kind in kinds.items() if kind == 'Image']
     labels = [column for column, kind in kinds.items() if kind == 'ClassLabel']
     labels = [column for column in ('label', 'fine_label') if column in kinds] or labels  # numbers without names do
+    labels = labels if labelled else list(kinds)
     if len(images) != 1 or not labels:
         raise InputError(f'--data-set hfds/{name}: needs one column of images and one of classes; it has: '
                          f'{", ".join(f"{column} ({kind})" for column, kind in kinds.items())}')
@@ -173,10 +178,11 @@ class Readable(Dataset):
 
     Args:
         upright: turn pictures as their EXIF orientation says.
+        labelled: whether the classes matter.
     """
 
-    def __init__(self, source: Dataset, *, upright: bool):
-        self.source, self.upright, self.transform = source, upright, None
+    def __init__(self, source: Dataset, *, upright: bool, labelled: bool = True):
+        self.source, self.upright, self.labelled, self.transform = source, upright, labelled, None
         if hasattr(source, 'loader'):  # torchvision's own knows 8 bits only
             source.loader = functools.partial(pictures.load_rgb, upright=upright)
         self.classes = names_of(source)
@@ -198,4 +204,5 @@ class Readable(Dataset):
             raise
         except Exception as error:  # Pillow has many
             raise UnreadableImage(f'unreadable {name}: {first_line(error)}') from None
-        return self.transform(image) if self.transform else image, check_label(target, len(self.classes))
+        label = check_label(target, len(self.classes)) if self.labelled else 0
+        return self.transform(image) if self.transform else image, label

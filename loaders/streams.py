@@ -20,10 +20,12 @@ class Stream(IterableDataset):
         is_train: each process gets other samples by timm's rules, some of them twice; else all of them exactly once.
         files: of the split, if each can be read by one process only.
         upright: turn pictures as their EXIF orientation says.
+        labelled: whether the classes matter.
     """
 
-    def __init__(self, source: IterableDataset, *, seed: int, is_train: bool, files: Optional[int], upright: bool):
-        self.upright = upright
+    def __init__(self, source: IterableDataset, *, seed: int, is_train: bool, files: Optional[int], upright: bool,
+                 labelled: bool = True):
+        self.upright, self.labelled = upright, labelled
         self.source, self.seed, self.is_train, self.files = source, seed, is_train, files
         self.transform = None
         self.classes = names_of(source)
@@ -44,7 +46,7 @@ class Stream(IterableDataset):
             if self.is_train:
                 seed_everything(self.seed, int(self.epoch), rank, worker.id if worker else 0, position)
             image = pictures.finish(image, f'sample {position} of the stream', upright=self.upright)
-            yield self.transform(image), check_label(target, len(self.classes))
+            yield self.transform(image), check_label(target, len(self.classes)) if self.labelled else 0
 
 
 class StreamLoader:

@@ -66,32 +66,45 @@ def component_colors(tokens: List[torch.Tensor], *, remove_background: bool = Fa
     Returns:
         Of each picture (H, W, 3), from 0 to 1; background is black.
     """
-    flat = torch.cat([picture.flatten(0, 1) for picture in tokens]).double()
-    shown = foreground(tokens, projected(flat, 1)[:, 0]) if remove_background else torch.ones(len(flat)).bool()
-    values = projected(flat[shown], COMPONENTS).numpy()
-    low, high = np.percentile(values, PERCENTILES, axis=0)
-    colors = np.zeros((len(flat), COMPONENTS))
-    colors[shown.numpy(), :values.shape[1]] = ((values - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
-    counts = [picture.shape[0] * picture.shape[1] for picture in tokens]
-    return [part.reshape(*picture.shape[:2], COMPONENTS)
-            for part, picture in zip(np.split(colors, np.cumsum(counts)[:-1]), tokens)]
+    flat = [picture.flatten(0, 1) for picture in tokens]
+    shown = [torch.ones(len(rows), dtype=torch.bool) for rows in flat]
+    if remove_background:
+        shown = foreground(tokens, projected(flat, 1))
+    values = projected([rows[kept] for rows, kept in zip(flat, shown)], COMPONENTS)
+    low, high = np.percentile(torch.cat(values).numpy(), PERCENTILES, axis=0)
+    colors = []
+    for picture, kept, found in zip(tokens, shown, values):
+        color = np.zeros((len(kept), COMPONENTS))
+        color[kept.numpy(), :found.shape[1]] = ((found.numpy() - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
+        colors.append(color.reshape(*picture.shape[:2], COMPONENTS))
+    return colors
 
 
-def projected(tokens: torch.Tensor, count: int) -> torch.Tensor:
-    """Tokens (n, C) in their first principal components (n, count), each with the sign that makes its skew positive."""
-    centred = tokens - tokens.mean(dim=0)
-    directions = torch.linalg.eigh(centred.t() @ centred)[1].flip(1)[:, :count]  # eigenvalues rise
-    values = centred @ directions
-    return values * torch.where(values.pow(3).mean(dim=0) < 0, -1., 1.)
+def projected(parts: List[torch.Tensor], count: int) -> List[torch.Tensor]:
+    """Tokens (n, C) in the first principal components (n, count) of all parts together, in double precision.
+
+    The sign of each is that which makes its skew positive.
+    """
+    # One part after another, since all of them in double precision may be much
+    total = sum(len(part) for part in parts)
+    mean = sum(part.double().sum(dim=0) for part in parts) / total
+    covariance = sum((part.double() - mean).t() @ (part.double() - mean) for part in parts)
+    directions = torch.linalg.eigh(covariance)[1].flip(1)[:, :count]  # eigenvalues rise
+    values = [(part.double() - mean) @ directions for part in parts]
+    signs = torch.where(torch.cat(values).pow(3).mean(dim=0) < 0, -1., 1.)
+    return [part * signs for part in values]
 
 
-def foreground(tokens: List[torch.Tensor], component: torch.Tensor) -> torch.Tensor:
-    """Which of all tokens (n,) are on the side of a component that has less of the pictures' edges."""
+def foreground(tokens: List[torch.Tensor], component: List[torch.Tensor]) -> List[torch.Tensor]:
+    """Which tokens (n,) of each picture are on the side of a component (n, 1) that has less of the pictures' edges."""
     edge = torch.cat([edges(*picture.shape[:2]).flatten() for picture in tokens])
-    above = component > threshold(component)
+    values = torch.cat(component)[:, 0]
+    above = values > threshold(values)
     if not above.any() or above.all():
-        return torch.ones_like(above)
-    return above if edge[above].float().mean() < edge[~above].float().mean() else ~above
+        above = torch.ones_like(above)
+    elif edge[above].float().mean() >= edge[~above].float().mean():
+        above = ~above
+    return list(above.split([len(part) for part in component]))
 
 
 def edges(H: int, W: int) -> torch.Tensor:

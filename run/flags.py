@@ -4,7 +4,7 @@ A program adds those that it has a use for to groups of its parser, so that a fl
 """
 import argparse
 from pathlib import Path
-from typing import Optional
+from typing import Iterable, Optional
 
 import torch
 from timm.optim import list_optimizers
@@ -174,6 +174,13 @@ def check_schedule_flags(args):
 def check_pair(flag: str, values: Optional[list]):
     if values is not None and len(values) != 2:
         raise InputError(f'{flag} {" ".join(map(str, values))}: needs 2 values')
+
+
+def refuse_without_effect(args, parser: argparse.ArgumentParser, names: Iterable[str], reason: str):
+    """Refuse flags that were given another value than their default; `reason` says why they have no effect."""
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            raise InputError(f'--{name.replace("_", "-")}: has no effect {reason}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ except ImportError:  # Windows
 CHECKPOINT, PREVIOUS, BEST = 'checkpoint.pth', 'checkpoint_previous.pth', 'best_model.pth'
 DAMAGED = 'checkpoint_damaged.pth'
 # Of all tasks, as patterns
-RUN_FILES = ('checkpoint*.pth', 'best_*.pth', 'backbone.*', 'linear.pth', 'log.txt', 'args.json', 'split.json',
-             'eval.json', 'report', 'pictures', 'tb')
+RUN_FILES = (CHECKPOINT, PREVIOUS, DAMAGED, 'checkpoint[0-9][0-9][0-9][0-9].pth', BEST, 'best_checkpoint.pth',
+             'backbone.pth', 'backbone.safetensors', 'linear.pth', 'log.txt', 'args.json', 'split.json', 'eval.json',
+             'report', 'dino_pictures', 'tb')
 
 
 def check_output_dir(path: str, flag: str = '--output-dir'):

@@ -62,6 +62,14 @@ def test_schedules_are_the_originals(name, found):
     close(found, NUMBERS['schedules'][name], 1e-6)
 
 
+def test_cosine_after_a_warmup_is_the_originals():
+    """Of a warm-up that began above 0, which main_dino.py has none of, what follows it."""
+    case = NUMBERS['more_schedules']['lr_warmup_start']
+    found = cosine(case['base'], case['final'], steps=case['length'], warmup_steps=16)
+    after = {int(step): value for step, value in case['values'].items() if int(step) >= 15}
+    close([found[step] for step in after], list(after.values()), 1e-6)
+
+
 @pytest.mark.parametrize('name', ['momentum', 'lr_without_warmup'])
 def test_schedules_of_other_lengths_are_the_originals(name):
     case = NUMBERS['more_schedules'][name]
@@ -94,6 +102,15 @@ def test_loss_is_in_float32_under_autocast():
     with torch.autocast('cpu', torch.bfloat16):
         loss, _ = DinoLoss(64, crops=6)(student, teacher, .04)
     close(loss, NUMBERS['dino_loss']['calls'][0]['loss'], 1e-6)
+
+
+def test_logits_are_in_float32_under_autocast():
+    """The loss divides them by .04."""
+    head = Head(16, 64, use_bn=False, norm_last_layer=True)
+    with torch.autocast('cpu', torch.bfloat16):
+        logits = head(torch.randn(4, 16))
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())
 
 
 def test_entropies_tell_a_uniform_output_from_equal_ones():
@@ -366,6 +383,16 @@ def test_color_jitter_is_as_strong_as_the_originals():
         assert abs(np.std(means) - expected['grey100_std_of_means']) < 4 * error
 
 
+def test_color_jitter_changes_colors_as_the_originals():
+    """Contrast, saturation and hue: what it makes of a red picture."""
+    for found, expected in zip(draws('red'), NUMBERS['augmentation']['kinds'].values()):
+        colored = np.array([crop.mean(axis=(0, 1)) for crop in found if not (crop[:, :, 0] == crop[:, :, 1]).all()])
+        spread = np.array(expected['red_std_of_coloured'])
+        error = 4 * spread * math.sqrt(1 / len(colored) + 1 / 480)
+        assert (np.abs(colored.mean(axis=0) - expected['red_mean_of_coloured']) < error).all()
+        assert (np.abs(colored.std(axis=0) - spread) < error).all()
+
+
 def test_blur_has_the_originals_rates():
     off = dict(color_jitter=[0.] * 4, grayscale=0., solarize=0., flip=0., global_crops_scale=[1., 1.],
                local_crops_scale=[1., 1.])
@@ -464,6 +491,14 @@ def test_knn_is_the_originals_in_blocks_of_any_size(monkeypatch, setting, blocks
 def test_knn_of_equal_votes_takes_the_lower_class():
     votes, labels = torch.tensor([[1., 1., 1., 1.]]), torch.tensor([[3, 1, 3, 1]])
     assert neighbours.rank(votes, labels, 5).tolist() == [[1, 3, 0, 2, 4]]
+
+
+def test_knn_takes_any_temperature():
+    """Similarities divided by a small one would be infinite as votes."""
+    case = knn_case(13, classes=20, width=32, images=(1000, 250), noise=2.2)
+    cold, nearest = (neighbours.accuracies(*case, ks=[k], temperature=temperature, num_classes=20)[k][0]
+                     for k, temperature in ((20, 1e-4), (1, .07)))
+    assert cold == nearest
 
 
 def test_knn_of_equal_similarities_takes_the_first(monkeypatch):

@@ -2,7 +2,6 @@
 import argparse
 import json
 import math
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +14,13 @@ from conftest import REFERENCE, write_folders, write_image
 from PIL import Image
 from processes import run
 from seeded_weights import tensor as seeded_tensor
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_dino import close, seed_weights
 
 import datasets
 from dino import files, monitor, train
 from dino.networks import Head, MultiCrop
+from loaders import batches
 from utils import InputError
 
 TRAJECTORY = json.loads((REFERENCE / 'dino.json').read_text())['trajectory']
@@ -142,11 +143,10 @@ def test_booleans_are_words(word, value):
     assert (args.norm_last_layer, args.use_bn_in_head) == (value, value)
 
 
-def test_help_needs_no_network(monkeypatch):
-    def refuse(*args):
-        raise OSError('the network was asked')
-    monkeypatch.setattr(socket.socket, 'connect', refuse)
-    assert '--momentum-teacher' in train.get_args_parser().format_help()
+def test_help_needs_no_network():
+    out, = run(['-c', 'import socket, sys; socket.socket.connect = socket.getaddrinfo = None; from dino import train; '
+                      'train.get_args_parser().print_help()'], 1)
+    assert '--momentum-teacher' in out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,23 +175,25 @@ def test_two_processes_are_one_with_the_double_batch(flat, tmp_path):
                                     '--lr', '.1', '--optimizer', 'sgd', '--output-dir', str(folder),
                                     '--epochs', '3')], world)
         checkpoint = torch.load(folder / 'checkpoint.pth')
-        found[world] = ([line['train_loss'] for line in log_of(folder)], checkpoint['dino_loss']['center'],
-                        checkpoint['student'], checkpoint['teacher'])
+        figures = ('loss', 'teacher_entropy', 'mean_entropy', 'feature_spread', 'grad_norm')
+        found[world] = ([[line[f'train_{name}'] for name in figures] for line in log_of(folder)],
+                        checkpoint['dino_loss']['center'], checkpoint['student'], checkpoint['teacher'])
     torch.testing.assert_close(found[2], found[1], rtol=1e-4, atol=1e-6)
 
 
-def test_crops_differ_between_pictures_ranks_and_epochs(flat):
-    """Each is a function of seed, epoch and picture; a resume does not bring those of epoch 0 again."""
-    args = train.parse_args(small(flat))
+def test_crops_differ_between_pictures_ranks_and_epochs(flat, monkeypatch):
+    """Each is a function of seed, epoch and position; a resume does not bring those of epoch 0 again."""
+    args = train.parse_args(small(flat, '--batch-size', '2'))
+    monkeypatch.setattr(batches, 'get_world_size', lambda: 2)
     loaders = []
-    for epoch in (0, 1, 0):
+    for epoch, rank in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 0)):
+        monkeypatch.setattr(batches, 'get_rank', lambda rank=rank: rank)
         loader = train.build_train_loader(train.data.build_dataset(args), args, torch.device('cpu'),
                                           collate_fn=train.crops.collate)
         loader.set_position(epoch, 0)
         loaders.append(torch.cat([batch[0] for batch in loader]))
-    first, second, again = loaders
-    assert torch.equal(first, again)
-    flattened = torch.cat([first, second]).flatten(1)
+    assert torch.equal(loaders[0], loaders[-1])
+    flattened = torch.cat(loaders[:-1]).flatten(1)
     assert len(flattened.unique(dim=0)) == len(flattened)
 
 
@@ -341,12 +343,47 @@ def test_head_of_another_width_is_refused_with_the_names(trained, flat):
 
 
 @pytest.mark.parametrize(('flag', 'value'), [
-    ('--epochs', '3'), ('--warmup-epochs', '0'), ('--local-crops-number', '2'), ('--data-set', 'SAMPLE')])
+    ('--epochs', '3'), ('--warmup-epochs', '0'), ('--lr', '0.1'), ('--teacher-temp', '0.07'),
+    ('--local-crops-number', '2'), ('--data-set', 'SAMPLE')])
 def test_another_training_is_not_gone_on_with(trained, flat, tmp_path, flag, value):
     with pytest.raises(InputError, match=f'was trained with {flag} .*, not {value}'):
         small_dino.main([*small(flat, flag, value), '--resume', str(trained / 'checkpoint.pth'), '--output-dir',
                          str(tmp_path / 'run')])
     assert not (tmp_path / 'run').exists()
+
+
+def test_other_pictures_are_not_gone_on_with(trained, flat, tmp_path):
+    """As many, under other names; the same ones may have moved."""
+    for folder, name in (('moved', '{}'), ('other', 'x{}')):
+        (tmp_path / folder).mkdir()
+        for path in flat.iterdir():
+            (tmp_path / folder / name.format(path.name)).write_bytes(path.read_bytes())
+    resume = ['--resume', str(trained / 'checkpoint.pth'), '--output-dir', str(tmp_path / 'run')]
+    small_dino.main([*small(tmp_path / 'moved'), *resume])
+    with pytest.raises(InputError, match='8 pictures of other names'):
+        small_dino.main([*small(tmp_path / 'other'), *resume])
+
+
+def test_a_resume_has_the_rates_of_the_last_step(flat):
+    """Also where the last step of an epoch had fewer batches than --accum-iter."""
+    args = train.parse_args(small(flat, '--epochs', '3'))
+    rates, optimizer = train.Rates(args, steps=3), torch.optim.SGD([{'params': [torch.zeros(1)]}] * 1, lr=1.)
+    position = files.NextEpoch(3)
+    position.done, position.step = 0, 5  # of 5 batches, two in a step
+    rates.go_on(optimizer, position, accum_iter=2)
+    assert optimizer.param_groups[0]['lr'] == rates.lr[5]
+
+
+def test_pictures_of_the_user_stay_where_they_are(tmp_path, monkeypatch):
+    """In a folder that a run writes to by default."""
+    for i in range(4):
+        write_image(tmp_path / 'pictures' / f'{i}.png', seed=i)
+    (tmp_path / 'backbone.py').write_text('mine')
+    monkeypatch.chdir(tmp_path)
+    small_dino.main(small(Path('pictures'), '--epochs', '1'))
+    small_dino.main(small(Path('pictures'), '--epochs', '1'))
+    assert len(list((tmp_path / 'pictures').iterdir())) == 4
+    assert (tmp_path / 'backbone.py').exists()
 
 
 def test_another_number_of_pictures_is_not_gone_on_with(trained, flat, tmp_path):
@@ -389,10 +426,31 @@ def test_knn_is_known_before_the_first_step_and_the_best_stays(flat, tmp_path, c
 
 def test_pictures_are_drawn(flat, tmp_path):
     small_dino.main(small(flat, '--pictures-every', '2', '--pictures-count', '2', '--output-dir', str(tmp_path)))
-    names = sorted(path.name for path in (tmp_path / 'pictures').iterdir())
+    names = sorted(path.name for path in (tmp_path / 'dino_pictures').iterdir())
     assert names == ['before.png', 'epoch0001.png']
-    sheet = Image.open(tmp_path / 'pictures' / 'epoch0001.png')
+    sheet = Image.open(tmp_path / 'dino_pictures' / 'epoch0001.png')
     assert len(sheet.getcolors(1 << 20)) > 50
+    events = EventAccumulator(str(tmp_path / 'tb'), size_guidance={'images': 0}).Reload()
+    assert [event.step for event in events.Images('pictures')] == [0, 2]
+
+
+def test_large_pictures_are_drawn_at_the_size_of_the_crops(flat, tmp_path):
+    """Where these are small: a photo would have many thousands of patches."""
+    write_image(tmp_path / 'photos' / '0.png', size=(3000, 2000))
+    watch = monitor.Monitor(train.parse_args(small(flat, '--pictures-every', '1', '--pictures', str(
+        tmp_path / 'photos'), '--output-dir', str(tmp_path / 'run'))), None, torch.device('cpu'))
+    backbone = timm.create_model('xcit_nano_12_p16', num_classes=0).eval()
+    sheet = monitor.draw_maps(backbone, watch.shown, watch.args, torch.device('cpu'))
+    assert max(sheet.size) < 400
+
+
+def test_data_without_labels_are_learnt_from(tmp_path):
+    """Labels that no data set should have, and splits with none."""
+    args = train.parse_args(small(tmp_path, '--data-set', 'SAMPLE'))
+    assert len(train.data.build_dataset(args)) > 1000
+    write_image(tmp_path / 'only' / 'train' / 'cat' / '0.png')
+    args = train.parse_args(small(tmp_path / 'only', '--data-set', 'FOLDER'))
+    assert len(train.data.build_dataset(args)) == 1
 
 
 def test_accumulation_is_no_larger_batch_for_the_centre(flat, tmp_path, capsys):
@@ -432,7 +490,14 @@ def test_other_ways_to_train(flat, tmp_path, flags):
     (['--color-jitter', '.4', '.4', '.2', '.6'], ['--color-jitter', 'at most 0.5']),
     (['--blur', '1', '.1'], ['--blur 1 0.1', '3 values']),
     (['--norm-last-layer', 'maybe'], ['--norm-last-layer', "'maybe'"]),
-    (['--use-fp16', 'true', '--amp', 'off'], ['--use-fp16 true', '--amp']),
+    (['--use-fp16', 'maybe'], ['--use-fp16', "'maybe'"]),
+    (['--use-fp16', 'true'], ['--amp fp16', 'needs cuda']),
+    (['--arch', 'xcit_small_12_p16.fb_dino'], ['--arch xcit_small_12_p16.fb_dino', '--pretrained fb_dino']),
+    (['--nb-knn', '5'], ['--nb-knn', 'without --knn-every']),
+    (['--pictures-count', '5'], ['--pictures-count', 'without --pictures-every']),
+    (['--preview-count', '5'], ['--preview-count', 'without --preview-crops']),
+    (['--train-split', 'x'], ['--train-split', 'PICTURES']),
+    (['--knn-every', '1', '--knn-data-set', 'XX'], ['--knn-data-set XX', 'must be one of']),
     (['--batch-size', '9'], ['8', '9']),
     (['--knn-every', '1'], ['--knn-every 1', '--knn-data-path']),
     (['--knn-every', '1', '--knn-data-path', '/nowhere'], ['--knn-data-path /nowhere', 'no such directory']),

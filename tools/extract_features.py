@@ -1,8 +1,8 @@
 """Write the features of pictures to a file: for each, what the model's classifier sees of it.
 
 In the file: `features` (n, C) float32 and `paths`, relative to a folder that was given; of a folder of class folders
-also `labels` (n,) int64 and `classes`, their names; with --patch-tokens `tokens` (n, H, W, C) float32, normalised. In
-.safetensors, paths and classes are JSON in the metadata.
+also `labels` (n,) int64 and `classes`, their names; with --patch-tokens `tokens` (n, H, W, C) float32, normalised.
+`made_of` is JSON: the model, and a fingerprint of its weights. In .safetensors, all but arrays is JSON in the metadata.
 """
 import run.startup  # noqa: F401  first of all
 
@@ -16,6 +16,7 @@ import safetensors.numpy
 import torch
 
 import utils
+import weights
 import xcit
 from run import commandline, processes
 from run.commandline import COUNT_OR_0, PATH, Parser
@@ -95,13 +96,18 @@ def outputs(loaded: common.LoadedModel, *, patch_tokens: bool):
     return function
 
 
-def write(path: Path, arrays: dict, names: dict):
-    """Write arrays and lists of strings, so that `path` is the old file or the whole new one."""
+def write(path: Path, arrays: dict, names: dict, made_of: dict):
+    """Write arrays and lists of strings, so that `path` is the old file or the whole new one.
+
+    Args:
+        made_of: by which model, in plain values.
+    """
     with utils.whole_file(path) as unfinished:
         if path.suffix == '.npz':
-            np.savez(unfinished, **arrays, **{name: np.array(words) for name, words in names.items()})
+            np.savez(unfinished, **arrays, **{name: np.array(words) for name, words in names.items()},
+                     made_of=json.dumps(made_of))
         else:
-            metadata = {name: json.dumps(words) for name, words in names.items()}
+            metadata = {name: json.dumps(words) for name, words in {**names, 'made_of': made_of}.items()}
             safetensors.numpy.save_file(arrays, unfinished, metadata=metadata)
 
 
@@ -114,7 +120,10 @@ def main(argv: Optional[list] = None) -> dict:
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise InputError(f'--output {output}: {"is a folder" if output.is_dir() else "its folder is missing"}')
     paths = common.find_images(args.data)
-    loaded = common.load_model(args)
+    loaded = common.load_model(args, fuse=False)
+    made_of = {'model': loaded.name, 'fingerprint': weights.fingerprint(loaded.model)}
+    if isinstance(loaded.model, xcit.Xcit):
+        xcit.fuse(loaded.model)
     arrays, places = extract(args, paths, loaded)
     names = {}
     root = args.data[0] if len(args.data) == 1 and Path(args.data[0]).is_dir() else None
@@ -123,7 +132,7 @@ def main(argv: Optional[list] = None) -> dict:
     if labelled:
         names['classes'], labels = labelled
         arrays['labels'] = np.array(labels)[places]
-    write(output, arrays, names)
+    write(output, arrays, names, made_of)
     shapes = ', '.join(f'{name} {array.shape}' for name, array in arrays.items() if name != 'labels')
     processes.notice(f'{output}: {shapes} of {len(places)} of {len(paths)} images'
                      + (f', {len(names["classes"])} classes' if labelled else ''))

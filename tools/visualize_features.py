@@ -22,6 +22,7 @@ from run import commandline, folder, processes
 from run.commandline import COUNT, PATH, Parser
 from run.processes import notice
 from tools import common
+from utils import RunStopped
 
 LONGER_SIDE = 512  # pixels, of pictures that are shown to a model for large ones
 SHEET_WIDTH = 2000  # pixels, about
@@ -33,7 +34,8 @@ def get_args_parser() -> argparse.ArgumentParser:
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     group = parser.add_argument_group('pictures')
     group.add_argument('images', nargs='+', type=PATH, metavar='PICTURE', help='files, or folders with images in them')
-    group.add_argument('--output-dir', required=True, type=PATH, metavar='DIR', help='where the drawings go')
+    group.add_argument('--output-dir', default='runs/features', type=PATH, metavar='DIR',
+                       help='where the drawings go')
     group.add_argument('--input-size', type=COUNT, metavar='PIXELS',
                        help=f'longer side that a picture is scaled to, up or down; it keeps its shape, uncropped; if '
                        f'unset {LONGER_SIDE}, or for a model of small pictures the size that it was trained with')
@@ -87,6 +89,9 @@ def main(argv: Optional[list] = None) -> List[Path]:
     for path in tqdm(paths, unit=' images', disable=not processes.shows_bar()):
         shown.append(maps.scale_to(pictures.load_rgb(path), side))
         tokens.append(tokens_of(loaded, shown[-1]))
+        if not bool(tokens[-1].isfinite().all()):
+            raise RunStopped(f'{path}: the model gives numbers that are not finite'
+                             + ('; try --amp off' if loaded.amp_dtype is not None else ''))
     colors = maps.component_colors(tokens, remove_background=args.remove_background)
     colored = [maps.color_picture(values, picture.size, patch_size) for values, picture in zip(colors, shown)]
     with utils.writing(Path(args.output_dir)):

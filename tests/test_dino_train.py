@@ -411,6 +411,13 @@ def test_collapse_is_said_once_for_each_kind(flat, capsys):
     assert '--teacher-temp' in out
 
 
+def test_collapse_of_a_training_is_said(flat, tmp_path, capsys):
+    """At such a temperature the teacher says the same of everything."""
+    small_dino.main(small(flat, '--teacher-temp', '100', '--warmup-teacher-temp', '100', '--epochs', '3', '--output-dir',
+                          str(tmp_path / 'run')))
+    assert capsys.readouterr().out.count('Warning: collapse in epoch 1: the teacher says nothing of any image') == 1
+
+
 def test_knn_is_known_before_the_first_step_and_the_best_stays(flat, tmp_path, capsys):
     labelled = write_folders(tmp_path / 'labelled')
     small_dino.main(small(flat, '--knn-every', '2', '--knn-data-path', str(labelled), '--nb-knn', '3', '--epochs', '3',
@@ -459,7 +466,8 @@ def test_accumulation_is_no_larger_batch_for_the_centre(flat, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('flags', [['--grad-checkpointing'], ['--amp', 'bf16'], ['--optimizer', 'lars'],
-                                   ['--use-bn-in-head', 'true', '--norm-last-layer', 'false']], ids=' '.join)
+                                   ['--use-bn-in-head', 'true', '--norm-last-layer', 'false'],
+                                   pytest.param(['--compile'], marks=pytest.mark.slow)], ids=' '.join)
 def test_other_ways_to_train(flat, tmp_path, flags):
     small_dino.main(small(flat, *flags, '--output-dir', str(tmp_path)))
     assert math.isfinite(log_of(tmp_path)[-1]['train_loss'])

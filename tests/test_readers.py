@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_dino
 import torch
 from conftest import ROOT, TINY, seeded_model, tiny, write_folders
 from processes import finish, run, start
 from test_survival import assert_same_run, interrupt_main
 
+from dino import knn
 from loaders import streams
 from main import main, parse_args
 from utils import InputError
@@ -85,6 +87,20 @@ def test_stream_trains(shards, tmp_path, workers):
     stats = main(wds(shards, '--num-workers', workers, '--output-dir', str(tmp_path)))
     assert math.isfinite(stats['train_loss'])
     assert torch.load(tmp_path / 'checkpoint.pth', weights_only=True)['classes'] == ['0', '1']
+
+
+def test_stream_is_learnt_from_without_labels(shards, tmp_path):
+    """By DINO, with k-NN on the labelled pictures of the same stream; their number of classes is for that alone."""
+    small_dino.main(['--arch', 'xcit_test', '--data-set', 'wds/', '--data-path', str(shards), '--num-classes', '2',
+                     '--knn-every', '1', '--nb-knn', '3', '--global-crops-size', '32', '--local-crops-number', '0',
+                     '--out-dim', '16', '--epochs', '2', '--warmup-epochs', '1', '--batch-size', '4', '--num-workers',
+                     '0', '--device', 'cpu', '--output-dir', str(tmp_path / 'run')])
+    lines = list(map(json.loads, (tmp_path / 'run' / 'log.txt').read_text().splitlines()))
+    assert [math.isfinite(line['train_loss']) for line in lines] == [True, True]
+    found = knn.main(['--pretrained', str(tmp_path / 'run' / 'checkpoint.pth'), '--data-set', 'wds/', '--data-path',
+                      str(shards), '--num-classes', '2', '--nb-knn', '3', '--device', 'cpu', '--num-workers', '0'])
+    assert found['images'] == {'train': 32, 'val': 16}
+    assert found['results']['3']['top1'] == lines[-1]['knn_top1']
 
 
 def test_stream_evaluation_is_exact(shards, weights, expected):

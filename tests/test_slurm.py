@@ -250,6 +250,13 @@ def test_gpu_flags_do_not_need_a_gpu_here(capsys):
     assert main(['--ngpus', '8', '--device', 'cuda', '--amp', 'fp16', '--dry-run']) == 0
 
 
+def test_original_command_line_of_dino_is_accepted(tmp_path, capsys):
+    """With fp16, which this machine may not have."""
+    assert main(['--program', 'dino.train', '--dry-run', '--ngpus', '8', '--nodes', '2', '--use_fp16', 'true',
+                 '--arch', 'xcit_small_12_p16', '--data_path', str(tmp_path), '--job-dir', str(tmp_path / 'jobs')]) == 0
+    assert '-m dino.train --use_fp16 true --arch xcit_small_12_p16' in capsys.readouterr().out
+
+
 def test_another_runs_directory_is_refused(tmp_path):
     """After a requeue, its checkpoint would be taken for the job's own; --resume auto, which means it, is accepted."""
     (tmp_path / 'checkpoint.pth').touch()

@@ -192,7 +192,7 @@ def refuse_other_backbone(known: Optional[dict], here: dict):
 
 
 def words(identity: dict) -> str:
-    return f'{identity["model"]}, weights {identity["fingerprint"]}'
+    return f'{identity.get("model")}, weights {identity.get("fingerprint")}'
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,7 +207,8 @@ def train(args, device: torch.device, held: Optional[frozen.Frozen]) -> dict:
     optimizer, best = build_optimizer(linears), parts.Metrics()
     run = Run(args, Epochs(args.epochs), {
         'linears': linears, 'optimizer': parts.Optimizer(optimizer), 'backbone': Backbone(source.backbone),
-        'classes': parts.Classes(source.classes), 'accuracy': best}, fixed=('epochs', 'lr'))
+        'classes': parts.Classes(source.classes), 'accuracy': best, 'scaler': flags.build_scaler(args, device)},
+        fixed=('epochs', 'lr'))
     derived = {'device': str(device), 'amp_dtype': str(flags.amp_dtype(args, device)), 'images': source.images,
                'classes': len(source.classes), 'width': source.width, 'processes': processes.get_world_size(),
                'scaled_lr': learning_rates(args, 0), **source.backbone}

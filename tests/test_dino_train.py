@@ -413,8 +413,8 @@ def test_collapse_is_said_once_for_each_kind(flat, capsys):
 
 def test_collapse_of_a_training_is_said(flat, tmp_path, capsys):
     """At such a temperature the teacher says the same of everything."""
-    small_dino.main(small(flat, '--teacher-temp', '100', '--warmup-teacher-temp', '100', '--epochs', '3', '--output-dir',
-                          str(tmp_path / 'run')))
+    small_dino.main(small(flat, '--teacher-temp', '100', '--warmup-teacher-temp', '100', '--epochs', '3',
+                          '--output-dir', str(tmp_path / 'run')))
     assert capsys.readouterr().out.count('Warning: collapse in epoch 1: the teacher says nothing of any image') == 1
 
 

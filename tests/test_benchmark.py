@@ -3,6 +3,7 @@ import csv
 import re
 
 import pytest
+import small_dino
 import torch
 from PIL import Image
 from processes import run
@@ -227,8 +228,9 @@ def test_bad_input(arguments, words):
 
 def test_dino(capsys):
     """Teacher, student and both, here and by timm; the whole step takes the longest."""
-    rows = main(['dino', '--model', NANO, '--batch-size', '2', '--global-crops-size', '64', '--local-crops-size', '32',
-                 '--local-crops-number', '1', '--out-dim', '64', '--no-compile', '--rounds', '3', '--device', 'cpu'])
+    with small_dino.mock.patch.object(small_dino.networks, 'HIDDEN', 16):
+        rows = main(['dino', '--model', NANO, '--batch-size', '2', '--global-crops-size', '64', '--local-crops-size',
+                     '32', '--local-crops-number', '1', '--out-dim', '64', '--no-compile', *QUICK])
     assert [row['step'] for row in rows] == ['teacher', 'student', 'whole step']
     assert all(rows[0]['seconds'][way] < rows[2]['seconds'][way] for way in (('here', False), ('timm', False)))
     assert re.search(r'^\| whole step \| timm \| [\d.]+ \| 1.00 \|', capsys.readouterr().out, re.M)

@@ -473,6 +473,19 @@ def test_other_ways_to_train(flat, tmp_path, flags):
     assert math.isfinite(log_of(tmp_path)[-1]['train_loss'])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize('flags', [[], ['--use_fp16', 'true'], ['--amp', 'off', '--compile']], ids=' '.join)
+def test_training_on_a_gpu(flat, tmp_path, flags):
+    """In bf16 by default, in fp16 with its scaler, and compiled; k-NN and pictures too."""
+    labelled = write_folders(tmp_path / 'labelled')
+    small_dino.main(small(flat, '--device', 'cuda', *flags, '--knn-every', '1', '--knn-data-path', str(labelled),
+                          '--nb-knn', '3', '--pictures-every', '1', '--output-dir', str(tmp_path / 'run')))
+    lines = log_of(tmp_path / 'run')
+    assert all(math.isfinite(line['train_loss']) and 'knn_top1' in line for line in lines)
+    assert torch.load(tmp_path / 'run' / 'checkpoint.pth')['args']['amp'] == {
+        '': 'bf16', '--use_fp16 true': 'fp16', '--amp off --compile': 'off'}[' '.join(flags)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input
 

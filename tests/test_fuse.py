@@ -359,7 +359,7 @@ def test_compiler_sees_one_graph():
         torch._dynamo.reset()
 
 
-@pytest.mark.parametrize('form', ['plain', 'gram'])
+@pytest.mark.parametrize('form', ['plain', pytest.param('gram', marks=pytest.mark.slow)])
 def test_compiled_training_step(form):
     """Compiled, output and gradients are the eager ones; further steps compile nothing."""
     torch._dynamo.reset()

@@ -89,7 +89,8 @@ def test_two_processes_train(data, tmp_path):
 
 @pytest.mark.parametrize('launcher', [
     ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'],
-    ['-m', 'torch.distributed.launch', '--nproc_per_node=2', '--use_env', f'--master_port={free_port()}'],
+    pytest.param(['-m', 'torch.distributed.launch', '--nproc_per_node=2', '--use_env',
+                  f'--master_port={free_port()}'], marks=pytest.mark.slow),  # torch's older one
 ], ids=['torchrun', 'launch'])
 def test_launchers(data, tmp_path, launcher):
     """Both of torch's launchers start a training."""

@@ -115,9 +115,10 @@ def test_program_exports_onnx(onnx_file):
 
 
 @pytest.mark.parametrize(('format_name', 'name'), [
-    ('onnx', 'xcit_nano_12_p16'), ('onnx', 'xcit_tiny_12_p16'), ('onnx', 'xcit_tiny_12_p8'),
-    ('torchscript', 'xcit_nano_12_p8'), ('torchscript', 'xcit_tiny_12_p16'), ('torch-export', 'xcit_nano_12_p8'),
-    ('torch-export', 'xcit_tiny_12_p16')])
+    ('onnx', 'xcit_nano_12_p16'), ('onnx', 'xcit_tiny_12_p8'), ('torchscript', 'xcit_nano_12_p8'),
+    ('torchscript', 'xcit_tiny_12_p16'), ('torch-export', 'xcit_tiny_12_p16'),
+    pytest.param('onnx', 'xcit_tiny_12_p16', marks=pytest.mark.slow),
+    pytest.param('torch-export', 'xcit_nano_12_p8', marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_dynamic_file_takes_any_size(export_shallow, format_name, name):
     """Any batch, odd images, and images that are not square; with the test below, ONNX of each kind of model."""

@@ -361,13 +361,18 @@ def model_of_training(checkpoint: dict) -> Optional[str]:
     return own if own in xcit.MODELS else name
 
 
+def backbone_state(model: torch.nn.Module) -> dict:
+    """A model's weights without a classifier's head."""
+    head = head_keys(model)
+    return {key: value for key, value in model.state_dict().items() if key not in head}
+
+
 def fingerprint(model: torch.nn.Module) -> str:
     """A short text that is another for other weights; a classifier's head does not count."""
     digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        if key not in head_keys(model):
-            digest.update(key.encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for key, value in sorted(backbone_state(model).items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

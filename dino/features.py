@@ -12,7 +12,8 @@ from torch.utils.data import Dataset, DistributedSampler, Subset
 
 import datasets
 from loaders import pictures, readers
-from run import processes
+from loaders.batches import build_eval_loader
+from run import flags, processes
 from run.progress import DevicePrefetch, Progress, with_stops
 from utils import InputError, abridge, first_line, replaced, whole_file
 
@@ -70,7 +71,8 @@ def check_common(train: Dataset, test: Dataset):
     Raises:
         InputError: names such classes.
     """
-    refuse_lacking([name for name in test.classes if name not in set(train.classes)], where='--data-path: val')
+    known = set(train.classes)
+    refuse_lacking([name for name in test.classes if name not in known], where='--data-path: val')
 
 
 def refuse_lacking(names: List[str], *, where: str):
@@ -79,18 +81,18 @@ def refuse_lacking(names: List[str], *, where: str):
 
 
 @torch.inference_mode()
-def extract(function: Callable[[torch.Tensor], torch.Tensor], loader, *, device: torch.device,
-            amp_dtype: Optional[torch.dtype], header: str, classes: List[str],
-            after_batch: Optional[Callable[[], None]] = None) -> Features:
+def extract(args, function: Callable[[torch.Tensor], torch.Tensor], dataset: Dataset, device: torch.device, *,
+            header: str, after_batch: Optional[Callable[[], None]] = None) -> Features:
     """The features of all images, on every process.
 
     Args:
+        args: flags of a loader, and --amp.
         function: images (B, 3, img_h, img_w) -> features (B, C).
-        loader: of loaders.batches, for evaluation.
-        amp_dtype: autocast type; None: full precision.
+        dataset: of `build_dataset`.
         header: what is running, for progress.
         after_batch: called after each batch, equally often on all processes.
     """
+    loader, amp_dtype = build_eval_loader(dataset, args, device), flags.amp_dtype(args, device)
     rows, labels = [torch.zeros(0, 0)], [torch.zeros(0, 1, dtype=torch.int64)]
     progress = Progress(DevicePrefetch(loader, device), header, device)
     for images, targets in with_stops(progress, loader, after_batch):
@@ -100,7 +102,7 @@ def extract(function: Callable[[torch.Tensor], torch.Tensor], loader, *, device:
     found = [processes.gather_rows(torch.cat(parts[1:] or parts), in_turn=loader.counts_batches)
              for parts in (rows, labels)]
     loader.images_evaluated(len(found[0]))
-    return Features(found[0], found[1][:, 0], classes)
+    return Features(found[0], found[1][:, 0], datasets.class_names(dataset))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ import xcit
 from dino import features
 from dino.features import Features
 from loaders import readers
-from loaders.batches import build_eval_loader
 from run import flags, processes
 from run.commandline import COUNT, PATH
 from run.folder import check_output_dir
@@ -39,13 +38,11 @@ class Frozen:
         state: its weights as they were read, without a classifier's.
         fingerprint: of them.
         seed: of the training that they come from, as far as it is known.
-        source: where they come from, as the user gave it.
     """
     loaded: common.LoadedModel
     state: dict
     fingerprint: str
     seed: int
-    source: str
 
     @property
     def identity(self) -> dict:
@@ -133,13 +130,12 @@ def load(args, device: torch.device) -> Frozen:
     patch_size = getattr(loaded.model, 'feature_info', [{}])[0].get('reduction')
     if args.patch_size not in (None, patch_size):
         raise InputError(f'--patch-size {args.patch_size}: {loaded.name} has patches of {patch_size} pixels')
-    state = {key: value.detach().cpu().clone() for key, value in loaded.model.state_dict().items()
-             if key not in weights.head_keys(loaded.model)}
+    state = {key: value.detach().cpu().clone() for key, value in weights.backbone_state(loaded.model).items()}
     fingerprint = weights.fingerprint(loaded.model)
     if isinstance(loaded.model, xcit.Xcit):
         xcit.fuse(loaded.model)
     loaded.model.to(device)
-    return Frozen(dataclasses.replace(loaded, device=device), state, fingerprint, loaded.seed or 0, args.pretrained)
+    return Frozen(dataclasses.replace(loaded, device=device), state, fingerprint, loaded.seed or 0)
 
 
 def for_data(args, frozen: Frozen):
@@ -164,17 +160,6 @@ def build_datasets(args, splits: Sequence[str] = SPLITS) -> List[Dataset]:
     return sets
 
 
-def extract(args, frozen: Frozen, dataset: Dataset, device: torch.device, *, split: str, function=None) -> Features:
-    """The features of a data set's images, on every process.
-
-    Args:
-        function: images (B, 3, img_h, img_w) -> features (B, C), instead of the backbone.
-    """
-    return features.extract(function or frozen, build_eval_loader(dataset, args, device), device=device,
-                            amp_dtype=flags.amp_dtype(args, device), header=f'Features, {split}',
-                            classes=datasets.class_names(dataset))
-
-
 def features_of_both(args, frozen: Frozen, sets: List[Dataset], device: torch.device) -> Tuple[Features, Features]:
     """Features of training and test images, from --features-dir if they are there.
 
@@ -184,7 +169,7 @@ def features_of_both(args, frozen: Frozen, sets: List[Dataset], device: torch.de
     kept = read_kept(args, frozen, sets) if args.features_dir else {}
     for split, dataset in zip(SPLITS, sets):
         if split not in kept:
-            kept[split] = extract(args, frozen, dataset, device, split=split)
+            kept[split] = features.extract(args, frozen, dataset, device, header=f'Features, {split}')
             if args.features_dir and processes.is_main_process():
                 path = kept_file(args, split)
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from dino import frozen, neighbours
+from dino import features, frozen, neighbours
 from dino.features import Features
 from loaders import readers
 from run import flags, processes
@@ -65,14 +65,14 @@ def evaluate(args, device: torch.device) -> dict:
     """Returns what --output is to hold."""
     if args.train_features:
         train, val = frozen.read_both(args)
-        check(args, len(train))
+        neighbours.check(args.nb_knn, len(train))
         return {'results': words_by_k(classify(args, train, val, device)), 'train_features': args.train_features,
                 'val_features': args.val_features, 'images': {'train': len(train), 'val': len(val)}}
     backbone = frozen.load(args, device)
     args = frozen.for_data(args, backbone)
     sets = frozen.build_datasets(args)
     if not readers.is_stream(args.data_set):
-        check(args, len(sets[0]))
+        neighbours.check(args.nb_knn, len(sets[0]))
     train, val = frozen.features_of_both(args, backbone, sets, device)
     found = {'model': backbone.loaded.name, 'weights': args.pretrained, 'fingerprint': backbone.fingerprint,
              'images': {'train': len(train), 'val': len(val)}, 'classes': len(train.classes)}
@@ -80,18 +80,13 @@ def evaluate(args, device: torch.device) -> dict:
         found['baselines'] = {}
         for name, function in (('raw pixels', pixels), (f'untrained, seed {backbone.seed}', untrained(backbone))):
             notice(f'{name}:')
-            parts = [frozen.extract(args, backbone, dataset, device, split=f'{split}, {name}', function=function)
+            parts = [features.extract(args, function, dataset, device, header=f'Features, {split}, {name}')
                      for split, dataset in zip(frozen.SPLITS, sets)]
             if function is pixels:
                 parts = centred(*parts)
             found['baselines'][name] = words_by_k(classify(args, *parts, device))
         notice(f'{args.pretrained}:')
     return {**found, 'results': words_by_k(classify(args, train, val, device))}
-
-
-def check(args, images: int):
-    if problem := neighbours.check(args.nb_knn, images):
-        raise InputError(f'--nb-knn {" ".join(map(str, args.nb_knn))}: {problem}')
 
 
 def classify(args, train: Features, val: Features, device: torch.device) -> Results:
@@ -120,12 +115,11 @@ def centred(train: Features, val: Features) -> List[Features]:
     return [Features(found.features - mean, found.labels, found.classes) for found in (train, val)]
 
 
-def untrained(backbone: frozen.Frozen):
+def untrained(backbone: frozen.Frozen) -> torch.nn.Module:
     """Images (B, 3, img_h, img_w) -> (B, C), as the training's network had it before its first step."""
     seed_everything(backbone.seed)
     model = timm.create_model(backbone.loaded.name, num_classes=0)
-    model.eval().requires_grad_(False).to(backbone.loaded.device)
-    return lambda images: model.forward_head(model.forward_features(images), pre_logits=True)
+    return model.eval().requires_grad_(False).to(backbone.loaded.device)
 
 
 def main(argv: Optional[list] = None) -> dict:

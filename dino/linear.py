@@ -143,7 +143,7 @@ def build_source(args, device: torch.device, held: Optional[frozen.Frozen]) -> S
     classes = datasets.class_names(dataset)
     return Source(
         build_train_loader(dataset, args, device, drop_last=False), held,
-        lambda: features.with_numbers_of(classes, frozen.extract(args, held, val_set, device, split='val'),
+        lambda: features.with_numbers_of(classes, features.extract(args, held, val_set, device, header='Features, val'),
                                          where='--data-path: val'),
         len(dataset), held.loaded.model.num_features, classes, held.identity)
 
@@ -337,7 +337,7 @@ def evaluate(args, device: torch.device, held: Optional[frozen.Frozen]) -> dict:
         raise InputError(f'{source}: is for other classes ({abridge(names, 4)}), or in another order, than these '
                          f'({abridge(list(classes), 4)})')
     if held is not None:
-        val = frozen.extract(args, held, dataset, device, split='val')
+        val = features.extract(args, held, dataset, device, header='Features, val')
     stats = {**classifiers.evaluate(layer.to(device), val, device), 'images': len(val)}
     notice(classifiers.line(stats))
     if args.output_dir and processes.is_main_process():

@@ -15,7 +15,6 @@ from dino import data, features, neighbours
 from dino.networks import MultiCrop
 from engine import evaluating
 from loaders import readers
-from loaders.batches import build_eval_loader
 from reports import maps
 from run import flags, parts, processes
 from run.commandline import COUNT, COUNT_OR_0, PATH, POSITIVE
@@ -152,8 +151,8 @@ class Monitor:
         except InputError as error:
             flag = '--knn-data-path' if self.args.knn_data_path else '--data-path'
             raise InputError(f'--knn-every: {str(error).replace("--data-path", flag)}') from None
-        if not readers.is_stream(args.data_set) and (problem := neighbours.check([args.nb_knn], len(sets[0]))):
-            raise InputError(f'--nb-knn {args.nb_knn}: {problem}')
+        if not readers.is_stream(args.data_set):
+            neighbours.check([args.nb_knn], len(sets[0]))
         return sets
 
     def labelled_args(self) -> argparse.Namespace:
@@ -204,11 +203,9 @@ class Monitor:
         args = self.labelled_args()
         processes.broadcast_buffers(teacher)
         with evaluating(teacher.backbone):
-            train, test = (features.extract(
-                teacher.backbone, build_eval_loader(dataset, args, self.device), device=self.device,
-                amp_dtype=flags.amp_dtype(args, self.device), header=f'k-NN, {name} images',
-                classes=datasets.class_names(dataset), after_batch=run.look_up)
-                for dataset, name in zip(self.sets, ('training', 'test')))
+            train, test = (features.extract(args, teacher.backbone, dataset, self.device,
+                                            header=f'k-NN, {name} images', after_batch=run.look_up)
+                           for dataset, name in zip(self.sets, ('training', 'test')))
         test = features.in_common(train, test, where='--knn-data-path: test images')
         return neighbours.classify(train, test, ks=[args.nb_knn], temperature=args.knn_temperature,
                                    device=self.device)[args.nb_knn]

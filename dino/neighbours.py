@@ -102,8 +102,7 @@ def classify(train: Features, test: Features, *, ks: Sequence[int], temperature:
     Raises:
         InputError: a number of neighbours is above that of the training images.
     """
-    if problem := check(ks, len(train)):
-        raise InputError(f'--nb-knn {" ".join(map(str, ks))}: {problem}')
+    check(ks, len(train))
     mine = slice(processes.get_rank(), None, processes.get_world_size())
     hits = accuracies(train.features, train.labels, test.features[mine], test.labels[mine], ks=ks,
                       temperature=temperature, num_classes=len(train.classes), device=device)
@@ -111,10 +110,15 @@ def classify(train: Features, test: Features, *, ks: Sequence[int], temperature:
     return {k: tuple((100 * row / len(test)).tolist()) for k, row in zip(ks, counts.double())}
 
 
-def check(ks: Sequence[int], images: int) -> str:
-    """What is wrong about numbers of neighbours, '' if nothing is."""
-    too_many = [k for k in ks if k > images]
-    return f'there are {images} training images, less than {max(too_many)} neighbours' if too_many else ''
+def check(ks: Sequence[int], images: int):
+    """Refuse more neighbours than there are training images.
+
+    Raises:
+        InputError: so it is.
+    """
+    if max(ks) > images:
+        raise InputError(f'--nb-knn {" ".join(map(str, ks))}: there are {images} training images, less than {max(ks)} '
+                         f'neighbours')
 
 
 def line(k: int, top1: float, top5: float) -> str:

@@ -43,7 +43,7 @@ def is_main_process() -> bool:
 
 
 def reduce_over_processes(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
-    """Elementwise sum (or another reduction) of a CPU tensor over all processes."""
+    """Elementwise sum (or another reduction) of a tensor, on any device, over all processes."""
     if is_distributed():
         values = values.clone()
         dist.all_reduce(values, op)
@@ -52,11 +52,7 @@ def reduce_over_processes(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.T
 
 def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
     """Elementwise mean, on any device, over all processes."""
-    if is_distributed():
-        values = values.clone()
-        dist.all_reduce(values)
-        values /= get_world_size()
-    return values
+    return reduce_over_processes(values) / get_world_size()
 
 
 def sum_over_processes(sums: dict) -> dict:

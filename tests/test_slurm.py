@@ -1,4 +1,4 @@
-"""run_with_submitit.py, with a real SLURM of two nodes on this machine, and without any."""
+"""Jobs of run_with_submitit.py, with a real SLURM of two nodes on this machine and without SLURM."""
 import json
 import os
 import pickle
@@ -19,7 +19,11 @@ import submitit
 from conftest import tiny, write_folders
 
 import run_with_submitit
-from run_with_submitit import main, slurm_query, slurm_status
+from run_with_submitit import main
+from slurm.cluster import ENDED, job_exit_code, job_state, query
+from slurm.following import has_succeeded
+from slurm.job import NotRequeued, Task
+from slurm.submission import outside_any_job
 from utils import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +31,7 @@ DAEMONS = ('munged', 'slurmctld', 'slurmd')
 
 
 def free_ports(count: int) -> int:
-    """The first of several consecutive ports that nothing uses."""
+    """Return the first of several consecutive free ports."""
     while True:
         with socket.socket() as probe:
             probe.bind(('127.0.0.1', 0))
@@ -43,7 +47,7 @@ def free_ports(count: int) -> int:
 
 @pytest.fixture(scope='session')
 def slurm_conf():
-    """A cluster with the nodes 127.0.0.1 and 127.0.0.2, of 4 CPUs and 2 fake GPUs each, without accounting."""
+    """Path of the slurm.conf of a cluster of two nodes with 4 CPUs and 2 fake GPUs each, without accounting."""
     missing = [name for name in DAEMONS if not shutil.which(name, path=f'{os.environ["PATH"]}:/usr/sbin:/sbin')]
     if missing:
         message = f'{", ".join(missing)} not found: apt-get install slurm-wlm munge'
@@ -59,7 +63,7 @@ def slurm_conf():
 
 @pytest.fixture
 def cluster(slurm_conf, monkeypatch):
-    """The environment in which SLURM's commands, and so run_with_submitit.py, find the cluster."""
+    """Environment in which SLURM's commands find the cluster."""
     monkeypatch.setenv('SLURM_CONF', str(slurm_conf))
 
 
@@ -69,12 +73,12 @@ def data(tmp_path_factory) -> Path:
 
 
 def job_flags(data: Path, base: Path, *more: str) -> list:
-    """A tiny training of one CPU process on each of two nodes, with its directory in `base`."""
+    """Return the flags of a tiny run with one CPU process on each of two nodes, and its folder in `base`."""
     return [*tiny(data), '--ngpus', '0', '--timeout', '5', '--job-dir', f'{base}/%j', *more]
 
 
 def submit(capsys, flags: list):
-    """Submit without waiting; returns the job's id and directory."""
+    """Submit without waiting; return the job's id and folder."""
     assert main(flags) == 0
     printed = capsys.readouterr().out
     return re.match(r'Job (\d+) ', printed)[1], Path(re.search(r'logs: +(.*)/', printed)[1])
@@ -89,9 +93,9 @@ def wait_for(condition, seconds: float = 90):
 
 
 def end_of(job_id: str) -> str:
-    """Wait for the end of a job; returns its state."""
-    wait_for(lambda: (slurm_status(job_id) or ('',))[0] in run_with_submitit.ENDED, 300)
-    return slurm_status(job_id)[0]
+    """Wait for the end of a job; return its state."""
+    wait_for(lambda: job_state(job_id)[0] in ENDED, 300)
+    return job_state(job_id)[0]
 
 
 def log_of(folder: Path, rank: int = 0) -> str:
@@ -103,37 +107,37 @@ def epochs_of(output_dir: Path) -> list:
 
 
 def stops_of(log: str) -> list:
-    """Where a job stopped, after a check that it went on there."""
+    """Return the positions of a job's stops; check that the job resumed there."""
     stopped = re.findall(r'stopped at (epoch \d+, step \d+)', log)
     assert re.findall(r'goes on at (epoch \d+, step \d+)', log) == stopped
     return stopped
 
 
 def restarts_of(job_id: str) -> int:
-    return int(re.search(r'Restarts=(\d+)', slurm_query('scontrol', 'show', 'job', job_id)[1])[1])
+    return int(re.search(r'Restarts=(\d+)', query('scontrol', 'show', 'job', job_id)[1])[1])
 
 
 def processes(**variables: str):
-    """Ids of the processes of main.py that have these environment variables."""
+    """Yield the ids of main.py's processes with these environment variables."""
     for entry in Path('/proc').iterdir():
         try:
-            words = (entry / 'cmdline').read_bytes().decode().split('\0')
+            command = (entry / 'cmdline').read_bytes().decode().split('\0')
             environment = (entry / 'environ').read_bytes().decode(errors='replace').split('\0')
-        except (OSError, ValueError):  # not a process, not ours, or gone
+        except (OSError, ValueError):  # not a process, another user's, or ended
             continue
-        if str(ROOT / 'main.py') in words and {f'{k}={v}' for k, v in variables.items()} <= set(environment):
+        if str(ROOT / 'main.py') in command and {f'{k}={v}' for k, v in variables.items()} <= set(environment):
             yield int(entry.name)
 
 
 def job_processes(job_id: str, **variables: str):
-    """Those of a job of the tests' cluster, and not of another one's that has the same number."""
+    """Yield the ids of main.py's processes in a job of the tests' cluster; ids of other clusters' jobs may be equal."""
     return processes(SLURM_CONF=os.environ['SLURM_CONF'], SLURM_JOB_ID=job_id, **variables)
 
 
 # ----- the command line
 
 def test_dry_run_prints_the_script_and_submits_nothing(tmp_path, monkeypatch, capsys):
-    """Each flag of the job is where SLURM reads it; no directory is made, and SLURM is not needed."""
+    """--dry-run translates each flag into an option of sbatch, makes no folder and needs no SLURM."""
     monkeypatch.setenv('PATH', str(tmp_path))
     job_dir = tmp_path / 'runs' / '%j'
     assert main(['--dry-run', '--nodes', '3', '--ngpus', '4', '--cpus-per-task', '6', '--mem-gb', '1.5',
@@ -147,12 +151,12 @@ def test_dry_run_prints_the_script_and_submits_nothing(tmp_path, monkeypatch, ca
                    f'output={job_dir}/%j_0_log.out'):
         assert f'#SBATCH --{option}\n' in script
     setup, command = script.split('# setup\n')[1].split('# command\n')
-    assert setup.splitlines()[1:3] == ['module load cuda', 'ulimit -c 0']
+    assert setup.splitlines()[:2] == ['module load cuda', 'ulimit -c 0']
     assert '--cpus-per-task=6' in command
     assert not job_dir.parent.exists()
 
 
-@pytest.mark.parametrize(('flags', 'words'), [
+@pytest.mark.parametrize(('flags', 'pieces'), [
     (['--model', 'xcit_smal_12_p16'], ['--model xcit_smal_12_p16', 'similar: xcit_small_12_p16']),
     (['--opt', 'adamwww', '--ngpus', '0'], ['--opt adamwww']),
     (['--no-such-flag'], ['--no-such-flag']),
@@ -167,23 +171,24 @@ def test_dry_run_prints_the_script_and_submits_nothing(tmp_path, monkeypatch, ca
     (['--ngpus', '8', '--tasks-per-node', '4'], ['--tasks-per-node 4', '--ngpus 8']),
     (['--use-volta32', '--constraint', 'a100'], ['--use-volta32', 'a100']),
     (['--job-dir', 'runs/%u'], ['--job-dir runs/%u', '%j']),
+    (['--output-dir', 'runs/%u'], ['--output-dir runs/%u', '%j']),
     (['--job-dir', __file__ + '/%j', '--ngpus', '0', '--cluster', 'local'], ['--job-dir', 'is not a directory']),
     (['--dry-run', '--cluster', 'local'], ['--dry-run', '--cluster local']),
     (['--cluster', 'local', '--nodes', '1000'], ['--nodes 1000 --ngpus 8', '--ngpus 0']),
 ])
-def test_bad_flags_are_refused_before_submission(flags, words, tmp_path, monkeypatch):
-    """One line that names the flag, its value and what is allowed, for main.py's flags and for the job's."""
+def test_bad_flags_are_refused_before_submission(flags, pieces, tmp_path, monkeypatch):
+    """The error is one line with the flag, its value and the allowed values, for flags of main.py and of the job."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as caught:
         main(flags)
     assert '\n' not in str(caught.value)
-    for word in words:
-        assert word in str(caught.value)
+    for piece in pieces:
+        assert piece in str(caught.value)
     assert not list(tmp_path.glob('runs/*'))
 
 
 def test_program_prints_one_line_and_exits_with_2(tmp_path):
-    """As a user sees it: no traceback, nothing on stdout."""
+    """A bad flag causes no traceback and no output on stdout."""
     result = subprocess.run([sys.executable, ROOT / 'run_with_submitit.py', '--model', 'resnet', '--dry-run'],
                             cwd=tmp_path, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, '')
@@ -191,7 +196,7 @@ def test_program_prints_one_line_and_exits_with_2(tmp_path):
 
 
 def test_help_names_the_flags_of_both(capsys):
-    """main.py's and the job's, and what --job-dir must be."""
+    """--help lists flags of main.py and of the job, and the requirement for --job-dir."""
     with pytest.raises(SystemExit):
         main(['--help'])
     text = ' '.join(capsys.readouterr().out.split())
@@ -201,13 +206,13 @@ def test_help_names_the_flags_of_both(capsys):
 
 
 @pytest.mark.parametrize('command', [
-    # its README
+    # from its README
     '--partition P --nodes 2 --ngpus 8 --model xcit_small_12_p16 --batch-size 64 --drop-path 0.05 --job_dir {} '
     '--epochs 400',
-    # and all other flags of its program
+    # all other flags of its program
     '--ngpus 8 --nodes 2 --timeout 2800 --job_dir {} --partition learnfair --use_volta32 --comment icml'])
 def test_commands_of_the_original(command, tmp_path, capsys):
-    """Word for word."""
+    """Command lines of the original work unchanged."""
     assert main(['--dry-run', *command.format(tmp_path / 'jobs').split()]) == 0
     script = capsys.readouterr().out
     assert '--nodes=2' in script
@@ -216,7 +221,7 @@ def test_commands_of_the_original(command, tmp_path, capsys):
 
 
 def test_program_can_be_another(tmp_path, data, capsys):
-    """--program MODULE: its flags are checked, and the script says what each process runs."""
+    """--program MODULE runs another program, and its flags are checked."""
     flags = ['--program', 'tests.rotation_training', '--dry-run', '--ngpus', '0', '--job-dir', str(tmp_path / 'jobs'),
              '--data_path', str(data / 'train')]
     assert main([*flags, '--iterations', '7']) == 0
@@ -228,15 +233,16 @@ def test_program_can_be_another(tmp_path, data, capsys):
 
 
 @pytest.mark.parametrize(('program', 'message'), [
-    ('dino.trian', 'no such module'), ('../x', 'no such module'), ('utils', 'has no parse_args and main')])
-def test_program_that_is_none(program, message):
-    """Names that are no program's, before anything is submitted."""
+    ('dino.trian', 'no such module'), ('../x', 'no such module'),
+    ('utils', 'must have the functions parse_args and main')])
+def test_unknown_program(program, message):
+    """Names of missing modules and of modules that are not programs are refused before submission."""
     with pytest.raises(InputError, match=f'--program {program}: {message}'):
         main(['--program', program, '--dry-run'])
 
 
 def test_help_shows_both(capsys):
-    """The job's flags and the program's."""
+    """--help exits with 0 and lists flags of the job and of the program."""
     with pytest.raises(SystemExit) as ended:
         main(['--help'])
     assert ended.value.code == 0
@@ -246,30 +252,30 @@ def test_help_shows_both(capsys):
 
 
 def test_gpu_flags_do_not_need_a_gpu_here(capsys):
-    """The machine from which a job is submitted often has no GPU."""
+    """GPU flags are accepted on a machine without GPU."""
     assert main(['--ngpus', '8', '--device', 'cuda', '--amp', 'fp16', '--dry-run']) == 0
 
 
 def test_original_command_line_of_dino_is_accepted(tmp_path, capsys):
-    """With fp16, which this machine may not have."""
+    """DINO's original command line is accepted, fp16 included."""
     assert main(['--program', 'dino.train', '--dry-run', '--ngpus', '8', '--nodes', '2', '--use_fp16', 'true',
                  '--arch', 'xcit_small_12_p16', '--data_path', str(tmp_path), '--job-dir', str(tmp_path / 'jobs')]) == 0
     assert '-m dino.train --use_fp16 true --arch xcit_small_12_p16' in capsys.readouterr().out
 
 
 def test_another_runs_directory_is_refused(tmp_path):
-    """After a requeue, its checkpoint would be taken for the job's own; --resume auto, which means it, is accepted."""
+    """An --output-dir with a checkpoint is refused without --resume auto: a requeued job would resume from it."""
     (tmp_path / 'checkpoint.pth').touch()
-    with pytest.raises(InputError, match=r'holds the checkpoint of another run; .* --resume auto'):
+    with pytest.raises(InputError, match=r'contains the checkpoint of another run; .* --resume auto'):
         main(['--dry-run', '--output-dir', str(tmp_path)])
     assert main(['--dry-run', '--output-dir', str(tmp_path), '--resume', 'auto']) == 0
 
 
-# ----- a cluster that does what it is asked
+# ----- jobs that complete
 
 @pytest.fixture(scope='module')
 def finished(slurm_conf, data, tmp_path_factory):
-    """A training of two nodes that was waited for: (its exit code, what was printed, its directory)."""
+    """Exit code, output and folder of a run on two nodes with --wait."""
     base = tmp_path_factory.mktemp('runs')
     command = [sys.executable, ROOT / 'run_with_submitit.py', *job_flags(data, base, '--epochs', '1', '--wait')]
     result = subprocess.run(command, cwd=base, env={**os.environ, 'SLURM_CONF': str(slurm_conf)}, text=True,
@@ -278,7 +284,7 @@ def finished(slurm_conf, data, tmp_path_factory):
 
 
 def test_two_nodes_train_to_the_end(finished):
-    """With --wait: the log is printed, the result is 0, and both nodes' processes trained one model in %j."""
+    """With --wait the log is printed, the exit code is 0, and the processes of both nodes train one model in %j."""
     code, printed, base = finished
     job_id = re.match(r'Job (\d+) ', printed)[1]
     assert code == 0
@@ -290,17 +296,17 @@ def test_two_nodes_train_to_the_end(finished):
 
 
 def test_nothing_is_left_beside_the_jobs_directory(finished):
-    """No files for rendezvous, and none of the submission."""
+    """Neither rendezvous nor submission leaves files outside the job's folder."""
     _, printed, base = finished
     job_id = re.match(r'Job (\d+) ', printed)[1]
     assert [path.name for path in base.iterdir()] == [job_id]
-    left = {path.name for path in (base / job_id).iterdir() if path.name.startswith(job_id)}
-    assert left == {f'{job_id}_{name}' for name in ('submission.sh', 'submitted.pkl', '0_log.out', '1_log.out',
-                                                    '0_result.pkl', '1_result.pkl')}
+    names = {path.name for path in (base / job_id).iterdir() if path.name.startswith(job_id)}
+    assert names == {f'{job_id}_{name}' for name in ('submission.sh', 'submitted.pkl', '0_log.out', '1_log.out',
+                                                     '0_result.pkl', '1_result.pkl')}
 
 
 def test_dry_run_prints_what_is_submitted(finished, data, capsys):
-    """Line by line the script in the job's directory."""
+    """--dry-run prints the submitted script, line by line."""
     _, _, base = finished
     assert main(job_flags(data, base, '--dry-run')) == 0
     script, command = capsys.readouterr().out.split('\n# Each process runs: ')
@@ -308,26 +314,33 @@ def test_dry_run_prints_what_is_submitted(finished, data, capsys):
     assert command.startswith(f'python -u {ROOT / "main.py"} --model')
 
 
+def test_processes_of_a_job_import_no_torch():
+    """A job's own processes load the pickled task without torch, which each of them would load beside its rank."""
+    code = f'import pickle, sys; task = pickle.loads({pickle.dumps(Task("main", [], "", 1, True, {}, ""))!r}); ' \
+           'assert task.program == "main"; assert "torch" not in sys.modules'
+    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
+
+
 # ----- without the wrapper
 
 def test_srun_starts_ranks_and_a_batch_script_one_process(cluster, data, tmp_path):
-    """`srun python main.py` on two nodes is one training of two; the same line without srun, before it, is alone."""
+    """`srun python main.py` on two nodes is one run of two processes; without srun, one process runs alone."""
     script, train = tmp_path / 'job.sh', [sys.executable, ROOT / 'main.py', *tiny(data, '--epochs', '1')]
     script.write_text('#!/bin/bash\nset -e\nexport OMP_NUM_THREADS=1\n' + ''.join(
-        f'{shlex.join(map(str, [*words, *train, "--output-dir", tmp_path / name]))}\n'
-        for name, words in (('alone', []), ('ranks', ['srun']))))
+        f'{shlex.join(map(str, [*prefix, *train, "--output-dir", tmp_path / name]))}\n'
+        for name, prefix in (('alone', []), ('ranks', ['srun']))))
     job_id = subprocess.run(['sbatch', '--parsable', '-N2', '-n2', '-o', tmp_path / 'log', script], check=True,
                             capture_output=True, text=True).stdout.strip()
     assert end_of(job_id) == 'COMPLETED', (tmp_path / 'log').read_text()
-    told = {name: json.loads((tmp_path / name / 'args.json').read_text())['derived'] for name in ('alone', 'ranks')}
-    assert (told['alone']['processes'], told['ranks']['processes']) == (1, 2)
+    derived = {name: json.loads((tmp_path / name / 'args.json').read_text())['derived'] for name in ('alone', 'ranks')}
+    assert (derived['alone']['processes'], derived['ranks']['processes']) == (1, 2)
     assert 'srun has started 2 processes' in (tmp_path / 'log').read_text()
 
 
 # ----- time limit and preemption
 
-def assert_went_on_where_it_stopped(job_id: str, folder: Path, epochs: int):
-    """Every start but the first is at the step of the last stop; each epoch was done once; nothing counts as failed."""
+def assert_resumed_at_each_stop(job_id: str, folder: Path, epochs: int):
+    """Check that each restart resumed at the step of the stop, each epoch ran once, and no failure was reported."""
     assert end_of(job_id) == 'COMPLETED', log_of(folder)
     assert len(stops_of(log_of(folder))) == restarts_of(job_id) > 0
     assert epochs_of(folder) == list(range(epochs))
@@ -335,55 +348,55 @@ def assert_went_on_where_it_stopped(job_id: str, folder: Path, epochs: int):
 
 
 def test_time_limit_requeues_the_job(cluster, data, tmp_path, capsys):
-    """At the signal before the limit, all ranks stop; the same job is started again and goes on at that step."""
+    """At the signal before the limit all ranks stop; the same job restarts and resumes at that step."""
     job_id, folder = submit(capsys, job_flags(data, tmp_path, '--epochs', '5'))
     wait_for((folder / 'checkpoint.pth').exists)
     subprocess.run(['scancel', '--signal=USR2', job_id], check=True)  # as SLURM does before the time limit
-    assert_went_on_where_it_stopped(job_id, folder, 5)
+    assert_resumed_at_each_stop(job_id, folder, 5)
 
 
 @pytest.mark.slow
 def test_sigterm_requeues_the_job(cluster, data, tmp_path, capsys):
-    """Some clusters announce preemption by this signal alone."""
+    """SIGTERM, some clusters' only signal before preemption, requeues the job."""
     job_id, folder = submit(capsys, job_flags(data, tmp_path, '--epochs', '5'))
     wait_for((folder / 'checkpoint.pth').exists)
     subprocess.run(['scancel', '--signal=TERM', job_id], check=True)
-    assert_went_on_where_it_stopped(job_id, folder, 5)
+    assert_resumed_at_each_stop(job_id, folder, 5)
 
 
 @pytest.mark.slow
 def test_real_time_limit_requeues_the_job(cluster, data, tmp_path, capsys):
-    """A limit of one minute, which the training exceeds."""
+    """A job with a limit of one minute is requeued and completes."""
     job_id, folder = submit(capsys, job_flags(data, tmp_path, '--epochs', '200', '--timeout', '1', '--nodes', '1'))
     wait_for(lambda: restarts_of(job_id), 120)
-    assert_went_on_where_it_stopped(job_id, folder, 200)
+    assert_resumed_at_each_stop(job_id, folder, 200)
 
 
 def test_preemption_requeues_the_job(cluster, data, tmp_path, capsys):
-    """A job of a higher partition takes the node; the training stops, waits, and goes on at the step of the stop."""
+    """A job of a higher partition preempts the run, which stops, waits and resumes at the step of the stop."""
     job_id, folder = submit(capsys, job_flags(data, tmp_path, '--epochs', '5', '--nodes', '1'))
     wait_for((folder / 'checkpoint.pth').exists)
     urgent = subprocess.run(['sbatch', '--parsable', '-p', 'urgent', '-N2', '-n2', '-c4', '-o', '/dev/null', '--wrap',
                              'true'], check=True, capture_output=True, text=True).stdout.strip()
     assert end_of(urgent) == 'COMPLETED'
-    assert (slurm_status(job_id) or ('',))[0] != 'COMPLETED'
-    assert_went_on_where_it_stopped(job_id, folder, 5)
+    assert job_state(job_id)[0] != 'COMPLETED'
+    assert_resumed_at_each_stop(job_id, folder, 5)
 
 
 def test_no_more_restarts_than_asked_for(cluster, data, tmp_path, capsys):
-    """With --max-restarts 0 the job ends at the limit with the signal's code, stored, and says how to go on."""
+    """--max-restarts 0: at the limit the job stores its state, prints the resume command and fails with 140."""
     job_id, folder = submit(capsys, job_flags(data, tmp_path, '--epochs', '400', '--max-restarts', '0', '--nodes', '1'))
     wait_for((folder / 'checkpoint.pth').exists)
     subprocess.run(['scancel', '--signal=USR2', job_id], check=True)
     assert end_of(job_id) == 'FAILED'
-    assert run_with_submitit.slurm_exit_code(job_id) == 128 + signal.SIGUSR2
+    assert job_exit_code(job_id) == 128 + signal.SIGUSR2
     assert 'timed-out too many times' in log_of(folder)
     assert f'--output-dir {folder} --resume auto' in log_of(folder).splitlines()[-1]
     assert 'stored in' in log_of(folder)
 
 
 def test_a_cluster_that_does_not_requeue(cluster, data, tmp_path, capsys):
-    """Nodes without scontrol: at the time limit the state is stored, and the log's last line is how to go on."""
+    """Nodes without scontrol: at the time limit the state is stored, and the log ends with the resume command."""
     (tmp_path / 'bin').mkdir()
     for name in ('bash', 'srun', 'env'):
         (tmp_path / 'bin' / name).symlink_to(shutil.which(name))
@@ -392,10 +405,10 @@ def test_a_cluster_that_does_not_requeue(cluster, data, tmp_path, capsys):
     wait_for((folder / 'checkpoint.pth').exists)
     subprocess.run(['scancel', '--signal=USR2', job_id], check=True)
     assert end_of(job_id) == 'FAILED'
-    assert run_with_submitit.slurm_exit_code(job_id) == 128 + signal.SIGUSR2
+    assert job_exit_code(job_id) == 128 + signal.SIGUSR2
     assert 'stored in' in log_of(folder)
     *_, last = log_of(folder).splitlines()
-    assert last == f'To go on: {shlex.join(["python", run_with_submitit.__file__, *flags])} ' \
+    assert last == f'To resume: {shlex.join(["python", run_with_submitit.__file__, *flags])} ' \
                    f'--output-dir {folder} --resume auto'
 
 
@@ -403,14 +416,14 @@ def test_a_cluster_that_does_not_requeue(cluster, data, tmp_path, capsys):
     FileNotFoundError(2, 'No such file or directory', 'scontrol'), subprocess.CalledProcessError(1, ['scontrol']),
     subprocess.TimeoutExpired(['scontrol'], 60)], ids=lambda error: type(error).__name__)
 def test_requeues_that_fail(error, monkeypatch):
-    """Without scontrol, where requeues are forbidden, and where no controller answers: one kind of error."""
+    """NotRequeued is raised without scontrol, if the cluster forbids requeues, and after a timeout."""
     def requeue(*_):
         raise error
 
     before = signal.signal(signal.SIGUSR2, requeue)
     try:
-        run_with_submitit.Task([], '', 1, True, {}).catch_signals(local=False)
-        with pytest.raises(run_with_submitit.NotRequeued, match='scontrol'):
+        Task('main', [], '', 1, True, {}, '').catch_signals(local=False)
+        with pytest.raises(NotRequeued, match='scontrol'):
             signal.raise_signal(signal.SIGUSR2)
     finally:
         signal.signal(signal.SIGUSR2, before)
@@ -419,14 +432,14 @@ def test_requeues_that_fail(error, monkeypatch):
 # ----- jobs that fail
 
 def when(condition, action) -> threading.Thread:
-    """Do something to a job while the test waits for it."""
+    """Start a thread that calls `action` with the result of `condition` as soon as it is true."""
     thread = threading.Thread(target=lambda: action(wait_for(condition)))
     thread.start()
     return thread
 
 
 def test_a_killed_rank_ends_the_job_with_its_code(cluster, data, tmp_path, capsys):
-    """kill -9 of the second rank while the first one hangs: --wait returns 137 soon, and nothing is left running."""
+    """After SIGKILL of rank 1, with rank 0 stopped, --wait returns 137 within 20 s, and no process remains."""
     killed = []
 
     def kill(checkpoints):
@@ -447,8 +460,8 @@ def test_a_killed_rank_ends_the_job_with_its_code(cluster, data, tmp_path, capsy
 
 
 def test_cancelling_ends_the_wait(cluster, data, tmp_path, capsys):
-    """scancel: --wait returns, not with success."""
-    thread = when(lambda: slurm_query('squeue', '-h', '-t', 'RUNNING', '-o', '%A')[1],
+    """--wait returns an error code after scancel."""
+    thread = when(lambda: query('squeue', '-h', '-t', 'RUNNING', '-o', '%A')[1],
                   lambda job_id: subprocess.run(['scancel', job_id], check=True))
     assert main(job_flags(data, tmp_path, '--nodes', '1', '--wait')) != 0
     thread.join()
@@ -456,7 +469,7 @@ def test_cancelling_ends_the_wait(cluster, data, tmp_path, capsys):
 
 
 def test_mistakes_that_only_the_job_can_see_fail_it(cluster, tmp_path, capsys):
-    """A GPU job without its data, on a node whose GPUs are fake: main.py's line is in the log, 2 is the exit code."""
+    """A job without its data fails with exit code 2 and main.py's error in the log."""
     flags = job_flags(tmp_path / 'nowhere', tmp_path, '--ngpus', '1', '--nodes', '1', '--device', 'auto', '--wait')
     assert main(flags) == 2
     printed = capsys.readouterr().out
@@ -468,16 +481,16 @@ def test_mistakes_that_only_the_job_can_see_fail_it(cluster, tmp_path, capsys):
 
 # ----- requests that the cluster can't meet
 
-@pytest.mark.parametrize(('flags', 'words'), [
+@pytest.mark.parametrize(('flags', 'reason'), [
     (['--ngpus', '3', '--device', 'auto'], 'Requested node configuration is not available'),
     (['--partition', 'nope'], 'Invalid partition name specified'),
     (['--constraint', 'volta32gb'], 'Invalid feature specification'),
     (['--mem-gb', '1000'], 'Memory specification can not be satisfied'),
     (['--exclude', '127.0.0.[1-2]'], 'Requested node configuration is not available'),
 ])
-def test_over_asking_is_refused_in_slurms_words(cluster, data, tmp_path, capsys, flags, words):
-    """What SLURM said is the error, what the cluster has is on stderr, and no file is left."""
-    with pytest.raises(InputError, match=f'SLURM refuses the job: .*{words}'):
+def test_rejected_requests(cluster, data, tmp_path, capsys, flags, reason):
+    """The error contains SLURM's reason, stderr lists the cluster's resources, and no file remains."""
+    with pytest.raises(InputError, match=f'SLURM rejected the job: .*{reason}'):
         main(job_flags(data, tmp_path, *flags))
     assert re.search(r'normal\* .* 2 +4 +4000 gpu:2 ', capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
@@ -487,30 +500,30 @@ def test_over_asking_is_refused_in_slurms_words(cluster, data, tmp_path, capsys,
     ['--nodes', '3'], ['--partition', 'single'], ['--partition', 'brief', '--timeout', '60'],
 ])
 def test_a_job_that_would_never_start_is_cancelled(cluster, data, tmp_path, capsys, flags):
-    """SLURM accepts it and lets it pend: its reason is the error, and neither job nor file is left."""
-    with pytest.raises(InputError, match=r'would never start job .* its reason: Partition\w+$') as caught:
+    """A job that SLURM accepts but never starts is cancelled with SLURM's reason, and no file remains."""
+    with pytest.raises(InputError, match=r'would never start job \d+ \(reason: Partition\w+\)') as caught:
         main(job_flags(data, tmp_path, *flags))
     job_id = re.search(r'job (\d+)', str(caught.value))[1]
-    assert slurm_status(job_id)[0] == 'CANCELLED'
+    assert job_state(job_id)[0] == 'CANCELLED'
     assert 'normal*' in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
 def busy(cluster):
-    """Another job has all CPUs of the cluster."""
+    """Cluster whose CPUs are all allocated to another job."""
     blocker = subprocess.run(['sbatch', '--parsable', '-N2', '-n2', '-c4', '-o', '/dev/null', '--wrap', 'sleep 60'],
                              check=True, capture_output=True, text=True).stdout.strip()
     yield
     subprocess.run(['scancel', blocker], check=True)
 
 
-def test_a_job_that_only_waits_its_turn_is_left_alone(busy, data, tmp_path, capsys):
-    """Pending for resources that another job holds is no mistake; the commands to follow and to stop it are printed."""
+def test_a_job_that_waits_for_resources_stays_pending(busy, data, tmp_path, capsys):
+    """A job that waits for another job's resources is not cancelled, and the printed commands follow and stop it."""
     assert main(job_flags(data, tmp_path)) == 0
     printed = capsys.readouterr().out
     job_id = re.match(r'Job (\d+) ', printed)[1]
-    assert slurm_status(job_id)[0] == 'PENDING'
+    assert job_state(job_id)[0] == 'PENDING'
     assert f'follow:  tail -n +1 -F {tmp_path}/{job_id}/{job_id}_0_log.out\n' in printed
     stop = re.search(r'stop: +(.*)', printed)[1]
     subprocess.run(stop, shell=True, check=True)
@@ -518,14 +531,14 @@ def test_a_job_that_only_waits_its_turn_is_left_alone(busy, data, tmp_path, caps
 
 
 def test_a_job_submitted_by_a_job_inherits_nothing(monkeypatch):
-    """Above all not how often that one was restarted; elsewhere the user's preferences stay."""
+    """A job's own variables, e.g. its restart count, are hidden from a job that it submits; other variables stay."""
     monkeypatch.setenv('SLURM_RESTART_COUNT', '3')
     monkeypatch.setenv('SLURM_CONF', '/somewhere/slurm.conf')
     monkeypatch.setenv('SBATCH_ACCOUNT', 'ours')
-    with run_with_submitit.outside_any_job():
+    with outside_any_job():
         assert os.environ['SBATCH_ACCOUNT'] == 'ours'
     monkeypatch.setenv('SLURM_JOB_ID', '1')
-    with run_with_submitit.outside_any_job():
+    with outside_any_job():
         assert [name for name in os.environ if name.startswith('SLURM')] == ['SLURM_CONF']
 
 
@@ -533,7 +546,7 @@ def test_a_job_submitted_by_a_job_inherits_nothing(monkeypatch):
 
 @pytest.fixture
 def no_slurm(tmp_path, monkeypatch):
-    """A PATH on which there is a shell, and nothing of SLURM."""
+    """Environment with a PATH that contains a shell, but not SLURM."""
     (tmp_path / 'bin').mkdir()
     (tmp_path / 'bin' / 'bash').symlink_to(shutil.which('bash'))
     monkeypatch.setenv('PATH', str(tmp_path / 'bin'))
@@ -541,11 +554,11 @@ def no_slurm(tmp_path, monkeypatch):
 
 
 def test_without_slurm_the_job_runs_on_this_machine(no_slurm, data, tmp_path, capsys):
-    """As many processes as it has on all nodes, after the lines of --setup; --wait returns 0."""
+    """Without SLURM this machine runs the lines of --setup and the processes of all nodes, and --wait returns 0."""
     flags = job_flags(data, tmp_path / 'runs', '--epochs', '1', '--setup', 'echo "set up in $PWD"', '--wait')
     assert main(flags) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith('No SLURM cluster answers (sinfo is not installed): the job runs on this machine\n')
+    assert printed.startswith('No SLURM cluster available (sinfo is not installed): the job runs on this machine\n')
     assert f'set up in {os.getcwd()}\n' in printed
     folder, = (tmp_path / 'runs').iterdir()
     assert folder.name.startswith('local-')
@@ -554,7 +567,7 @@ def test_without_slurm_the_job_runs_on_this_machine(no_slurm, data, tmp_path, ca
 
 
 def test_a_local_job_fails_with_its_code_on_any_system(no_slurm, data, tmp_path, capsys):
-    """Where Python has neither os.waitid nor os.pidfd_open, as on macOS: FAILED, and the code of the training."""
+    """Without os.waitid and os.pidfd_open, as on macOS, a job fails with the exit code of the run."""
     (tmp_path / 'sitecustomize.py').write_text('import os\ndel os.waitid, os.pidfd_open\n')
     flags = job_flags(tmp_path / 'nowhere', tmp_path / 'runs', '--nodes', '1', '--wait', '--setup',
                       f'export PYTHONPATH={tmp_path}:$PYTHONPATH')
@@ -564,18 +577,18 @@ def test_a_local_job_fails_with_its_code_on_any_system(no_slurm, data, tmp_path,
     assert printed.endswith('Exit code 2\n')
 
 
-def test_a_process_that_broke_has_not_succeeded(tmp_path):
-    """submitit leaves a result of those, too."""
+def test_only_a_result_without_error_is_a_success(tmp_path):
+    """A process without result or with a stored error has not succeeded."""
     task = submitit.LocalJob(tmp_path, '7')
-    assert not run_with_submitit.has_succeeded(task)
+    assert not has_succeeded(task)
     for outcome in ('error', 'success'):
         task.paths.result_pickle.write_bytes(pickle.dumps((outcome, 0)))
-        assert run_with_submitit.has_succeeded(task) == (outcome == 'success')
+        assert has_succeeded(task) == (outcome == 'success')
 
 
 @pytest.mark.slow
 def test_time_limit_restarts_a_local_job(no_slurm, data, tmp_path, capsys):
-    """After a minute its processes stop and start again in the same directory, each epoch done once."""
+    """After a minute the processes of a local job stop and restart in the same folder; each epoch runs once."""
     flags = job_flags(data, tmp_path / 'runs', '--epochs', '200', '--nodes', '1', '--timeout', '1', '--wait')
     assert main(flags) == 0
     printed = capsys.readouterr().out
@@ -585,7 +598,7 @@ def test_time_limit_restarts_a_local_job(no_slurm, data, tmp_path, capsys):
 
 
 def test_ctrl_c_stops_a_local_job_in_order(data, tmp_path):
-    """The program that waits has the training store its state, and ends with SIGTERM's code after all processes."""
+    """After Ctrl-C the run stores its state, and --wait returns SIGTERM's code after the end of all processes."""
     command = [sys.executable, ROOT / 'run_with_submitit.py', '--cluster', 'local',
                *job_flags(data, tmp_path, '--epochs', '400', '--nodes', '1', '--wait')]
     waiting = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -597,12 +610,12 @@ def test_ctrl_c_stops_a_local_job_in_order(data, tmp_path):
     assert not list(processes(SUBMITIT_LOCAL_JOB_ID=re.match(r'Job (\d+) ', printed)[1]))
 
 
-def test_commands_without_a_cluster_do_not_count_as_slurm(slurm_conf, tmp_path, monkeypatch, capsys):
-    """SLURM is installed, but no controller answers."""
+def test_installed_commands_without_a_cluster_are_not_slurm(slurm_conf, tmp_path, monkeypatch, capsys):
+    """An unreachable controller selects this machine with --cluster auto, and is an error with --cluster slurm."""
     conf = slurm_conf.read_text()
     (tmp_path / 'slurm.conf').write_text(re.sub(r'SlurmctldPort=\d+', 'SlurmctldPort=9\nMessageTimeout=1', conf))
     monkeypatch.setenv('SLURM_CONF', str(tmp_path / 'slurm.conf'))
     assert run_with_submitit.choose_cluster('auto') == 'local'
     assert 'Unable to contact slurm controller' in capsys.readouterr().out
-    with pytest.raises(InputError, match=r'--cluster slurm: no cluster answers .*Unable to contact'):
+    with pytest.raises(InputError, match=r'--cluster slurm: no cluster available .*Unable to contact'):
         run_with_submitit.choose_cluster('slurm')

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-FOLDERS = ('run', 'loaders', 'reports', 'tools', 'dino')
+FOLDERS = ('run', 'loaders', 'reports', 'slurm', 'tools', 'dino')
 FILES = [*ROOT.glob('*.py'), *(path for folder in FOLDERS for path in ROOT.glob(f'{folder}/*.py'))]
 MODULES = {'.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__'): path for path in FILES}
 

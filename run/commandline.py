@@ -153,6 +153,6 @@ def exit_code_of(main):
 
 def say(words: str, *, error: bool = False):
     """Print why the program ends, with its name, and tell torchrun."""
-    name, kind, rank = Path(sys.argv[0]).name, ': error' if error else '', launch.rank()
+    name, kind, rank = Path(sys.argv[0]).name, ': error' if error else '', launch.environment_rank()
     print(f'{name}{kind}{f" (rank {rank})" if rank else ""}: {words}', file=sys.stderr, flush=True)
-    launch.tell_torchrun(f'{name}{kind}: {words}')
+    launch.report_to_torchrun(f'{name}{kind}: {words}')

@@ -151,7 +151,8 @@ def test_dry_run_prints_the_script_and_submits_nothing(tmp_path, monkeypatch, ca
                    f'output={job_dir}/%j_0_log.out'):
         assert f'#SBATCH --{option}\n' in script
     setup, command = script.split('# setup\n')[1].split('# command\n')
-    assert setup.splitlines()[:2] == ['module load cuda', 'ulimit -c 0']
+    assert setup.splitlines()[:3] == ['module load cuda', 'ulimit -c 0', 'export PYTHONSAFEPATH=1 '
+                                      f'PYTHONPATH={ROOT}${{PYTHONPATH:+:$PYTHONPATH}}']
     assert '--cpus-per-task=6' in command
     assert not job_dir.parent.exists()
 

@@ -4,8 +4,8 @@
 #
 #   usage: start-slurm.sh DIR PORT    then: export SLURM_CONF=DIR/slurm.conf
 #
-# Everything it writes lies under DIR, whose path must be short (it holds a socket); PORT to PORT + 2 must be free.
-# stop-slurm.sh DIR ends what was started here.
+# All files are written to DIR, whose path must be short (DIR contains a socket). PORT to PORT + 2 must be free.
+# stop-slurm.sh DIR ends the cluster.
 set -euo pipefail
 dir=$1 port=$2
 here=$(cd "$(dirname "$0")" && pwd)
@@ -15,7 +15,7 @@ chmod 755 "$dir"
 mkdir -m 700 "$dir/munge"
 trap '[ "${up:-}" ] || "$here/stop-slurm.sh" "$dir"' EXIT
 
-# A socket that others can reach needs its directory open, the key one that is closed; --force allows both below /tmp.
+# The socket needs a directory that is open to other users, the key a closed one; --force allows both below /tmp.
 mkdir -m 755 "$dir/socket"
 (umask 077 && head -c 128 /dev/urandom >"$dir/munge/key")
 munged --force --key-file="$dir/munge/key" --seed-file="$dir/munge/seed" --log-file="$dir/munge/log" \
@@ -23,9 +23,9 @@ munged --force --key-file="$dir/munge/key" --seed-file="$dir/munge/seed" --log-f
     { cat "$dir/log/munged" >&2; exit 1; }
 cp "$dir/munge/pid" "$dir/pid/munged"
 
-# Nodes are called by their loopback address, so that a job finds its first node without DNS. Their GPUs are /dev/null.
-# cred_expire: a requeued job waits until its old credential has expired, 2 minutes by default.
-# preempt_send_user_signal: a preempted job gets the signal it asked for with --signal, and GraceTime to react.
+# Node names are loopback addresses, so that a job resolves its first node without DNS. GPUs are links to /dev/null.
+# cred_expire: time until a requeued job can start, 2 minutes by default.
+# preempt_send_user_signal: a preempted job receives the signal of its --signal option, and GraceTime to react.
 for gpu in 0 1; do ln -s /dev/null "$dir/gpu$gpu"; done
 echo "Name=gpu File=$dir/gpu[0-1]" >"$dir/gres.conf"
 echo 'CgroupAutomount=no' >"$dir/cgroup.conf"

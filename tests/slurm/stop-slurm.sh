@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# End the cluster that start-slurm.sh started in the directory, and its jobs.
+# End the cluster of start-slurm.sh DIR, and its jobs.
 #
 #   usage: stop-slurm.sh DIR
 dir=$1
-# Not as kill -0 says it: an ended process counts as alive there until init has collected it, which can take seconds.
+# Unlike kill -0, this ignores zombies, which init can take seconds to collect.
 is_alive() { [ -e "/proc/$1/stat" ] && ! grep -qs ') Z ' "/proc/$1/stat"; }
 export PATH=$PATH:/usr/sbin:/sbin SLURM_CONF=$dir/slurm.conf
 
 if [ -e "$dir/pid/slurmctld" ] && is_alive "$(cat "$dir/pid/slurmctld")"; then
-    # A job's processes ignore SIGTERM: SIGKILL first, so that none is left when its slurmd ends.
+    # A job's processes ignore SIGTERM. SIGKILL ends all of them before their slurmd.
     for state in RUNNING PENDING; do
         timeout 10 squeue -h -t $state -o %A | while read -r job; do
             [ $state = PENDING ] || timeout 10 scancel --full --signal=KILL "$job"
@@ -21,7 +21,7 @@ if [ -e "$dir/pid/slurmctld" ] && is_alive "$(cat "$dir/pid/slurmctld")"; then
     done
 fi
 
-# The nodes first, while they can still reach the controller, which would take seconds to store a state nobody wants.
+# Nodes end first, while the controller is reachable. SIGKILL keeps the controller from storing its state for seconds.
 for name in slurmd-127.0.0.1 slurmd-127.0.0.2 slurmctld munged; do
     [ -e "$dir/pid/$name" ] || continue
     pid=$(cat "$dir/pid/$name")

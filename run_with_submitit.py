@@ -102,9 +102,8 @@ def parse_args(argv: list) -> Tuple[argparse.Namespace, list]:
 
     device = 'cuda' if args.ngpus else 'cpu'
     check_job_flags(args, device)
-    args.constraint = 'volta32gb' if args.use_volta32 else args.constraint
     args.job_dir = str(Path(args.job_dir).absolute())
-    check_job_dir(args.job_dir)
+    args.constraint = 'volta32gb' if args.use_volta32 else args.constraint
     args.tasks_per_node = args.ngpus or args.tasks_per_node or 1
     args.cpus_per_task = args.cpus_per_task or max(1, args.num_workers)
     args.output_dir = str(Path(args.output_dir or args.job_dir).absolute())
@@ -116,7 +115,7 @@ def parse_args(argv: list) -> Tuple[argparse.Namespace, list]:
 
 
 def check_job_flags(args, device: str):
-    """Raise InputError for flags of the job that contradict each other."""
+    """Raise InputError for contradicting flags of the job, and for a --job-dir that can't be created."""
     if args.device not in ('auto', device):
         raise InputError(f'--device {args.device}: must be {device} or auto with --ngpus {args.ngpus}')
     if args.ngpus and args.tasks_per_node not in (None, args.ngpus):
@@ -129,13 +128,9 @@ def check_job_flags(args, device: str):
             raise InputError(f'{flag} {path}: %j is the only allowed use of %')
     if args.dry_run and args.cluster == 'local':
         raise InputError('--dry-run: prints the script for SLURM, which --cluster local does not use')
-
-
-def check_job_dir(path: str):
-    """Raise InputError if --job-dir can't be created."""
-    parent = next(parent for parent in Path(path).parents if parent.exists())
+    parent = next(path for path in Path(args.job_dir).absolute().parents if path.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-        raise InputError(f'--job-dir {path}: {parent} is not a directory with write permission')
+        raise InputError(f'--job-dir {args.job_dir}: {parent} is not a directory with write permission')
 
 
 def check_checkpoint(args):

@@ -164,8 +164,9 @@ class Task:
             # Any error of this rank follows from the stop of the others, and rank 0 decides about the requeue. Without
             # a result file of this rank, submitit does not count the job as failed.
             sys.exit(0)
-        if stopped and is_running(job):
-            # Some clusters announce preemption by SIGTERM only: handle SIGTERM like the requested signal
+        if stopped and job.name() == 'slurm' and cluster.job_state(job.job_id)[0] == 'RUNNING':
+            # The job is neither cancelled nor requeued. Some clusters announce preemption by SIGTERM only: handle
+            # SIGTERM like the requested signal.
             signal.raise_signal(REQUEUE_SIGNAL)
         name = f'python -m {self.program}' if '.' in self.program else f'{self.program}.py'
         print(f'Rank {job.global_rank}: {name} ended with exit code {code}', flush=True)
@@ -247,8 +248,3 @@ def kill_with_parent():
     """Make the kernel kill this process when its parent dies, even by SIGKILL; for preexec_fn, on Linux."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def is_running(job) -> bool:
-    """Return whether SLURM lists the job as running; False for a cancelled or already requeued job."""
-    return job.name() == 'slurm' and cluster.job_state(job.job_id)[0] == 'RUNNING'

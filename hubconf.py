@@ -5,31 +5,33 @@ import sys
 
 dependencies = ['huggingface_hub', 'numpy', 'safetensors', 'timm', 'torch', 'torchvision', 'tqdm']
 
-# Where the models' classes are
-_MODELS = ('xca', 'xcit', 'xcit_fuse', 'xcit_linear', 'xcit_timm', 'xcit_train', 'xcit_zoo')
-_FILES = ('run', 'utils', 'weights', *_MODELS)  # of this repository, that the models need
+# Modules that define the models' classes
+_MODELS = ('xca', 'xca_gram', 'xcit', 'xcit_attention', 'xcit_fuse', 'xcit_linear', 'xcit_timm', 'xcit_train',
+           'xcit_zoo')
+_FILES = ('run', 'utils', 'weights', *_MODELS)  # modules of this repository that the models need
 
 
 @contextlib.contextmanager
 def _own_modules():
-    """A context in which imports find this repository's files, whatever the caller has imported under their names.
+    """Import this repository's files inside this context, even if the caller has modules of the same names.
 
-    After it the caller has its own modules back; those of the models stay where there were none: pickling needs them.
+    Afterwards the caller's modules are restored. Modules of the models that the caller does not have stay imported,
+    since pickling needs them.
     """
-    others = {name: sys.modules.pop(name) for name in _named() if not _is_own(sys.modules[name])}
-    before = set(_named())
+    others = {name: sys.modules.pop(name) for name in _imported() if not _is_own(sys.modules[name])}
+    before = set(_imported())
     sys.path.insert(0, str(pathlib.Path(__file__).parent))
     try:
         yield
     finally:
         sys.path.remove(str(pathlib.Path(__file__).parent))
-        for name in set(_named()) - before - set(_MODELS):
+        for name in set(_imported()) - before - set(_MODELS):
             del sys.modules[name]
         sys.modules.update(others)
 
 
-def _named() -> list:
-    """Modules that are imported under the names of this repository's files, whoever they are of."""
+def _imported() -> list:
+    """Return names of imported modules that are names of this repository's files, whether or not they are its own."""
     return [name for name in sys.modules if name.split('.')[0] in _FILES]
 
 
@@ -49,15 +51,15 @@ def _entry_point(name: str, size: str, patch_size: int):
     entry_point.__doc__ = f"""XCiT {size} with {patch_size} x {patch_size} pixel patches.
 
     Args:
-        pretrained: False: random weights; True: the published ones for 224 pixels; or a tag of theirs (fb_in1k,
-            fb_dist_in1k, fb_dist_in1k_384, for some models fb_dino), a path, a URL, or hf-hub:OWNER/NAME.
-        kwargs: timm's and the model's, e.g. num_classes, drop_path_rate, features_only. Without num_classes, the
-            model has as many as its weights; with another number, a fresh head.
+        pretrained: False (random weights), True (published weights for 224 pixels), a tag of published weights
+            (fb_in1k, fb_dist_in1k, fb_dist_in1k_384, for some models fb_dino), a path, a URL or hf-hub:OWNER/NAME.
+        kwargs: arguments of timm and of the model, e.g. num_classes, drop_path_rate, features_only. Default of
+            num_classes: as many as the weights; another number: an untrained head.
     """
     return entry_point
 
 
-# Not read from xcit.py: torch.hub imports this file first, then tells which dependencies are missing.
+# Not imported from xcit.py, since torch.hub imports this file before it checks `dependencies`.
 for _size in ('nano_12', 'tiny_12', 'tiny_24', 'small_12', 'small_24', 'medium_24', 'large_24'):
     for _patch_size in (16, 8):
         _name = f'xcit_{_size}_p{_patch_size}'

@@ -20,7 +20,7 @@ from timm.utils import ModelEmaV3
 
 import datasets
 import weights
-import xca
+import xca_gram
 import xcit
 from engine import NonFiniteLoss, evaluate, train_one_epoch
 from loaders import pictures, readers
@@ -85,7 +85,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help='copy the patch stem from these weights and keep it frozen: steadier for large models')
     group.add_argument('--grad-checkpointing', action=boolean, default=False,
                        help='compute activations twice to save memory')
-    group.add_argument('--xca', choices=xca.FORMS, default='auto',
+    group.add_argument('--xca', choices=xca_gram.FORMS, default='auto',
                        help='how XCiT\'s attention is computed; auto: the faster way for the number of tokens; '
                             'gram needs --amp off')
     flags.add_compile_flags(group)

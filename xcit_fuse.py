@@ -1,10 +1,10 @@
-"""The door to fast inference: `fuse` gives the same outputs with less work and less memory.
+"""Fast inference: `fuse` gives a model the same outputs with less work and less memory.
 
-It replaces the modules of a trained model, in place; the model can't be trained or stored under the published names any
-more. What each piece brings is in docs/benchmark.md. Shapes as in xcit.py.
+It replaces the modules of a trained model, in place; afterwards the model cannot be trained, or stored under the
+published names. docs/benchmark.md lists the gain of each piece. Shapes as in xcit.py.
 """
 import re
-from typing import Callable, Iterator, List, Optional, Tuple, Union
+from typing import Callable, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -12,30 +12,33 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from xca import XCA, in_half_precision
+import xca_gram
+from xca import XCA
+from xcit_attention import FastXCA, ShortClassAttention
 from xcit_linear import covariance_in_panels, is_eager_inference, lay_out, linear
+from xcit_timm import TimmModel
 
-# Elements that an intermediate result may have before the work is done in pieces. On a CPU 16 MB in float32, measured;
-# elsewhere pieces only save memory, and large ones keep the device busy.
+# Largest number of elements of an intermediate result that is computed in one piece. On CPUs 16 MB in float32,
+# measured; on other devices pieces only save memory, and large pieces keep the device busy.
 PIECE = {'cpu': 2 ** 22, 'other': 2 ** 26}
 Pieces = Tuple[torch.Tensor, ...]
 
 
 def piece(x: torch.Tensor) -> int:
-    """Elements of a piece on x's device."""
+    """Return the number of elements of a piece on x's device."""
     return PIECE.get(x.device.type, PIECE['other'])
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Prepare an Xcit in eval mode for inference, in place; returns it.
+    """Prepare an Xcit in eval mode for inference, in place; return it.
 
-    BatchNorm and LayerScale are folded into the layers beside them, images pass through the stem in strips and tokens
-    through the blocks in pieces. Hooks of the model itself, of its LayerNorms and of its head are called, perhaps with
-    pieces of the tokens.
+    BatchNorm and LayerScale are folded into the layers beside them, images pass through the stem in strips, and tokens
+    through the blocks in pieces. Hooks of the model itself, of its LayerNorms and of its head are still called, perhaps
+    with pieces of the tokens.
 
     Raises:
-        ValueError: the model is in training mode, is fused already, is no Xcit, or has a layer that can't be fused,
-            which is named: an adapter, say, a quantized layer, or one that somebody listens to. The model is as it was.
+        ValueError: the model is in training mode, is already fused, is not an Xcit, or has a layer that cannot be fused
+            (adapter, quantized layer, layer with hooks). The message names the layer, and the model is unchanged.
     """
     check(model)
     with torch.no_grad():
@@ -48,10 +51,10 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def fuse_stem(model: nn.Module) -> nn.Module:
-    """Fold the stem's BatchNorms alone, in place: the model keeps to plain layers, as TorchScript needs it.
+    """Fold the stem's BatchNorms alone, in place; return the model, which keeps plain layers, as TorchScript needs.
 
     Raises:
-        ValueError: as `fuse`.
+        ValueError: see `fuse`.
     """
     check(model)
     model.patch_embed.proj = folded_stem(model.patch_embed)
@@ -59,109 +62,71 @@ def fuse_stem(model: nn.Module) -> nn.Module:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is let through
+# Checks
+
+# Modules that a fused model does not call: stem, blocks without their norms, class-attention blocks without their MLP
+REPLACED = r'patch_embed|blocks\.\d+(?!\.norm\d$)|cls_attn_blocks\.\d+(\.attn|$)'
+# Their classes by name pattern; of xcit.py, which imports this file, the names of the classes
+CLASSES = {
+    r'patch_embed': 'ConvPatchEmbed',
+    r'patch_embed\.proj': nn.Sequential,
+    r'patch_embed\.proj\.\d\.0|blocks\.\d+\.local_mp\.conv[12]': nn.Conv2d,
+    r'patch_embed\.proj\.\d\.1|blocks\.\d+\.local_mp\.bn': nn.BatchNorm2d,
+    r'patch_embed\.proj\.[135]|blocks\.\d+\.(mlp|local_mp)\.act': nn.GELU,
+    r'blocks\.\d+': 'XCABlock',
+    r'blocks\.\d+\.attn': XCA,
+    r'blocks\.\d+\.mlp': Mlp,
+    r'blocks\.\d+\.local_mp': 'LPI',
+    r'(cls_attn_)?blocks\.\d+\.attn\.(qkv|proj)|blocks\.\d+\.mlp\.fc[12]': nn.Linear,
+    r'cls_attn_blocks\.\d+': 'ClassAttentionBlock',
+    r'cls_attn_blocks\.\d+\.attn': 'ClassAttention',
+}
+
 
 def check(model: nn.Module):
     """Refuse a model that fusing would change.
 
     Raises:
-        ValueError: names the layer, and says why.
+        ValueError: names the layer and the reason.
     """
-    if not isinstance(getattr(model, 'blocks', None), nn.ModuleList) or not hasattr(model, 'pos_embeder'):
-        raise ValueError(f'a {type(model).__name__} cannot be fused: it is no Xcit of this package')
+    if not isinstance(model, TimmModel):
+        raise ValueError(f'a {type(model).__name__} cannot be fused: it is not an Xcit of this package')
     if model.training:
         raise ValueError('a model must be in eval mode to be fused: call model.eval() first')
     if isinstance(model.patch_embed, FusedPatchEmbed):
-        raise ValueError('the model is fused already')
-    for name, expected in fusable(model):
-        try:
-            layer = model.get_submodule(name)
-        except AttributeError:
-            raise ValueError(f'{name} is missing: the model cannot be fused') from None
-        problem = problem_of(layer, expected)
+        raise ValueError('the model is already fused')
+    for name, layer in model.named_modules():
+        problem = problem_of(name, layer) if re.match(REPLACED, name) else None
         if problem:
             raise ValueError(f'{name} ({type(layer).__name__}) cannot be fused: {problem}')
-    for name, module in model.named_modules():
-        if not re.match(REPLACED, name):
-            continue
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            raise ValueError(f'{name} ({type(module).__name__}) has hooks, which would not be called in a fused model: '
-                             f'remove them, or use the model as it is')
-        if module.training:
-            raise ValueError(f'{name} ({type(module).__name__}) is in training mode: call model.eval() first')
 
 
-# What is not called any more: the stem, the blocks but not their norms, class-attention blocks but not their MLP
-REPLACED = r'patch_embed|blocks\.\d+(?!\.norm\d$)|cls_attn_blocks\.\d+(\.attn|$)'
-
-
-def fusable(model: nn.Module) -> Iterator[Tuple[str, Union[type, str]]]:
-    """Names of the layers that fusing reads or replaces, and their classes in a model as it is built.
-
-    Of classes in xcit.py, which imports this file, it is the class's name.
-    """
-    yield 'patch_embed', 'ConvPatchEmbed'
-    yield 'patch_embed.proj', nn.Sequential
-    for i in range(len(model.patch_embed.proj) if isinstance(model.patch_embed.proj, nn.Sequential) else 0):
-        if i % 2:
-            yield f'patch_embed.proj.{i}', nn.GELU
-        else:
-            yield f'patch_embed.proj.{i}.0', nn.Conv2d
-            yield f'patch_embed.proj.{i}.1', nn.BatchNorm2d
-    for i in range(len(model.blocks)):
-        for name, expected in (('', 'XCABlock'), ('.attn', XCA), ('.mlp', Mlp), ('.local_mp', 'LPI')):
-            yield f'blocks.{i}{name}', expected
-        for name in ('attn.qkv', 'attn.proj', 'mlp.fc1', 'mlp.fc2'):
-            yield f'blocks.{i}.{name}', nn.Linear
-        for name in ('mlp.act', 'local_mp.act'):
-            yield f'blocks.{i}.{name}', nn.GELU
-        for name in ('local_mp.conv1', 'local_mp.conv2'):
-            yield f'blocks.{i}.{name}', DepthwiseConv2d
-        yield f'blocks.{i}.local_mp.bn', nn.BatchNorm2d
-    for i in range(len(model.cls_attn_blocks)):
-        yield f'cls_attn_blocks.{i}', 'ClassAttentionBlock'
-        yield f'cls_attn_blocks.{i}.attn', 'ClassAttention'
-        for name in ('attn.qkv', 'attn.proj'):
-            yield f'cls_attn_blocks.{i}.{name}', nn.Linear
-
-
-class DepthwiseConv2d(nn.Conv2d):
-    """What LPI has: of stride 1, one kernel a channel."""
-
-
-def problem_of(layer: nn.Module, expected: Union[type, str]) -> Optional[str]:
-    """Why a layer can't be fused; None if it can."""
-    depthwise = expected is DepthwiseConv2d
-    expected = nn.Conv2d if depthwise else expected
-    class_name = expected if isinstance(expected, str) else expected.__name__
-    if (expected not in (type(layer), type(layer).__name__)
-            and not (expected is nn.BatchNorm2d and type(layer) is nn.SyncBatchNorm)):
-        return (f'it is no {class_name} as it was built (merge adapters, make pruning and parametrizations '
-                f'permanent; a quantized model is used as it is)')
-    if 'forward' in vars(layer):
-        return 'its forward method was replaced'
-    if expected is nn.GELU and layer.approximate != 'none':
+def problem_of(name: str, layer: nn.Module) -> Optional[str]:
+    """Return the reason why a layer cannot be fused, or None."""
+    cls = next((cls for pattern, cls in CLASSES.items() if re.fullmatch(pattern, name)), type(layer))
+    if cls not in (type(layer), type(layer).__name__) and (cls, type(layer)) != (nn.BatchNorm2d, nn.SyncBatchNorm):
+        return (f'it is not the {cls if isinstance(cls, str) else cls.__name__} that was built (merge adapters, make '
+                f'parametrizations permanent, use a quantized model unfused)')
+    if xca_gram.is_intercepted(layer):
+        return ('it has hooks or a replaced forward method, which a fused model would not call (make pruning '
+                'permanent, remove the hooks, or use the model unfused)')
+    if layer.training:
+        return 'it is in training mode: call model.eval() first'
+    if cls is nn.GELU and layer.approximate != 'none':
         return f'approximate={layer.approximate!r} is another function than GELU'
-    if expected is nn.BatchNorm2d and layer.running_var is None:
-        return 'it has no running statistics'
-    if expected in (nn.Linear, nn.Conv2d):
-        plain = (nn.Parameter, type(None))  # pruning, say, keeps a parameter elsewhere and makes this one of it
-        if any(type(layer._parameters.get(name, layer)) not in plain for name in ('weight', 'bias')):
-            return ('its weight or bias is no plain parameter (make pruning permanent; a quantized model is used as it '
-                    'is)')
-    if expected is nn.Conv2d:
-        if (layer.kernel_size, layer.padding, layer.dilation, layer.padding_mode) != ((3, 3), (1, 1), (1, 1), 'zeros'):
-            return 'it must have a 3x3 kernel, no dilation, and one row of zeros as padding'
-        if depthwise and (layer.stride != (1, 1) or layer.groups != layer.out_channels):
-            return 'it must be depthwise and of stride 1'
+    if cls in (nn.Linear, nn.Conv2d) and type(layer.weight) is not nn.Parameter:
+        return 'its weight is not a plain parameter (use a quantized model unfused)'
+    if cls is nn.Conv2d and (layer.kernel_size, layer.padding, layer.dilation, layer.padding_mode) != (
+            (3, 3), (1, 1), (1, 1), 'zeros'):
+        return 'it must have a 3x3 kernel, no dilation, and a padding of one row of zeros'
     return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What takes the layers' places
+# Modules of a fused model
 
 class FusedLinear(nn.Module):
-    """A linear layer, its outputs scaled by LayerScale's gamma if given; see xcit_linear.linear."""
+    """Linear layer with outputs scaled by LayerScale's gamma, if given; see xcit_linear.linear."""
 
     def __init__(self, layer: nn.Linear, gamma: Optional[torch.Tensor] = None):
         super().__init__()
@@ -175,7 +140,7 @@ class FusedLinear(nn.Module):
 
 
 def scaled_convolution(conv: nn.Conv2d, gamma: torch.Tensor) -> nn.Conv2d:
-    """A depthwise convolution, its outputs scaled by LayerScale's gamma."""
+    """Return the depthwise convolution with outputs scaled by LayerScale's gamma."""
     scaled = nn.utils.skip_init(nn.Conv2d, conv.in_channels, conv.out_channels, 3, padding=1, groups=conv.groups,
                                 device=conv.weight.device, dtype=conv.weight.dtype)
     scaled.weight.copy_(conv.weight * gamma[:, None, None, None])
@@ -184,13 +149,13 @@ def scaled_convolution(conv: nn.Conv2d, gamma: torch.Tensor) -> nn.Conv2d:
 
 
 def folded_stem(stem: nn.Module) -> nn.Sequential:
-    """The stem's convolutions and GELUs, with the BatchNorms' work in the convolutions."""
+    """Return the stem's convolutions, with its BatchNorms folded in, and GELUs."""
     folded = [fuse_conv_bn_eval(*layer) if isinstance(layer, nn.Sequential) else layer for layer in stem.proj]
     return nn.Sequential(*folded).to(memory_format=torch.channels_last)
 
 
 class FusedPatchEmbed(nn.Module):
-    """The patch stem, BatchNorms folded in; large images pass through it in strips of rows."""
+    """Patch stem with folded BatchNorms; large images pass through it in strips of rows."""
 
     def __init__(self, stem: nn.Module):
         super().__init__()
@@ -201,16 +166,16 @@ class FusedPatchEmbed(nn.Module):
         return [layer for layer in self.proj if isinstance(layer, nn.Conv2d)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in_chans, img_h, img_w) -> (B, C, H, W) in channels_last."""
+        """Embed images (B, in_chans, img_h, img_w) as a grid (B, C, H, W) in channels_last."""
         if not is_eager_inference() or not len(x):
             return self.proj(x)
         first, height, width = self.convs[0], *x.shape[2:]
-        largest = (first.out_channels * halved(height, first.stride[0])  # elements, of one image
+        largest = (first.out_channels * halved(height, first.stride[0])  # elements of the largest result, per image
                    * halved(width, first.stride[1]))
         for conv in self.convs:
             height = halved(height, conv.stride[0])
         images = max(1, piece(x) // largest)
-        # At least 4 rows at a time: a strip has some rows of pixels more than its own.
+        # At least 4 rows at a time, since a strip needs some more rows of pixels above and below.
         rows = max(4, height * piece(x) // largest)
         out = None
         for start in range(0, len(x), images):
@@ -223,7 +188,7 @@ class FusedPatchEmbed(nn.Module):
         return out
 
     def rows(self, x: torch.Tensor, level: int, top: int, bottom: int) -> torch.Tensor:
-        """Rows from `top` to before `bottom` of what convolution number `level` (from 1) makes of images x."""
+        """Compute rows `top` to `bottom` (excluded) of the output of convolution `level` (from 1; 0: images x)."""
         if level == 0:
             return x[:, :, top:bottom]
         conv = self.convs[level - 1]
@@ -233,7 +198,7 @@ class FusedPatchEmbed(nn.Module):
         if top == 0 and bottom == halved(height, conv.stride[0]):
             first, last = 0, height
         else:
-            first, last = conv.stride[0] * top - 1, conv.stride[0] * (bottom - 1) + 2  # rows of it that are seen
+            first, last = conv.stride[0] * top - 1, conv.stride[0] * (bottom - 1) + 2  # rows that the kernel covers
         above, below = max(0, -first), max(0, last - height)
         x = self.rows(x, level - 1, first + above, last - below)
         if level > 1:
@@ -245,12 +210,12 @@ class FusedPatchEmbed(nn.Module):
 
 
 def halved(length: int, stride: int) -> int:
-    """Rows or columns that a 3x3 convolution with one of padding makes of so many."""
+    """Return the output rows or columns of a 3x3 convolution with padding 1, for `length` input rows or columns."""
     return -(-length // stride)
 
 
 class FusedBlock(nn.Module):
-    """An XCABlock with LayerScale in the last layer of each branch; large inputs are worked off in pieces."""
+    """XCABlock with LayerScale folded into the last layer of each branch; processes large inputs in pieces."""
 
     def __init__(self, block: nn.Module):
         super().__init__()
@@ -258,7 +223,7 @@ class FusedBlock(nn.Module):
         self.attn = FusedXCA(block.attn, block.gamma1)
         self.conv1 = block.local_mp.conv1
         bn = block.local_mp.bn
-        # BatchNorm can't be folded into the second convolution, whose padding is zeros after it
+        # BatchNorm cannot be folded into the second convolution, whose zero padding comes after BatchNorm
         scale = (bn.running_var + bn.eps).rsqrt() * (1 if bn.weight is None else bn.weight)
         shift = (0 if bn.bias is None else bn.bias) - bn.running_mean * scale
         self.register_buffer('bn_scale', scale[:, None, None])
@@ -267,7 +232,7 @@ class FusedBlock(nn.Module):
         self.fc1, self.fc2 = FusedLinear(block.mlp.fc1), FusedLinear(block.mlp.fc2, block.gamma2)
 
     def forward(self, x: torch.Tensor, H: int, W: int) -> torch.Tensor:
-        x = x.to(self.bn_shift.dtype)  # under autocast, the first LayerScale made tokens float32
+        x = x.to(self.bn_shift.dtype)  # float32 under autocast, as by an unfused block's LayerScale
         if not is_eager_inference():
             x = x + self.attn(self.norm1(x))
             grid = self.norm3(x).transpose(1, 2).unflatten(2, (H, W))
@@ -282,21 +247,21 @@ class FusedBlock(nn.Module):
             self.add_lpi(mixed.unflatten(1, (H, W)), max(8, 2 * tokens // W))
             return mixed
 
-        # Not in place at first: the input may be somebody's intermediate output.
+        # Not in place: a caller may hold the input as an intermediate output.
         mixed = by_pieces(mix_tokens, x, tokens // N).view(-1, C)
         return by_pieces(self.add_mlp, mixed, tokens, out=mixed).view(x.shape)
 
     def add_lpi(self, grid: torch.Tensor, rows: int):
-        """LPI is added to grid (B, H, W, C), `rows` of its rows at a time."""
+        """Add LPI to grid (B, H, W, C) in place, `rows` of its rows at a time."""
         H = grid.shape[1]
         added = None
         for top in range(0, H, rows):
             bottom = min(top + rows, H)
-            # Each convolution sees one row more above and below; beyond the grid's border, zeros.
+            # Each convolution needs one more row above and below; beyond the grid's border, zeros.
             outer = slice(max(0, top - 2), min(H, bottom + 2))
             inner = slice(max(0, top - 1), min(H, bottom + 1))
             x = self.norm3(grid[:, outer])
-            if added is not None:  # only now: x needed two of its rows as they were
+            if added is not None:  # not before: x needs two of these rows unchanged
                 grid[:, top - rows:top] += added
             y = torch.ops.aten.gelu_(self.conv1(x.permute(0, 3, 1, 2)))  # (B, C, rows, W) in channels_last
             y = y[:, :, inner.start - outer.start:inner.stop - outer.start]
@@ -305,65 +270,61 @@ class FusedBlock(nn.Module):
         grid[:, top:] += added
 
     def add_mlp(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens (M, C) + MLP."""
+        """Compute tokens (M, C) + MLP."""
         return self.fc2(self.fc1(self.norm2(x), gelu=True), residual=x)
 
 
-class FusedXCA(XCA):
-    """XCA with LayerScale in its projection; for inference, tokens in pieces and heads without copies."""
+class FusedXCA(FastXCA):
+    """XCA with LayerScale folded into its projection; inference in pieces of tokens and without copies of heads."""
 
     def __init__(self, attn: XCA, gamma: torch.Tensor):
-        nn.Module.__init__(self)
-        self.num_heads, self.form, self.temperature = attn.num_heads, attn.form, attn.temperature
+        super().__init__(attn)
         self.qkv, self.proj = FusedLinear(attn.qkv), FusedLinear(attn.proj, gamma)
         self.attn_drop = self.proj_drop = nn.Identity()
 
-    def reads_as_matrices(self) -> bool:
-        return True
-
     def residual(self, x: torch.Tensor, norm: nn.Module, tokens: int) -> torch.Tensor:
-        """x + attention of norm(x); the Gram form works off `tokens` of an image at a time."""
-        if self.takes_gram(x):
+        """Compute x + attention of norm(x); the Gram form processes `tokens` of an image at a time."""
+        if xca_gram.is_chosen(self.form, x):
             out = x.new_empty(x.shape)
             self.gram_in_pieces(norm, *(pieces(t, tokens, dim=1) for t in (x, out)))
             return out
-        if in_half_precision(x):
+        if xca_gram.in_half_precision(x):
             return x + self(norm(x))
         return self.proj(self.by_rows(self.qkv(norm(x))), residual=x)
 
-    def definition(self, x: torch.Tensor) -> torch.Tensor:
-        """The same; when compiling for CPUs, heads are copied as rows of d channels, not channel by channel."""
+    def plain(self, x: torch.Tensor) -> torch.Tensor:
+        # Compiled for CPUs, heads are copied as rows of d channels, not channel by channel.
         compiles = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        if not compiles or x.device.type != 'cpu' or in_half_precision(x):
-            return super().definition(x)
+        if not compiles or x.device.type != 'cpu' or xca_gram.in_half_precision(x):
+            return super().plain(x)
         B, N, C = x.shape
         h, d = self.num_heads, C // self.num_heads
         q, k, v = self.qkv(x).reshape(B, N, 3, h, d).permute(2, 0, 3, 1, 4).reshape(3, B * h, N, d).unbind(0)
         q_norm, k_norm = (t.square().sum(dim=1, keepdim=True).sqrt().clamp_min(1e-12) for t in (q, k))
-        attn = self.attention(q.transpose(1, 2) @ k / q_norm.transpose(1, 2) / k_norm)
+        attn = xca_gram.attention_weights(self, q.transpose(1, 2) @ k / q_norm.transpose(1, 2) / k_norm)
         out = v @ attn.transpose(1, 2)  # (B * h, N, d)
         return self.proj(out.unflatten(0, (B, h)).transpose(1, 2).reshape(B, N, C))
 
     def by_rows(self, qkv: torch.Tensor) -> torch.Tensor:
-        """A v with queries, keys and values left where `qkv` (B, N, 3 C) has put them: (B, N, C)."""
+        """Compute A v (B, N, C) from the output of `qkv` (B, N, 3 C) without a copy of queries, keys and values."""
         B, N, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
         h, d = self.num_heads, C // self.num_heads
         qkv = qkv.view(B, N, 3, h, d)
         norms = qkv[:, :, :2].square().sum(dim=1).sqrt_().clamp_min_(1e-12)  # (B, 2, h, d)
         cosines, out = qkv.new_empty(B, h, d, d), qkv.new_empty(B, N, C)
-        # Image by image: heads lie between tokens, so that products of several images at once would copy them.
+        # Image by image, since batched products of several images would copy the heads, which are strided in memory.
         for i in range(B):
             torch.bmm(qkv[i, :, 0].permute(1, 2, 0), qkv[i, :, 1].transpose(0, 1), out=cosines[i])
         cosines /= norms[:, 0, :, :, None]
         cosines /= norms[:, 1, :, None]
-        attn = self.attention(cosines.flatten(0, 1)).view(B, h, d, d)
+        attn = xca_gram.attention_weights(self, cosines.flatten(0, 1)).view(B, h, d, d)
         for i in range(B):
             of_heads = out[i].view(N, h, d).transpose(0, 1)
             torch.bmm(qkv[i, :, 2].transpose(0, 1), attn[i].transpose(1, 2), out=of_heads)
         return out
 
     def gram_in_pieces(self, norm: nn.Module, parts: Pieces, parts_of_out: Pieces):
-        """XCA's Gram form; each part (B, tokens, C)."""
+        """Write x + Gram form of norm(x) to `parts_of_out`, for x in `parts`; each part is (B, tokens, C)."""
         shares = parts[0].new_tensor([part.shape[1] for part in parts])
         shares /= shares.sum()
         means, within = [], 0.
@@ -371,52 +332,19 @@ class FusedXCA(XCA):
             normed.copy_(norm(part))
             means.append(normed.mean(dim=1))
             within = within + share * covariance_in_panels(normed, means[-1])
-        # The covariance of all tokens is that within the parts, and that of the parts' means.
+        # The covariance of all tokens is the mean covariance within parts plus the covariance of the means.
         means = torch.stack(means, dim=1)  # (B, parts, C)
         mean = shares @ means
         deviations = means - mean[:, None]
         between = (shares[:, None] * deviations).transpose(1, 2) @ deviations
-        matrix, bias = self.mixing(mean, within + between)
+        matrix, bias = xca_gram.mixing(self, mean, within + between)
         for part, normed in zip(parts, parts_of_out):
             for x, y, matrix_of_x, bias_of_x in zip(part, normed, matrix, bias):
                 y.copy_(linear(y, matrix_of_x.t(), bias_of_x[0], x))
 
 
-class ShortClassAttention(nn.Module):
-    """What xcit.ClassAttention computes, with the layers of the given one, whose weights are used without calling them.
-
-    There is one query: (x W_kᵀ) q is computed as x (W_kᵀ q), and the weighted mean of values as W_v of that of the
-    tokens. The keys' bias adds the same to all scores, which softmax does not see.
-    """
-
-    def __init__(self, attn: nn.Module):
-        super().__init__()
-        self.num_heads, self.qkv, self.attn_drop = attn.num_heads, attn.qkv, attn.attn_drop
-        self.proj, self.proj_drop = attn.proj, attn.proj_drop
-
-    def attention_weights(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 1 + N, C), CLS first -> how much CLS attends to each token, (B, h, 1 + N); a head's sum is 1."""
-        B, _, C = x.shape
-        h, d = self.num_heads, C // self.num_heads
-        w_q, w_k, _ = self.qkv.weight.chunk(3)
-        q = F.linear(x[:, 0], w_q, None if self.qkv.bias is None else self.qkv.bias[:C]).view(B, h, 1, d) / d ** .5
-        q = (q @ w_k.reshape(h, d, C)).flatten(1, 2)  # (B, h, C)
-        return (q @ x.transpose(1, 2)).softmax(dim=-1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 1 + N, C), CLS first -> the new CLS token, (B, 1, C)."""
-        B, _, C = x.shape
-        h, d = self.num_heads, C // self.num_heads
-        attn = self.attn_drop(self.attention_weights(x))
-        w_v = self.qkv.weight[2 * C:].reshape(h, d, C)
-        cls = (attn @ x)[:, :, None] @ w_v.transpose(1, 2)  # (B, h, 1, d)
-        if self.qkv.bias is not None:
-            cls = cls + attn.sum(dim=-1)[:, :, None, None] * self.qkv.bias[2 * C:].view(h, 1, d)
-        return self.proj_drop(self.proj(cls.reshape(B, 1, C)))
-
-
 class FusedClassAttentionBlock(nn.Module):
-    """A ClassAttentionBlock with the short class attention; the patches are worked off in pieces."""
+    """ClassAttentionBlock with the short class attention; processes the patches in pieces."""
 
     def __init__(self, block: nn.Module):
         super().__init__()
@@ -425,7 +353,7 @@ class FusedClassAttentionBlock(nn.Module):
         self.gamma1, self.gamma2 = block.gamma1, block.gamma2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 1 + N, C), CLS first -> the same."""
+        """Update tokens (B, 1 + N, C), CLS first."""
         normed = self.norm1(x)
         cls = self.norm2(x[:, :1] + self.gamma1 * self.attn(normed))
         cls = cls + self.gamma2 * self.mlp(cls)
@@ -439,18 +367,18 @@ class FusedClassAttentionBlock(nn.Module):
         return out
 
     def patches(self, x: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
-        """Patches (B, N, C), as they are and normalised -> (B, N, C)."""
+        """Compute the output patches (B, N, C) from patches and normalised patches (B, N, C)."""
         x = torch.addcmul(x, self.gamma1, normed)
         return 2 * (self.norm2(x) if self.tokens_norm else x)
 
 
 def pieces(x: torch.Tensor, length: int, dim: int = 0) -> Pieces:
-    """Parts of about equal length, and of no more than `length` (or 1)."""
+    """Split x into parts of about equal length, each at most `length` (or 1)."""
     return x.tensor_split(max(1, -(-x.shape[dim] // max(1, length))), dim)
 
 
 def by_pieces(function: Callable, x: torch.Tensor, length: int, *, out: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """function(x), computed for pieces of x; where these are several, they are joined in `out`, or in new memory."""
+    """Compute function(x) in pieces of x; several pieces are joined in `out`, or in new memory."""
     parts = pieces(x, length)
     if len(parts) == 1:
         return function(x)

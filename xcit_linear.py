@@ -1,10 +1,10 @@
-"""Linear layers on CPUs, by whichever of torch's two libraries for products of matrices is the faster.
+"""Linear layers for inference on CPUs, by the faster of torch's two libraries for matrix products, and covariances.
 
-For inference: in a training step neither gains 5 % (docs/benchmark.md). torch gives products in float32 to MKL. On
-AMD's processors oneDNN is 1.1 to 1.4 times as fast for those of tokens and weights (RESULTS.md), and computes GELU or
-adds a residual on the way. Where MKL stays, a bias is added to the product; torch itself writes it into every row of
-the result before.
-Shapes: `M` tokens of all images, `C` channels of the tokens, `D` of the result.
+torch computes products in float32 by MKL. On AMD processors oneDNN is 1.1 to 1.4 times as fast for products of tokens
+and weights (RESULTS.md), and computes GELU or adds a residual in the same pass. With MKL, the bias is added after the
+product; torch itself writes the bias into every row of the result before the product. In a training step neither
+gains 5 % (docs/benchmark.md).
+Shapes: `M` tokens of all images, `C` channels of the tokens, `D` channels of the result.
 """
 import functools
 import math
@@ -17,15 +17,15 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.flop_counter import register_flop_formula
 
-# Multiplications from which on oneDNN is taken. Alone it pays from about 2 ** 23 on (RESULTS.md), but the operation
-# below calls Python, which takes about 0.1 ms.
+# Smallest number of multiplications for oneDNN. oneDNN alone is faster from about 2 ** 23 on (RESULTS.md), but the
+# operation below calls Python, which takes about 0.1 ms.
 LEAST = 2 ** 25
 
 
 def is_eager_inference() -> bool:
-    """Whether operations run as they are written: no autograd, compiler, export or transform looks on.
+    """Return True if no autograd, compiler, export or transform records the operations.
 
-    Only then results are written in place and into given memory, and work is done in pieces.
+    Only then modules write in place and into given memory, and work in pieces.
     """
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
                 or transforms_are_active())
@@ -33,20 +33,20 @@ def is_eager_inference() -> bool:
 
 @torch.compiler.assume_constant_result
 def transforms_are_active() -> bool:
-    """Of torch.func (vmap, say), or forward-mode differentiation."""
+    """Return True inside a transform of torch.func (e.g. vmap) or forward-mode differentiation."""
     return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None,
            residual: Optional[torch.Tensor] = None, gelu: bool = False) -> torch.Tensor:
-    """residual + gelu(x weightᵀ + bias), in new memory.
+    """Compute residual + gelu(x weightᵀ + bias), in new memory.
 
     Args:
         x: (..., C).
         weight: (D, C).
         bias: (D,).
-        residual: (..., D); not with `gelu`.
-        gelu: apply it.
+        residual: (..., D); not together with `gelu`.
+        gelu: apply GELU.
 
     Returns:
         (..., D).
@@ -58,8 +58,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] =
         residual = None if residual is None else residual.reshape(-1, len(weight))
         return by_blas(x.reshape(-1, x.shape[-1]), weight, bias, residual, gelu).view(*x.shape[:-1], len(weight))
     if by_mkl and bias is not None and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        # The compiler makes one operation of a product and a sum, in which the bias comes before. A difference it
-        # leaves alone, and joins to what follows.
+        # The compiler merges a product and a sum into one operation that writes the bias first. It does not merge a
+        # difference, but fuses the difference with the operations after it.
         x = x @ weight.t() - (-bias)
     else:
         x = F.linear(x, weight, bias)
@@ -72,20 +72,20 @@ def autocasts() -> bool:
 
 
 def by_onednn_is_faster(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """For tokens x, where its operation can be used: without derivatives, and not in a graph for other runtimes."""
+    """Return True if oneDNN is usable (no derivatives, no graph for other runtimes) and faster for tokens x."""
     return (x.device.type == 'cpu' and x.dtype == torch.float32 and prefers_onednn() and not is_small(x, weight)
             and not (autocasts() or torch.is_grad_enabled() or torch.jit.is_tracing()
                      or torch.compiler.is_exporting() or transforms_are_active()))
 
 
 def is_small(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Of a size that the compiler takes for free it is not known; it is not to be told apart."""
+    """Return True if the product is too small for oneDNN; False for dynamic sizes, which must not add a guard."""
     small = x.numel() * weight.shape[0] < LEAST
     return statically_known_true(small) if torch.compiler.is_compiling() else small
 
 
 def lay_out(weight: torch.Tensor) -> torch.Tensor:
-    """The same weight (D, C), in memory as (C, D): from there oneDNN reads it without a copy."""
+    """Return the weight (D, C) with the memory layout (C, D), which oneDNN reads without a copy."""
     if weight.device.type != 'cpu' or weight.dtype != torch.float32 or not prefers_onednn():
         return weight
     return weight.t().contiguous().t()
@@ -121,16 +121,16 @@ def by_blas(x, weight, bias, residual, gelu):
     return torch.ops.aten.gelu_(out) if gelu else out
 
 
-PANELS = 4  # of rows, in which a CPU computes a symmetric matrix
+PANELS = 4  # panels of rows in which a CPU computes a symmetric matrix
 
 
 def covariance_in_panels(x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """Covariance of the channels of tokens x (B, N, C) with the mean (B, C): (B, C, C), of each row what is needed."""
+    """Compute xca_gram.covariance with half of the products on CPUs: (B, N, C), mean (B, C) -> (B, C, C)."""
     N, C = x.shape[1:]
     x = x - mean[:, None]
     if x.device.type != 'cpu' or C % PANELS:
         return x.transpose(1, 2) @ x / N
-    # Symmetric: of each panel of rows only what is right of the diagonal.
+    # Symmetric: only the part of each panel of rows to the right of the diagonal is computed.
     width = C // PANELS
     result = x.new_zeros(x.shape[0], C, C)
     for first in range(0, C, width):
@@ -141,18 +141,18 @@ def covariance_in_panels(x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The operation: one that the compiler calls as it is. oneDNN's own it takes for inference with frozen weights alone.
+# A custom operation, which the compiler calls unchanged. It uses oneDNN's own only for inference with frozen weights.
 
 def _linear(x, weight, bias, residual, gelu):
     shape = (*x.shape[:-1], weight.shape[0])
     x = x.reshape(-1, x.shape[-1]).contiguous()  # (M, C)
     residual = None if residual is None else residual.reshape(-1, shape[-1])
-    takes_onednn = not is_small(x, weight) and torch._C._get_mkldnn_enabled()
-    return (by_onednn if takes_onednn else by_blas)(x, weight, bias, residual, gelu).view(shape)
+    uses_onednn = not is_small(x, weight) and torch._C._get_mkldnn_enabled()
+    return (by_onednn if uses_onednn else by_blas)(x, weight, bias, residual, gelu).view(shape)
 
 
 def _operations(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    """For torch.utils.flop_counter."""
+    """Count operations for torch.utils.flop_counter."""
     return 2 * math.prod(x_shape) * weight_shape[0]
 
 
@@ -167,5 +167,5 @@ def _define() -> torch.library.Library:
     return library
 
 
-# Once in a process, also where this file is loaded again, under this name or another one, as torch.hub does
+# Once per process, even if this file is imported again, under this name or another name, as by torch.hub
 _library = globals().get('_library') if hasattr(torch.ops.xcit, 'linear') else _define()

@@ -1,4 +1,4 @@
-"""The published XCiT weights: their table, and the names that files give to what is in them.
+"""Published XCiT weights: their table, and the search for weights in files with other names and nesting.
 
 Paper: https://arxiv.org/abs/2106.09681, tables 1 and 2.
 """
@@ -22,7 +22,7 @@ PUBLISHED_TOP1 = {
     'medium_24': {16: (82.7, 84.3, 85.4), 8: (83.7, 85.1, 85.8)},
     'large_24': {16: (82.9, 84.9, 85.8), 8: (84.4, 85.4, 86.0)},
 }
-# Of the backbones trained without labels (DINO): k-NN, linear
+# Published top-1 of the backbones trained without labels (DINO): k-NN, linear
 PUBLISHED_DINO_TOP1 = {
     'small_12': {16: (76.0, 77.8), 8: (77.1, 79.2)},
     'medium_24': {16: (76.4, 78.8), 8: (77.9, 80.3)},
@@ -31,18 +31,19 @@ PUBLISHED_DINO_TOP1 = {
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A published checkpoint, for images normalised with ImageNet's mean and standard deviation.
+    """Published checkpoint, for images normalised with ImageNet's mean and standard deviation.
 
     Args:
         model: name of the model, e.g. 'xcit_small_12_p16'.
-        tag: of these weights, e.g. 'fb_dist_in1k_384'.
-        url: the authors' file.
-        hf_hub_id: repository of timm's copy on the Hugging Face hub, if there is one.
-        resolution: pixels, at which the accuracy was measured.
-        num_classes: 0 for a backbone.
+        tag: name of the weights, e.g. 'fb_dist_in1k_384'.
+        url: address of the authors' file.
+        hf_hub_id: repository of timm's copy on the Hugging Face hub; None: no copy.
+        resolution: input size of the evaluation, pixels.
+        num_classes: outputs of the head; 0 for a backbone.
         distilled: trained with a teacher.
-        top1: on ImageNet-1k, percent; of a backbone by a linear classifier.
-        knn: of a backbone by its nearest neighbours.
+        top1: accuracy on ImageNet-1k, percent; for a backbone with a linear classifier.
+        knn: accuracy of a backbone with a k-NN classifier, percent.
+        crop: fraction of the image that the evaluation crops.
     """
     model: str
     tag: str
@@ -57,7 +58,7 @@ class Published:
 
 
 def published() -> Iterator[Published]:
-    """The 46 files, in the order of the paper's tables."""
+    """Yield the 46 checkpoints, in the order of the paper's tables."""
     files = 'https://dl.fbaipublicfiles.com/xcit/'
     for patch in (16, 8):
         for size in PUBLISHED_TOP1:
@@ -82,27 +83,27 @@ DINO_LINEAR = {entry.model: f'https://dl.fbaipublicfiles.com/dino/dino_{entry.mo
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What files hold, timm's naming and registry
+# Weights in files, timm's naming and registry
 
-# Where networks of other tasks keep what no classifier or backbone has
+# Modules of networks for other tasks, which no classifier or backbone has
 OTHER_TASKS = ('neck', 'fpn', 'rpn_head', 'roi_head', 'bbox_head', 'mask_head', 'decode_head', 'auxiliary_head', 'rpn',
                'roi_heads', 'pixel_decoder', 'sem_seg_head')
-# Where a classifier that is wrapped around a backbone has its last layer: mmpretrain's is the first
+# Last layer of a classifier that wraps a backbone; the first is mmpretrain's
 HEADS = ('head.fc', 'classifier', 'fc', 'head', 'cls_head')
-AVERAGE = re.compile(r'(^|[._])(ema|averaged?|swa)([._]|$)')  # in the name of a moving average of the weights
-DEPTH = 4  # of dicts within dicts that are searched
+AVERAGE = re.compile(r'(^|[._])(ema|averaged?|swa)([._]|$)')  # in the name of an EMA of the weights
+DEPTH = 4  # levels of nested dicts that are searched
 
 
 @dataclasses.dataclass
 class Found:
-    """Weights of a model in a file: those behind one prefix in one of its dicts.
+    """Weights of a model in a file: the tensors with one prefix in one of the file's dicts.
 
     Args:
-        entry: where the dict is in the file, e.g. 'state_dict'; '' for the file itself.
-        prefix: what stands before the model's own names, e.g. 'module.backbone.'.
-        tensors: by the model's names, or timm's for them.
-        beside: names in the dict of what is not the model's.
-        cleared: what wrappers had put within names, and pruning beside them.
+        entry: keys of the dict in the file, joined by dots, e.g. 'state_dict'; '' for the file itself.
+        prefix: prefix of the model's names, e.g. 'module.backbone.'.
+        tensors: weights by the model's names, or timm's names.
+        beside: names of other tensors in the dict.
+        cleared: removed parts of names, and of pruning.
     """
     entry: str
     prefix: str
@@ -112,7 +113,7 @@ class Found:
 
     @property
     def label(self) -> str:
-        """What users call it."""
+        """Name of these weights for users."""
         return f'{self.entry}.{self.prefix}'.strip('.') or 'the file itself'
 
     @property
@@ -125,27 +126,27 @@ class Found:
             for key, value in self.tensors.items())
 
 
-def find_weights(content: dict, own: Set[str]) -> List[Found]:
-    """All places in a file's content where a model's names stand behind one prefix.
+def find_weights(content: dict, names: Set[str]) -> List[Found]:
+    """Find all sets of weights in a file's content: tensors with a model's names after one prefix.
 
     Args:
-        content: dicts in dicts.
-        own: the model's names, and other names for the same; of an unknown model, those of all XCiT.
+        content: nested dicts.
+        names: names of the model's weights, in both namings; for an unknown model, names of all XCiT models.
 
     Returns:
-        The places with half as many names as the best, or more.
+        The sets with at least half as many matching names as the largest.
     """
-    found = []
+    candidates = []
     for entry, tensors in dicts_of_tensors(content):
         tensors, cleared = without_wrappers(tensors)
-        counts = Counter(prefix for key in tensors for prefix in prefixes(key, own))
-        found += [(count, entry, prefix, tensors, cleared) for prefix, count in counts.items()]
-    most = max((count for count, *_ in found), default=0)
-    return [behind_prefix(*rest, own) for count, *rest in found if count >= max(most / 2, 4)]
+        counts = Counter(prefix for key in tensors for prefix in prefixes(key, names))
+        candidates += [(count, entry, prefix, tensors, cleared) for prefix, count in counts.items()]
+    most = max((count for count, *_ in candidates), default=0)
+    return [behind_prefix(*rest, names) for count, *rest in candidates if count >= max(most / 2, 4)]
 
 
 def dicts_of_tensors(content: dict, entry: str = '', depth: int = DEPTH) -> Iterator[Tuple[str, dict]]:
-    """(where it is, its tensors by name) of each dict in a dict that has any."""
+    """Yield (entry, tensors by name) of each nested dict that has tensors."""
     tensors = {key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
                for key, value in content.items() if isinstance(key, str) and is_weight(value)}
     if tensors:
@@ -158,14 +159,14 @@ def dicts_of_tensors(content: dict, entry: str = '', depth: int = DEPTH) -> Iter
 
 
 def is_weight(value) -> bool:
-    """Whether a value in a file can be a weight: a tensor, or an array of numbers."""
+    """Return True if a value in a file can be a weight: a tensor, or an array of numbers."""
     return isinstance(value, torch.Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in 'fiu')
 
 
 def without_wrappers(tensors: dict) -> Tuple[dict, List[str]]:
-    """Names as if the model had never been compiled or pruned; and what was done."""
+    """Undo the renaming by torch.compile and by pruning; return the tensors and a list of what was removed."""
     cleared = []
-    if any('_orig_mod.' in key for key in tensors):  # torch.compile, of the whole or of parts
+    if any('_orig_mod.' in key for key in tensors):  # torch.compile, of the model or of parts
         tensors, cleared = {key.replace('_orig_mod.', ''): value for key, value in tensors.items()}, ['_orig_mod.']
     pruned = {key.removesuffix('_orig') for key in tensors if key.endswith('_orig')
               and f'{key.removesuffix("_orig")}_mask' in tensors}  # torch.nn.utils.prune
@@ -176,63 +177,63 @@ def without_wrappers(tensors: dict) -> Tuple[dict, List[str]]:
     return tensors, cleared
 
 
-def prefixes(key: str, own: Set[str]) -> Iterator[str]:
-    """What stands before one of a model's own names in a key; there may be several ways to see it."""
+def prefixes(key: str, names: Set[str]) -> Iterator[str]:
+    """Yield each prefix of a key after which the rest is one of a model's names."""
     parts = key.split('.')
     for i in range(len(parts)):
-        if '.'.join(parts[i:]) in own:
+        if '.'.join(parts[i:]) in names:
             yield ''.join(f'{part}.' for part in parts[:i])
 
 
-def behind_prefix(entry: str, prefix: str, tensors: dict, cleared: List[str], own: Set[str]) -> Found:
-    """What of a dict is the model's: all names behind the prefix that begin as one of its own does."""
-    first = {name.partition('.')[0] for name in own}
-    mine = {key.removeprefix(prefix): value for key, value in tensors.items()
-            if key.startswith(prefix) and key.removeprefix(prefix).partition('.')[0] in first}
-    names = {prefix + key for key in mine}
-    around = ''.join(f'{part}.' for part in prefix.split('.')[:-2])  # of a prefix a.b., a.
-    if prefix and not any(key.startswith('head.') for key in mine):
-        found = next((name for name in HEADS if f'{around}{name}.weight' in tensors), None)
-        for part in ('weight', 'bias') if found else ():
-            if f'{around}{found}.{part}' in tensors:
-                mine[f'head.{part}'] = tensors[f'{around}{found}.{part}']
-                names.add(f'{around}{found}.{part}')
-    return Found(entry, prefix, mine, [key for key in tensors if key not in names], cleared)
+def behind_prefix(entry: str, prefix: str, tensors: dict, cleared: List[str], names: Set[str]) -> Found:
+    """Select the model's weights from a dict: names after the prefix whose first part is one of the model's."""
+    first_parts = {name.partition('.')[0] for name in names}
+    weights = {key.removeprefix(prefix): value for key, value in tensors.items()
+               if key.startswith(prefix) and key.removeprefix(prefix).partition('.')[0] in first_parts}
+    used = {prefix + key for key in weights}
+    outer = ''.join(f'{part}.' for part in prefix.split('.')[:-2])  # 'a.' for the prefix 'a.b.'
+    if prefix and not any(key.startswith('head.') for key in weights):
+        head = next((outer + name for name in HEADS if f'{outer}{name}.weight' in tensors), None)
+        for part in ('weight', 'bias') if head else ():
+            if f'{head}.{part}' in tensors:
+                weights[f'head.{part}'] = tensors[f'{head}.{part}']
+                used.add(f'{head}.{part}')
+    return Found(entry, prefix, weights, [key for key in tensors if key not in used], cleared)
 
 
 def of_other_task(beside: List[str]) -> List[str]:
-    """The parts of a detector or of a segmenter among names, if there are any."""
+    """Return the parts of names that belong to a detector or a segmenter."""
     return sorted({part for key in beside for part in key.split('.')[:3] if part.rstrip('0123456789') in OTHER_TASKS})
 
 
 def choose(found: List[Found], *, average: bool = False, key: str = '') -> Optional[Found]:
-    """The weights that are meant among those in a file; None: there are none of that kind.
+    """Choose one of the sets of weights in a file; None: no set of this kind.
 
     Args:
-        average: take the moving average.
-        key: the label of those to take, or how it begins.
+        average: choose the EMA.
+        key: label of the set, or its first parts.
 
     Raises:
-        ValueError: there are several that differ.
+        ValueError: several sets remain, and differ.
     """
     if key:
-        found = [one for one in found if one.label == key] or [
-            one for one in found if f'{one.label}.'.startswith(f'{key}.')]
+        found = [weights for weights in found if weights.label == key] or [
+            weights for weights in found if f'{weights.label}.'.startswith(f'{key}.')]
     elif average:
-        found = [one for one in found if one.is_average]
+        found = [weights for weights in found if weights.is_average]
     else:
-        found = [one for one in found if not one.is_average] or found
-        if any(one.entry == 'teacher' for one in found):  # of a training by DINO, whose student is not what it is for
-            found = [one for one in found if one.entry != 'student']
-    different = found[:1] + [one for one in found[1:] if not one.equals(found[0])]
+        found = [weights for weights in found if not weights.is_average] or found
+        if any(weights.entry == 'teacher' for weights in found):  # DINO, whose result is the teacher
+            found = [weights for weights in found if weights.entry != 'student']
+    different = found[:1] + [weights for weights in found[1:] if not weights.equals(found[0])]
     if len(different) > 1:
         raise ValueError(f'holds {len(different)} sets of weights that differ: '
-                         f'{", ".join(one.label for one in different)}')
+                         f'{", ".join(weights.label for weights in different)}')
     return found[0] if found else None
 
 
 def has_timm_names(weights: dict) -> bool:
-    """Whether weights are named as in timm's own XCiT, which calls two things otherwise."""
+    """Return True if the weights have the names of timm's own XCiT, which differ in two modules."""
     return any(key.startswith('pos_embed.') or re.fullmatch(TIMM_CLASS_ATTENTION, key) for key in weights)
 
 
@@ -240,7 +241,7 @@ TIMM_CLASS_ATTENTION = r'(cls_attn_blocks\.\d+\.attn\.)([qkv])\.(weight|bias)'
 
 
 def from_timm_names(weights: dict) -> dict:
-    """timm's naming -> the published one: `pos_embeder`, and one `qkv` in class attention."""
+    """Rename timm's naming to the published naming: `pos_embeder`, and one `qkv` in class attention."""
     published = {}
     for key, value in weights.items():
         split = re.fullmatch(TIMM_CLASS_ATTENTION, key)
@@ -253,7 +254,7 @@ def from_timm_names(weights: dict) -> dict:
 
 
 def to_timm_names(weights: dict) -> dict:
-    """The published naming -> timm's."""
+    """Rename the published naming to timm's."""
     renamed = {}
     for key, value in weights.items():
         joined = re.fullmatch(r'(cls_attn_blocks\.\d+\.attn\.)qkv\.(weight|bias)', key)
@@ -266,32 +267,33 @@ def to_timm_names(weights: dict) -> dict:
 
 
 def in_both_namings(names: Iterable[str]) -> Set[str]:
-    """A model's names, and what they are in the other naming."""
+    """Return a model's names in both namings, timm's and the published."""
     tensors = dict.fromkeys(names, torch.empty(3, device='meta'))
     return {*tensors, *to_timm_names(tensors), *from_timm_names(tensors)}
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
-    """What timm loads from a file, in whichever format XCiT weights come.
+    """Return the model's weights from the content of a file in any format of XCiT weights, for timm to load.
 
     Raises:
-        ValueError: weights are missing or left over; where the head is for other classes, timm itself would not tell.
+        ValueError: weights are missing or unexpected; timm does not check this if the number of classes differs.
     """
-    own = model.state_dict()
-    found = choose(find_weights(state_dict, in_both_namings(own)))
+    expected = model.state_dict()
+    found = choose(find_weights(state_dict, in_both_namings(expected)))
     weights = state_dict if found is None else found.tensors
     weights = from_timm_names(weights) if has_timm_names(weights) else weights
-    if 'pos_embeder.token_projection.weight' not in own:  # use_pos_embed=False
+    if 'pos_embeder.token_projection.weight' not in expected:  # use_pos_embed=False
         weights = {key: value for key, value in weights.items() if not key.startswith('pos_embeder.')}
-    for what, keys in (('missing', own.keys() - weights.keys()), ('unexpected', weights.keys() - own.keys())):
+    for problem, keys in (('missing', expected.keys() - weights.keys()),
+                          ('unexpected', weights.keys() - expected.keys())):
         keys = sorted(key for key in keys if not key.startswith('head.'))
         if keys:
-            raise ValueError(f'the weights are not this model\'s; {what} keys: {", ".join(keys)}')
+            raise ValueError(f'the weights are not this model\'s; {problem} keys: {", ".join(keys)}')
     return weights
 
 
 def timm_cfgs() -> dict:
-    """Of each published file, by 'model.tag', what timm's registry wants to know."""
+    """Return the entries of timm's registry for the published checkpoints, by 'model.tag'."""
     return {name: {
         'url': entry.url, 'hf_hub_id': entry.hf_hub_id, 'num_classes': entry.num_classes,
         'input_size': (3, entry.resolution, entry.resolution), 'pool_size': None, 'crop_pct': entry.crop,

@@ -1,4 +1,4 @@
-"""hubconf.py, through torch.hub.load in processes that know nothing of this repository."""
+"""hubconf.py, by torch.hub.load in processes outside this repository."""
 import json
 import os
 import pickle
@@ -26,7 +26,7 @@ def load(name: str = NAME, **kwargs) -> torch.nn.Module:
 
 
 def run(script: str, folder: Path, **env) -> str:
-    """What a script prints that runs in `folder`, with the repository's path in REPO and torch.hub imported."""
+    """Run a script in `folder`, with the repository's path in REPO and torch imported; return its output."""
     path = folder / 'program.py'
     path.write_text(f'import json, sys, torch\nREPO = {str(ROOT)!r}\n{script}')
     env = {**{key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}, **env}
@@ -38,7 +38,7 @@ def run(script: str, folder: Path, **env) -> str:
 
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
-    """The published weights of the first tag in torch.hub's cache."""
+    """Published weights of the first tag, in torch.hub's cache."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     path = checkpoints.cache_path(xcit_zoo.ZOO[f'{NAME}.fb_in1k'].url)
     path.parent.mkdir(parents=True)
@@ -52,7 +52,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def test_entry_points_are_the_14_models():
-    """What torch.hub.list and torch.hub.help would show: nothing else, each with its own documentation."""
+    """The public functions are the 14 models, each with its own documentation."""
     public = {name: value for name, value in vars(hubconf).items() if callable(value) and not name.startswith('_')}
     assert set(public) == set(xcit.MODELS)
     for name, entry_point in public.items():
@@ -63,13 +63,13 @@ def test_entry_points_are_the_14_models():
 
 @pytest.mark.parametrize('name', ['xcit_nano_12_p16', 'xcit_tiny_12_p8'])
 def test_entry_point_builds_its_model(name):
-    """The size and the patch of its name."""
-    own, expected = load(name), timm.create_model(name)
-    assert {k: v.shape for k, v in own.state_dict().items()} == {k: v.shape for k, v in expected.state_dict().items()}
+    """The model has the size and the patch of its name."""
+    model, expected = load(name), timm.create_model(name)
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in expected.state_dict().items()}
 
 
 def test_hub_load_from_another_directory(cached, tmp_path):
-    """A tag, from a program elsewhere: the weights' logits, and the model's own type."""
+    """A program in another directory loads weights by a tag, and gets their logits."""
     output = run(f'model = torch.hub.load(REPO, "{NAME}", source="local", pretrained="fb_in1k").eval()\n'
                  'images = torch.full((1, 3, 48, 32), .5)\n'
                  'print(json.dumps(model(images)[0].tolist()))', tmp_path)
@@ -78,38 +78,38 @@ def test_hub_load_from_another_directory(cached, tmp_path):
 
 
 def test_true_is_the_first_tag(cached):
-    """pretrained=True, as with timm."""
+    """pretrained=True loads the first tag, as with timm."""
     assert torch.equal(logits(load(pretrained=True)), logits(seeded_model(NAME)))
 
 
 def test_false_is_random():
-    """The default reads nothing."""
+    """The default has random weights."""
     assert not torch.equal(load().head.weight, load(pretrained=False).head.weight)
 
 
 @pytest.mark.parametrize('as_url', [False, True])
 def test_path_and_url_are_read(cached, as_url):
-    """A file of one's own, with as many classes as it has."""
+    """A file is loaded by path and by URL, with its number of classes."""
     path = cached.with_name('mine.pth')
     torch.save(xcit_zoo.to_timm_names(seeded_model(NAME, num_classes=5).state_dict()), path)
-    own = load(pretrained=path.as_uri() if as_url else str(path))
-    assert torch.equal(logits(own), logits(seeded_model(NAME, num_classes=5)))
+    model = load(pretrained=path.as_uri() if as_url else str(path))
+    assert torch.equal(logits(model), logits(seeded_model(NAME, num_classes=5)))
 
 
 def test_tag_decides_timms_configuration(cached):
-    """The resolution that the weights were evaluated at, for timm's resolve_data_config."""
+    """A tag sets the resolution of timm's resolve_data_config."""
     path = checkpoints.cache_path(xcit_zoo.ZOO[f'{NAME}.fb_dist_in1k_384'].url)
     path.write_bytes(cached.read_bytes())
     assert timm.data.resolve_data_config(model=load(pretrained='fb_dist_in1k_384'))['input_size'] == (3, 384, 384)
 
 
 def test_timms_options_pass_through(cached):
-    """Another number of classes and of channels, drop-path, features: with the weights."""
+    """Other classes and channels, drop-path and features_only work with published weights."""
     expected = seeded_model(NAME).eval()
-    own = load(pretrained=True, num_classes=7, drop_path_rate=.2, in_chans=1)
-    assert (own.head.out_features, own.patch_embed.proj[0][0].in_channels) == (7, 1)
-    assert own.blocks[3].drop_path.drop_prob == .2
-    assert torch.equal(own.blocks[3].gamma1, expected.blocks[3].gamma1)
+    model = load(pretrained=True, num_classes=7, drop_path_rate=.2, in_chans=1)
+    assert (model.head.out_features, model.patch_embed.proj[0][0].in_channels) == (7, 1)
+    assert model.blocks[3].drop_path.drop_prob == .2
+    assert torch.equal(model.blocks[3].gamma1, expected.blocks[3].gamma1)
     images = seeded_images(1, 3, 48, 32)
     with torch.no_grad():
         features = load(pretrained=True, features_only=True, out_indices=(1,)).eval()(images)
@@ -117,22 +117,22 @@ def test_timms_options_pass_through(cached):
 
 
 def test_model_does_not_keep_the_file(cached):
-    """timm puts what it is given into the configuration: not a second copy of the weights."""
+    """The model's configuration does not keep a second copy of the weights."""
     model = load(pretrained=True)
     assert len(pickle.dumps(model)) < 1.1 * sum(v.nbytes for v in model.state_dict().values()) + 1e6
 
 
-@pytest.mark.parametrize(('given', 'words'), [
+@pytest.mark.parametrize(('given', 'message'), [
     ('fb_in2k', 'tags of xcit_nano_12_p16: fb_in1k, fb_dist_in1k'), ('none.pth', 'no such file')])
-def test_unknown_weights_are_refused(given, words):
-    """By a ValueError in one line."""
-    with pytest.raises(ValueError, match=words) as caught:
+def test_unknown_weights_are_refused(given, message):
+    """Unknown weights raise a ValueError of one line."""
+    with pytest.raises(ValueError, match=message) as caught:
         load(pretrained=given)
     assert '\n' not in str(caught.value)
 
 
 def test_weights_of_another_model_are_refused(cached):
-    """With the keys."""
+    """The message has the missing keys."""
     with pytest.raises(InputError, match=r'pretrained .*missing keys: blocks'):
         weights.create_model('xcit_tiny_24_p16', str(cached))
 
@@ -150,32 +150,32 @@ print(sum(p.numel() for p in model.parameters()))
 
 
 def test_callers_modules_of_the_same_names_are_left_alone(cached, tmp_path):
-    """A program with its own utils, datasets and weights loads a model, and keeps its modules."""
+    """A program with its own utils, datasets and weights keeps these modules."""
     for name in ('utils', 'datasets', 'weights'):
         (tmp_path / f'{name}.py').write_text('MINE = True\n')
     assert run(CLASH, tmp_path) == '3053224\n'
 
 
 def test_callers_modules_can_be_imported_afterwards(cached, tmp_path):
-    """Not hidden by ours of the same name."""
+    """The caller's `utils` can be imported after loading a model."""
     (tmp_path / 'utils.py').write_text('MINE = True\n')
     run('torch.hub.load(REPO, "xcit_nano_12_p16", source="local")\nimport utils\nassert utils.MINE', tmp_path)
 
 
 def test_models_can_be_pickled(tmp_path):
-    """Within the program that loaded them."""
+    """Models can be pickled in the program that loaded them."""
     run('import copy, pickle\nmodel = torch.hub.load(REPO, "xcit_nano_12_p16", source="local")\n'
         'pickle.loads(pickle.dumps(copy.deepcopy(model)))', tmp_path)
 
 
 def test_own_modules_are_shared(tmp_path):
-    """A program that imported xcit from this repository gets models of that type."""
+    """A program that imported xcit from this repository gets models of its type Xcit."""
     run('import utils, xcit\nmodel = torch.hub.load(REPO, "xcit_nano_12_p16", source="local")\n'
         'assert isinstance(model, xcit.Xcit) and sys.modules["utils"] is utils', tmp_path, PYTHONPATH=str(ROOT))
 
 
 def test_missing_packages_are_named(tmp_path):
-    """torch.hub can read the list before anything of the kind is imported."""
+    """torch.hub reads `dependencies` before any of these packages is imported."""
     script = ('sys.modules["timm"] = None\nimport importlib.util as util\nfind = util.find_spec\n'
               'util.find_spec = lambda name, *rest: None if name == "timm" else find(name, *rest)\n'
               'try:\n    torch.hub.load(REPO, "xcit_nano_12_p16", source="local")\n'

@@ -1,4 +1,4 @@
-"""xcit_linear.py: the same numbers from both libraries, wherever a model takes them."""
+"""xcit_linear.py: both libraries compute the same in every use by a model."""
 import copy
 import importlib
 
@@ -19,7 +19,7 @@ ONEDNN = xcit_linear.has_onednn()
 @pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.skipif(not ONEDNN, reason='needs oneDNN'))],
                 ids=['mkl', 'onednn'])
 def onednn(request, monkeypatch) -> bool:
-    """Whether oneDNN is preferred, and then for products of any size."""
+    """Preference for oneDNN, then for products of any size."""
     monkeypatch.setattr(xcit_linear, 'is_amd_with_onednn', lambda: request.param)
     monkeypatch.setattr(xcit_linear, 'LEAST', 0)
     torch._dynamo.reset()
@@ -37,7 +37,7 @@ def tensors(dtype=torch.float32, *, x=(2, 5, 8), channels=6):
 @pytest.mark.parametrize('has_bias', [True, False])
 @torch.no_grad()
 def test_linear(onednn, shape, dtype, has_bias):
-    """With GELU, with a residual, or neither; its inputs stay as they are."""
+    """Products with GELU, with a residual, or without both are right; the inputs are unchanged."""
     x, weight, bias = tensors(dtype, x=shape)
     bias = bias if has_bias else None
     residual = torch.randn(*shape[:-1], 6, dtype=dtype)
@@ -54,14 +54,14 @@ def test_linear(onednn, shape, dtype, has_bias):
                                  lambda t: torch.stack((t, t), dim=-1)[..., 0]], ids=['rows', 'columns', 'strided'])
 @torch.no_grad()
 def test_memory_layouts(onednn, lay):
-    """Tokens, weights and residuals may lie in memory as they like."""
+    """Tokens, weights and residuals of any memory layout work."""
     x, weight, bias = tensors(x=(5, 8))
     residual = torch.randn(5, 6)
     torch.testing.assert_close(linear(lay(x), lay(weight), bias, lay(residual)), residual + F.linear(x, weight, bias))
 
 
 def test_gradients(onednn):
-    """First and second derivatives, and those of one of the inputs alone."""
+    """First and second derivatives are right, for all inputs and for one input alone."""
     inputs = [t.requires_grad_() for t in tensors(torch.float64)]
     assert torch.autograd.gradcheck(linear, inputs)
     assert torch.autograd.gradgradcheck(linear, inputs)
@@ -77,7 +77,7 @@ def test_gradients(onednn):
 
 
 def test_several_gradients_at_once(onednn):
-    """As jacobians take them, by vmap over the backward pass."""
+    """Jacobians by vmap over the backward pass are right."""
     x, weight, bias = tensors(x=(2, 8))
 
     def jacobian(function):
@@ -87,7 +87,7 @@ def test_several_gradients_at_once(onednn):
 
 
 def test_operations_are_counted(onednn):
-    """By torch's counter, like those of any linear layer."""
+    """torch's FLOP counter counts the operations of a linear layer."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         linear(*tensors())
     assert counter.get_total_flops() == 2 * 10 * 8 * 6
@@ -96,33 +96,33 @@ def test_operations_are_counted(onednn):
 @pytest.mark.filterwarnings('ignore')  # tracing is deprecated
 @pytest.mark.skipif(not ONEDNN, reason='needs oneDNN')
 @torch.no_grad()
-def test_where_onednn_is_taken(monkeypatch):
-    """On AMD's processors, in float32; not under autocast, for derivatives, in transforms, in traces and exports."""
-    def takes(x):
+def test_uses_of_onednn(monkeypatch):
+    """oneDNN is for AMD, in float32; not under autocast, for derivatives, in transforms, traces and exports."""
+    def uses_onednn(x):
         return xcit_linear.by_onednn_is_faster(x, weight)
 
     x, weight, _ = tensors(x=(1, 8))
     monkeypatch.setattr(xcit_linear, 'is_amd_with_onednn', lambda: True)
-    assert not takes(x)  # too small
+    assert not uses_onednn(x)  # too small
     monkeypatch.setattr(xcit_linear, 'LEAST', 0)
-    assert takes(x)
-    assert not takes(x.double())
-    assert not takes(x.to('meta'))
+    assert uses_onednn(x)
+    assert not uses_onednn(x.double())
+    assert not uses_onednn(x.to('meta'))
     with torch.autocast('cpu', torch.bfloat16):
-        assert not takes(x)
+        assert not uses_onednn(x)
     with torch.enable_grad():
-        assert not takes(x)
-    assert not torch.func.vmap(lambda row: row + takes(row))(torch.zeros(1, 8)).any()
+        assert not uses_onednn(x)
+    assert not torch.func.vmap(lambda row: row + uses_onednn(row))(torch.zeros(1, 8)).any()
     layer = xcit_fuse.FusedLinear(torch.nn.Linear(8, 16))
     assert 'xcit::' not in str(torch.jit.trace(layer, x).inlined_graph)
     assert 'xcit.linear' not in str(torch.export.export(layer, (x,)).graph)
     monkeypatch.setattr(xcit_linear, 'is_amd_with_onednn', lambda: False)
-    assert not takes(x)
+    assert not uses_onednn(x)
 
 
 @pytest.mark.parametrize('cpuinfo', [None, 'vendor_id\t: GenuineIntel\n', 'vendor_id\t: AuthenticAMD\n'])
 def test_preference_by_processor(monkeypatch, cpuinfo):
-    """Where the system tells that it is AMD's, and torch has oneDNN."""
+    """oneDNN is preferred on AMD processors, if torch has oneDNN."""
     def read_text(path):
         if cpuinfo is None:
             raise FileNotFoundError
@@ -139,7 +139,7 @@ def test_preference_by_processor(monkeypatch, cpuinfo):
 @pytest.mark.parametrize('form', ['plain', 'gram'])
 @torch.no_grad()
 def test_inference(onednn, form, compiled):
-    """A fused model, eager and compiled, computes what the layers do one after the other."""
+    """A fused model, eager and compiled, agrees with the unfused model in float64."""
     if compiled and not onednn:
         pytest.skip('in test_fuse.py')
     torch.manual_seed(0)
@@ -154,8 +154,8 @@ def test_inference(onednn, form, compiled):
 
 @pytest.mark.skipif(not ONEDNN, reason='needs oneDNN')
 @torch.no_grad()
-def test_models_take_it(monkeypatch):
-    """For all linear layers of the blocks."""
+def test_models_use_onednn(monkeypatch):
+    """All linear layers of a block use oneDNN."""
     calls = []
 
     def by_onednn(*args):
@@ -172,7 +172,7 @@ def test_models_take_it(monkeypatch):
 @pytest.mark.skipif(not ONEDNN, reason='needs oneDNN')
 @torch.no_grad()
 def test_onednn_can_be_switched_off(monkeypatch):
-    """By torch's own switch."""
+    """torch's own switch disables oneDNN."""
     monkeypatch.setattr(xcit_linear, 'is_amd_with_onednn', lambda: True)
     monkeypatch.setattr(xcit_linear, 'LEAST', 0)
     monkeypatch.setattr(xcit_linear, 'by_onednn', None)
@@ -184,7 +184,7 @@ def test_onednn_can_be_switched_off(monkeypatch):
 
 @torch.no_grad()
 def test_compiled_biases_join_what_follows(monkeypatch):
-    """A compiled layer has a product alone, and writes no bias into a result's rows before."""
+    """A compiled layer has a product without bias; the bias is added with the operations after it."""
     monkeypatch.setattr(xcit_linear, 'is_amd_with_onednn', lambda: False)
     torch._dynamo.reset()
     layer, x = xcit_fuse.FusedLinear(torch.nn.Linear(16, 64)), torch.randn(2, 50, 16)
@@ -195,14 +195,14 @@ def test_compiled_biases_join_what_follows(monkeypatch):
 
 
 def test_reloaded():
-    """By an interactive session, say: the operation is still there, once."""
+    """The operation works after a reload of the module."""
     importlib.reload(xcit_linear)
     torch.testing.assert_close(linear(*tensors()), F.linear(*tensors()))
 
 
 @pytest.mark.parametrize(('device', 'dtype'), [('meta', torch.float32), ('cpu', torch.bfloat16)])
 def test_layout_is_for_cpus_in_float32(monkeypatch, device, dtype):
-    """Other weights stay as they lie."""
+    """Weights on other devices or of other dtypes keep their memory layout."""
     monkeypatch.setattr(xcit_linear, 'is_amd_with_onednn', lambda: True)
     assert xcit_linear.lay_out(torch.zeros(3, 2)).stride() == (1, 3)
     assert xcit_linear.lay_out(torch.zeros(3, 2, device=device, dtype=dtype)).stride() == (2, 1)
@@ -210,7 +210,7 @@ def test_layout_is_for_cpus_in_float32(monkeypatch, device, dtype):
 
 @torch.no_grad()
 def test_fused_block_takes_strided_tokens():
-    """Those of a block that is called alone."""
+    """A fused block that is called alone accepts strided tokens."""
     model = xcit_fuse.fuse(xcit.Xcit(embed_dim=32, num_heads=4, depth=1).eval())
     x = torch.randn(2, 32, 12).transpose(1, 2)
     for model.xca_form in ('plain', 'gram'):

@@ -1,4 +1,4 @@
-"""What other programs record of a model as it is created: its outputs stay the same, at every size."""
+"""TorchScript, traces, exports and ONNX of a model as created: the same outputs, at every size."""
 import io
 import warnings
 
@@ -8,7 +8,7 @@ from conftest import seeded_images, shallow_xcit
 
 import xcit
 
-# For 32 channels, these images have one token, some (the definition), and many (the Gram form, where it applies)
+# For 32 channels: one token, some (plain form) and many (Gram form, where it applies)
 SIZES = [(8, 8), (33, 47), (96, 80)]
 
 
@@ -41,10 +41,10 @@ def onnx_by_dynamo(model, images):
 
 
 def difference(record, model, size) -> float:
-    """Between logits of the recorded graph and of the model, in units of the largest logit."""
+    """Return the largest difference between logits of the graph and the model, in units of the largest logit."""
     images = seeded_images(1, 3, *size)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # recorders say that they are deprecated, and where they see Python
+        warnings.simplefilter('ignore')  # of deprecation, and of Python in the graph
         recorded = record(model, images)
     expected = model(images)
     return float((recorded(images) - expected).abs().max() / expected.abs().max())
@@ -54,6 +54,7 @@ def difference(record, model, size) -> float:
 @pytest.mark.parametrize('record', [script, trace, export, onnx, onnx_by_dynamo])
 @torch.no_grad()
 def test_graph_computes_the_same(record, size):
+    """The graph, recorded at one size, has the model's outputs at this size."""
     assert difference(record, shallow_xcit(), size) < 1e-4
 
 
@@ -62,6 +63,6 @@ def test_graph_computes_the_same(record, size):
 @pytest.mark.parametrize('record', [script, trace, export, onnx, onnx_by_dynamo])
 @torch.no_grad()
 def test_graph_of_a_published_model_computes_the_same(record, size):
-    """Where work in pieces killed the older ONNX exporter."""
+    """Large images work; with work in pieces, the older ONNX exporter crashed."""
     torch.manual_seed(0)
     assert difference(record, xcit.xcit_small_12_p8().eval(), size) < 1e-4

@@ -1,4 +1,4 @@
-"""The door to fast training: the same outputs, gradients and state dict."""
+"""xcit.speed_up_training: the same outputs, gradients and state dict."""
 import copy
 import re
 
@@ -12,7 +12,7 @@ import xcit_train
 
 
 def both(**kwargs):
-    """A model, and the same one behind the door."""
+    """Return a model, and the same model prepared for training."""
     torch.manual_seed(0)
     model = xcit.Xcit(embed_dim=32, num_heads=4, depth=2, num_classes=10, **kwargs)
     with torch.no_grad():  # biases that are not 0
@@ -25,7 +25,7 @@ def both(**kwargs):
 @pytest.mark.parametrize('kwargs', [{}, {'qkv_bias': False}, {'act_layer': nn.ReLU}, {'proj_drop_rate': .3}],
                          ids=['plain', 'no bias', 'relu', 'dropout'])
 def test_same_gradients(form, kwargs):
-    """Of the tokens and of every parameter, in float64; with dropout, the same random numbers."""
+    """Gradients of images and all parameters agree in float64; dropout draws the same random numbers."""
     results = []
     for model in both(**kwargs):
         model.double().train().xca_form = form
@@ -38,7 +38,7 @@ def test_same_gradients(form, kwargs):
 
 
 def test_state_dict_is_the_same():
-    """Names, order and values: a checkpoint of one is a checkpoint of the other, and an optimizer's state fits."""
+    """Names and order of parameters are the same, so that checkpoints and optimizer states fit both models."""
     model, fast = both()
     assert list(fast.state_dict()) == list(model.state_dict())
     assert [name for name, _ in fast.named_parameters()] == [name for name, _ in model.named_parameters()]
@@ -46,14 +46,14 @@ def test_state_dict_is_the_same():
 
 
 def test_parameters_stay_the_same_objects():
-    """An optimizer that has them already goes on with them."""
+    """An optimizer that was built before keeps its parameters."""
     model = xcit.Xcit(embed_dim=32, num_heads=4, depth=1)
     before = list(model.parameters())
     assert all(a is b for a, b in zip(before, xcit.speed_up_training(model).parameters()))
 
 
 def test_modes_stay():
-    """What is in eval mode, a frozen part, say, stays there."""
+    """Modules in eval mode, such as frozen parts, stay in eval mode."""
     model = xcit.Xcit(embed_dim=32, num_heads=4, depth=2).train()
     model.blocks[1].eval()
     xcit.speed_up_training(model)
@@ -63,7 +63,7 @@ def test_modes_stay():
 
 
 def test_hidden_activations_are_kept_once():
-    """After GELU they are computed again."""
+    """Activations after GELU are computed again, not kept."""
     counts = []
     for model in both():
         kept = []
@@ -74,19 +74,19 @@ def test_hidden_activations_are_kept_once():
 
 
 @pytest.mark.parametrize('function', [xcit_train.GeluLinear, xcit_train.Covariance])
-@pytest.mark.parametrize('wanted', [0, 1, 2, None])
-def test_derivatives(function, wanted):
-    """First and second ones, of all inputs or of one alone."""
+@pytest.mark.parametrize('index', [0, 1, 2, None])
+def test_derivatives(function, index):
+    """First and second derivatives are right, for all inputs or one input alone."""
     torch.manual_seed(0)
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     inputs = [x, torch.randn(4, 8, dtype=torch.float64), torch.randn(4, dtype=torch.float64)]
     if function is xcit_train.Covariance:
-        if wanted in (1, 2):
-            pytest.skip('the mean has no part in it')
+        if index in (1, 2):
+            pytest.skip('the mean has no gradient')
         inputs, call = [x], lambda x: function.apply(x, x.mean(dim=1))
     else:
         call = function.apply
-    inputs = [t.requires_grad_(wanted in (None, i)) for i, t in enumerate(inputs)]
+    inputs = [t.requires_grad_(index in (None, i)) for i, t in enumerate(inputs)]
     assert torch.autograd.gradcheck(call, inputs)
     assert torch.autograd.gradgradcheck(call, inputs)
 
@@ -98,7 +98,7 @@ def test_derivatives(function, wanted):
     ('blocks.0.attn', xcit.speed_up_training),
 ])
 def test_refusals(name, change):
-    """The layer is named, and nothing is changed."""
+    """The message names the layer, and the model is unchanged."""
     model = seeded_model('xcit_nano_12_p16', depth=2)
     change(model)
     modules = dict(model.named_modules())
@@ -109,7 +109,7 @@ def test_refusals(name, change):
 
 @pytest.mark.parametrize('form', ['plain', 'gram'])
 def test_fast_model_has_one_graph(form):
-    """The compiler takes it whole, and computes the same."""
+    """The compiled model is one graph, and computes the same."""
     torch._dynamo.reset()
     model, fast = both()
     model.xca_form = fast.xca_form = form

@@ -1,4 +1,4 @@
-"""Cross-covariance attention: the Gram form computes what the definition does, in every type and at every size."""
+"""Cross-covariance attention: both forms compute the same, in every dtype and at every size."""
 from typing import Optional
 
 import pytest
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from conftest import seeded_images, seeded_model
 
-import xca
+import xca_gram
 import xcit
 from xca import XCA
 
@@ -14,7 +14,7 @@ SHAPES = [(2, 7, 24), (1, 1, 24), (3, 24, 24), (2, 500, 24), (1, 301, 48)]  # B,
 
 
 def attention(dim: int, form: str, *, seed: int = 0, **kwargs) -> XCA:
-    """XCA with 4 heads and random weights, bias and temperatures."""
+    """Build XCA with 4 heads and random weights, biases and temperatures."""
     torch.manual_seed(seed)
     module = XCA(dim, 4, **kwargs)
     for parameter in module.parameters():
@@ -24,12 +24,12 @@ def attention(dim: int, form: str, *, seed: int = 0, **kwargs) -> XCA:
 
 
 def pair(dim: int, **kwargs):
-    """The same module in both forms."""
+    """Return the same module in both forms."""
     return attention(dim, 'plain', **kwargs), attention(dim, 'gram', **kwargs)
 
 
 def tokens(kind: str, shape) -> torch.Tensor:
-    """Tokens as they come out of a LayerNorm, and worse."""
+    """Return tokens as from a LayerNorm, or a harder kind."""
     torch.manual_seed(1)
     x = torch.randn(shape)
     if kind == 'outliers':
@@ -47,12 +47,12 @@ def tokens(kind: str, shape) -> torch.Tensor:
 
 
 def largest_difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """As a fraction of b's largest element."""
+    """Return the largest difference, as a fraction of b's largest element."""
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
 def results(module: XCA, x: torch.Tensor, *, dtype: Optional[torch.dtype] = None) -> dict:
-    """Output, under autocast to `dtype` if given, and all gradients of a loss that weighs the outputs unequally."""
+    """Return the output, under autocast to `dtype` if given, and all gradients of a loss with unequal weights."""
     x = x.clone().requires_grad_()
     module.zero_grad()
     with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
@@ -67,7 +67,7 @@ def results(module: XCA, x: torch.Tensor, *, dtype: Optional[torch.dtype] = None
 @pytest.mark.parametrize('shape', SHAPES)
 @torch.no_grad()
 def test_gram_equals_plain(shape, kind):
-    """Within 1e-5 of the largest output in float32, outlier channels, equal tokens and all."""
+    """Both forms agree to 1e-5 of the largest output in float32, also for outlier channels and equal tokens."""
     plain, gram = pair(shape[2])
     x = tokens(kind, shape)
     assert largest_difference(gram(x), plain(x)) < 1e-5
@@ -76,7 +76,7 @@ def test_gram_equals_plain(shape, kind):
 @pytest.mark.parametrize('kind', ['normal', 'outliers', 'constant channels'])
 @pytest.mark.parametrize('shape', SHAPES)
 def test_gradients_of_gram_equal_plains(shape, kind):
-    """Of tokens and all parameters, in float64, where nothing but a mistake can make a difference."""
+    """Gradients of tokens and all parameters agree in float64."""
     plain, gram = (module.double() for module in pair(shape[2]))
     x = tokens(kind, shape).double()
     expected = results(plain, x)
@@ -85,7 +85,7 @@ def test_gradients_of_gram_equal_plains(shape, kind):
 
 
 def test_gradients_of_dead_channels():
-    """Channels of q or k that are 0 for all tokens have gradients, and in both forms the same."""
+    """Channels of q or k that are 0 in all tokens have finite gradients, equal in both forms."""
     gradients = []
     for module in pair(24):
         with torch.no_grad():
@@ -98,7 +98,7 @@ def test_gradients_of_dead_channels():
 
 
 def test_gradients_of_gram_in_float32():
-    """No farther from float64 than ten times the definition's own distance."""
+    """The error against float64 is at most ten times that of the plain form."""
     plain, gram = pair(48)
     x = tokens('outliers', (2, 300, 48))
     exact = results(attention(48, 'plain').double(), x.double())
@@ -120,7 +120,7 @@ def test_plain_does_not_overflow_in_float16():
 
 @torch.no_grad()
 def test_plain_does_not_underflow_in_float16():
-    """Means of products of small queries and keys are below float16's range; their cosines are what they are."""
+    """Means of products of small queries and keys are below float16's range; their cosines are not."""
     module, exact = attention(48, 'plain'), attention(48, 'plain').double()
     for m in (module, exact):
         m.qkv.weight[:96] *= 1e-4
@@ -132,8 +132,8 @@ def test_plain_does_not_underflow_in_float16():
 
 
 @pytest.mark.parametrize('form', ['plain', 'gram'])
-def test_definition(form):
-    """softmax(temperature * cos(q, k)) v, projected: as the paper's equation 4 has it, by torch's own normalize."""
+def test_equation_4(form):
+    """Both forms compute equation 4, written with torch's own normalize."""
     module, x = attention(24, form).double(), tokens('normal', (2, 60, 24)).double()
     q, k, v = module.qkv(x).reshape(2, 60, 3, 4, 6).permute(2, 0, 3, 4, 1)
     cosines = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
@@ -147,7 +147,7 @@ def test_definition(form):
 @pytest.mark.parametrize('form', ['plain', 'gram'])
 @torch.no_grad()
 def test_without_bias(form):
-    """qkv_bias=False is a bias of zeros."""
+    """qkv_bias=False equals a bias of zeros."""
     module, other = attention(24, form, qkv_bias=False), attention(24, form)
     other.load_state_dict({**module.state_dict(), 'qkv.bias': torch.zeros(72)})
     x = tokens('normal', (2, 60, 24))
@@ -157,23 +157,23 @@ def test_without_bias(form):
 @pytest.mark.parametrize(('N', 'grad', 'expected'), [
     (47, True, False), (48, True, True), (59, False, False), (60, False, True)])
 def test_auto_follows_the_measured_rule(N, grad, expected):
-    """On a CPU: from 2 C tokens on in training, from 2.5 C on in inference."""
+    """CPUs use the Gram form from 2 C tokens on in training, from 2.5 C on in inference."""
     with torch.set_grad_enabled(grad):
-        assert attention(24, 'auto').takes_gram(torch.zeros(1, N, 24)) == expected
+        assert xca_gram.applies(attention(24, 'auto'), torch.zeros(1, N, 24)) == expected
 
 
 def test_auto_under_autocast():
-    """Half precision has the definition, however many tokens there are: sums over them are to be in float32."""
+    """Half precision uses the plain form for any number of tokens, since the Gram form needs sums in float32."""
     x = torch.zeros(1, 1000, 24)
     with torch.autocast('cpu', torch.bfloat16):
-        assert not attention(24, 'auto').takes_gram(x)
-    assert not attention(24, 'gram').bfloat16().takes_gram(x.bfloat16())
-    assert attention(24, 'auto').takes_gram(x)
+        assert not xca_gram.applies(attention(24, 'auto'), x)
+    assert not xca_gram.applies(attention(24, 'gram').bfloat16(), x.bfloat16())
+    assert xca_gram.applies(attention(24, 'auto'), x)
 
 
 @pytest.mark.parametrize('size', [64, 512])
 def test_shapes_without_data(size):
-    """Models on the meta device compute shapes, as tools that count operations want it, in either form."""
+    """Models on the meta device compute shapes, in either form."""
     model = xcit.xcit_nano_12_p16().to('meta')
     assert model(torch.zeros(2, 3, size, size, device='meta')).shape == (2, 1000)
 
@@ -182,7 +182,7 @@ def test_shapes_without_data(size):
 @pytest.mark.parametrize('form', ['plain', 'gram'])
 @torch.no_grad()
 def test_module_in_half_precision(form, dtype):
-    """Weights and tokens in half precision, without autocast: the same type comes out, and nearly the same values."""
+    """Weights and tokens in half precision, without autocast, give outputs of this dtype and close values."""
     module, x = attention(48, form), tokens('normal', (2, 300, 48))
     expected = module(x)
     actual = module.to(dtype)(x.to(dtype))
@@ -193,7 +193,7 @@ def test_module_in_half_precision(form, dtype):
 @pytest.mark.parametrize('form', ['plain', 'gram'])
 @torch.no_grad()
 def test_float64_under_autocast(form):
-    """Autocast leaves it alone, and so do both forms."""
+    """Float64 stays float64 under autocast, in both forms."""
     module, x = attention(24, form).double(), tokens('normal', (2, 60, 24)).double()
     expected = module(x)
     with torch.autocast('cpu', torch.bfloat16):
@@ -202,7 +202,7 @@ def test_float64_under_autocast(form):
 
 @pytest.mark.parametrize('grad', [True, False])
 def test_other_layers_in_place_of_qkv_are_called(grad):
-    """Adapters, which are more than a weight and a bias, take part: with them the definition calls the layers."""
+    """Adapters, which are more than a weight and a bias, are called, since the plain form is used."""
     class Doubled(torch.nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -222,7 +222,7 @@ def test_other_layers_in_place_of_qkv_are_called(grad):
 @pytest.mark.parametrize(('name', 'shape'), [('qkv', (2, 60, 72)), ('proj', (2, 60, 24))])
 @torch.no_grad()
 def test_hooks_of_layers_are_called(name, shape):
-    """Who listens to a layer hears it, in the Gram form too, which else makes no queries and projects nothing."""
+    """Hooks of `qkv` and `proj` are called with form 'gram' as well."""
     module, x = attention(24, 'gram'), tokens('normal', (2, 60, 24))
     expected = module(x)
     seen = []
@@ -233,7 +233,7 @@ def test_hooks_of_layers_are_called(name, shape):
 
 @torch.no_grad()
 def test_projection_without_bias():
-    """Where others have taken it away: the definition is called."""
+    """A projection whose bias was removed works."""
     module, x = attention(24, 'gram'), tokens('normal', (2, 60, 24))
     expected = module(x) - module.proj.bias
     module.proj.bias = None
@@ -241,7 +241,7 @@ def test_projection_without_bias():
 
 
 def test_torch_func_transforms():
-    """Gradients by torch.func are those of autograd, those of single inputs too, in either form."""
+    """Gradients per input by torch.func add up to those of autograd, in either form."""
     for module in pair(24):
         x = tokens('normal', (3, 60, 24))
         weights = {key: value.detach() for key, value in module.named_parameters()}
@@ -260,7 +260,7 @@ def test_model_computes_the_same_in_every_form():
     """`xca_form` reaches all blocks, and the logits stay the same."""
     model, images = seeded_model('xcit_tiny_12_p8').eval(), seeded_images(2, 3, 96, 72)
     logits = {}
-    for form in xca.FORMS:
+    for form in xca_gram.FORMS:
         model.xca_form = form
         assert model.xca_form == form
         assert {block.attn.form for block in model.blocks} == {form}
@@ -270,7 +270,7 @@ def test_model_computes_the_same_in_every_form():
 
 
 def test_unknown_form_is_refused():
-    """With what is allowed."""
+    """The message has the value and the allowed values."""
     with pytest.raises(ValueError, match=r"'fast' is not one of .*gram"):
         seeded_model('xcit_nano_12_p16').xca_form = 'fast'
 

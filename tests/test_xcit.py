@@ -1,4 +1,4 @@
-"""The models: the original's numbers, and what timm's users expect of a model."""
+"""xcit.py: the original's numbers, and the interface of timm's models."""
 import json
 import math
 
@@ -29,15 +29,17 @@ def logits() -> dict:
 # ----- parity with the original
 
 def test_there_are_14_models(published):
-    """The variants are those that were published."""
+    """The variants are the published ones, with names that `is_xcit_name` recognises."""
     assert sorted(xcit.MODELS) == sorted(published)
     assert len(xcit.MODELS) == 14
+    assert all(xcit.is_xcit_name(name) and xcit.is_xcit_name(f'{name}.fb_in1k') for name in xcit.MODELS)
+    assert not any(xcit.is_xcit_name(name) for name in ('', 'resnet50', f'{NANO}_224', f'timm/{NANO}'))
 
 
 @pytest.mark.parametrize('name', xcit.MODELS)
 @torch.no_grad()
 def test_logits_equal_the_originals(name, published, logits):
-    """Parameter count, logits and pooled features are the original's for the same weights and the first image."""
+    """Parameter count, logits and pooled features equal the original's for the same weights and image."""
     model = seeded_model(name).eval()
     assert sum(p.numel() for p in model.parameters()) == published[name]['params']
     tokens = model.forward_features(seeded_images(2, 3, 224, 224)[:1])
@@ -55,7 +57,7 @@ def test_state_dict_has_the_published_keys(name, published):
 @pytest.mark.parametrize('checkpointing', [False, True])
 @pytest.mark.parametrize('name', ['xcit_nano_12_p8', 'xcit_tiny_12_p16'])
 def test_training_step_equals_the_originals(name, checkpointing, reference):
-    """Loss, the gradient norm of every parameter and BatchNorm's statistics are the original's."""
+    """Loss, gradient norms of all parameters and BatchNorm's statistics equal the original's."""
     expected = reference[f'train/{name}']
     model = seeded_model(name, num_classes=10).train()
     model.set_grad_checkpointing(checkpointing)
@@ -71,7 +73,7 @@ def test_training_step_equals_the_originals(name, checkpointing, reference):
 @pytest.mark.parametrize('name', ['xcit_nano_12_p8', 'xcit_tiny_12_p16', 'xcit_small_24_p16'])
 @torch.no_grad()
 def test_logits_equal_timms(name):
-    """timm's own XCiT, given our weights through its filter, computes the same."""
+    """timm's own XCiT computes the same with the same weights."""
     model = seeded_model(name, num_classes=10).eval()
     theirs = timm.create_model(f'{name}_224', num_classes=10).eval()
     theirs.load_state_dict(timm.models.xcit.checkpoint_filter_fn({'model': model.state_dict()}, theirs))
@@ -81,7 +83,7 @@ def test_logits_equal_timms(name):
 
 @torch.no_grad()
 def test_xca_equals_a_plain_loop():
-    """XCA head by head, as the paper's equation 4 writes it."""
+    """XCA equals the paper's equation 4, head by head."""
     dim, heads, d = 12, 3, 4
     xca = xcit.XCA(dim, heads)
     xca.temperature.copy_(torch.tensor([.5, 1., 3.]).reshape(3, 1, 1))
@@ -99,7 +101,7 @@ def test_xca_equals_a_plain_loop():
 
 @torch.no_grad()
 def test_attention_weights_are_those_of_forward():
-    """Class attention's weights of CLS over all tokens sum to 1, and times the values give what `forward` gives."""
+    """The attention of CLS to all tokens sums to 1, and times the values gives the output of `forward`."""
     attention = xcit.ClassAttention(12, 3)
     x = torch.randn(2, 7, 12)
     weights = attention.attention_weights(x)
@@ -111,7 +113,7 @@ def test_attention_weights_are_those_of_forward():
 
 @torch.no_grad()
 def test_class_attention_calls_layers_that_are_more_than_their_weights():
-    """A hook, which may change what it sees, is called once; without it nothing else comes out."""
+    """A hook, which may change the output, is called once."""
     attention = xcit.ClassAttention(12, 3)
     x = torch.randn(2, 7, 12)
     expected, weights = attention(x), attention.attention_weights(x)
@@ -124,7 +126,7 @@ def test_class_attention_calls_layers_that_are_more_than_their_weights():
 
 @torch.no_grad()
 def test_position_is_the_papers_fourier_features():
-    """y before x, counted from 1, sine and cosine interleaved, on a non-square grid."""
+    """Features are y before x, counted from 1, sine and cosine interleaved, on a non-square grid."""
     encoding = xcit.PositionalEncodingFourier(64)
     encoding.token_projection.weight.copy_(torch.eye(64)[:, :, None, None])
     encoding.token_projection.bias.zero_()
@@ -139,7 +141,7 @@ def test_position_is_the_papers_fourier_features():
 
 @torch.no_grad()
 def test_position_calls_a_projection_that_is_more_than_its_weights():
-    """A hook, which may change what it sees, is called once; without it nothing else comes out."""
+    """A hook, which may change the output, is called once."""
     encoding = xcit.PositionalEncodingFourier(8)
     expected = encoding(3, 5)
     seen = []
@@ -149,8 +151,8 @@ def test_position_calls_a_projection_that_is_more_than_its_weights():
 
 
 @torch.no_grad()
-def test_position_with_another_projection_is_its():
-    """An adapter in place of `token_projection` is called, and not passed by."""
+def test_position_calls_another_projection():
+    """An adapter in place of `token_projection` is called."""
     class Doubled(torch.nn.Conv2d):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -165,8 +167,8 @@ def test_position_with_another_projection_is_its():
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 @torch.no_grad()
-def test_position_in_half_precision_tells_tokens_apart(dtype):
-    """Coordinates are counted in float32, where half precision has none of that distance; rounding comes last."""
+def test_position_in_half_precision(dtype):
+    """Coordinates of a large grid are computed in float32, and rounded last."""
     encoding = xcit.PositionalEncodingFourier(8)
     expected = encoding(2, 3000)
     actual = encoding.to(dtype)(2, 3000)
@@ -175,7 +177,7 @@ def test_position_in_half_precision_tells_tokens_apart(dtype):
 
 
 def test_drop_path_is_constant_over_depth():
-    """All XCA blocks have the same rate (faithful to the original)."""
+    """All XCA blocks have the same drop-path rate (faithful to the original)."""
     model = timm.create_model(NANO, drop_path_rate=.05)
     assert {block.drop_path.drop_prob for block in model.blocks} == {.05}
 
@@ -184,7 +186,7 @@ def test_drop_path_is_constant_over_depth():
 
 @pytest.mark.parametrize('name', xcit.MODELS)
 def test_every_parameter_gets_a_gradient(name):
-    """No parameter of any variant is unused, and nothing that backward needs is overwritten."""
+    """Every parameter of every variant is used, and backward works."""
     model = timm.create_model(name, num_classes=10).train()
     model(torch.randn(2, 3, 32, 48)).square().mean().backward()
     without = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()]
@@ -192,7 +194,7 @@ def test_every_parameter_gets_a_gradient(name):
 
 
 def test_checkpointing_repeats_dropout_and_drop_path():
-    """With random layers too, recomputed activations give the gradients of kept ones."""
+    """Recomputed activations give the gradients of kept ones, with random layers too."""
     gradients = []
     for enable in (False, True):
         model = seeded_model(NANO, num_classes=10, drop_rate=.1, attn_drop_rate=.1, drop_path_rate=.3).train()
@@ -204,7 +206,7 @@ def test_checkpointing_repeats_dropout_and_drop_path():
 
 
 def test_checkpointing_counts_a_batch_once():
-    """BatchNorm's statistics and counter are those of one forward pass."""
+    """Checkpointing updates BatchNorm's statistics and counter once per batch."""
     states = []
     for enable in (False, True):
         model = seeded_model(NANO).train()
@@ -215,12 +217,12 @@ def test_checkpointing_counts_a_batch_once():
 
 
 def test_weight_decay_names_only_the_cls_token():
-    """The model spares the CLS token alone (faithful): biases and vectors are the optimizer's to spare."""
+    """The model lists the CLS token alone (faithful); optimizers skip biases and vectors themselves."""
     assert timm.create_model(NANO).no_weight_decay() == {'cls_token'}
 
 
 def test_layer_groups_cover_every_parameter_in_order():
-    """`group_matcher` puts the stem first, then the blocks, then class attention and the norm, the head last."""
+    """`group_matcher` has the order stem, blocks, class attention with the norm, head."""
     model = timm.create_model(NANO)
     groups = group_parameters(model, model.group_matcher(), reverse=True)
     assert set(groups) == {key for key, _ in model.named_parameters()}
@@ -233,17 +235,31 @@ def test_layer_groups_cover_every_parameter_in_order():
     assert groups['norm.weight'] == groups['cls_attn_blocks.1.gamma1']
 
 
-# ----- what timm's users expect
+# ----- timm's interface
 
 def test_create_model_passes_timms_options():
-    """`num_classes`, `drop_path_rate` and `in_chans` reach the model."""
+    """`num_classes`, `drop_path_rate`, `in_chans`, `device` and `dtype` reach the model."""
     model = timm.create_model('xcit_small_12_p16', num_classes=10, drop_path_rate=.05, in_chans=1)
     assert model(torch.randn(1, 1, 32, 32)).shape == (1, 10)
     assert model.blocks[0].drop_path.drop_prob == .05
+    model = timm.create_model(NANO, device='meta', dtype=torch.bfloat16)
+    assert {(str(p.device), p.dtype) for p in model.parameters()} == {('meta', torch.bfloat16)}
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize('patch_size', [16, 8])
+def test_patch_size_stays(patch_size):
+    """`Xcit.patch_size` is in pixels, also of models that are pruned, prepared for training or fused."""
+    name = f'xcit_nano_12_p{patch_size}'
+    pruned = timm.create_model(name, depth=2)
+    pruned.prune_intermediate_layers(1)
+    models = [pruned, xcit.speed_up_training(timm.create_model(name, depth=1)),
+              xcit.fuse(timm.create_model(name, depth=1).eval())]
+    assert [model.patch_size for model in models] == [patch_size] * 3
 
 
 def test_pretrained_cfg_is_imagenets():
-    """Crop 1.0, bicubic, ImageNet's mean and deviation, and the names of first and last layer."""
+    """The configuration has crop 1.0, bicubic, ImageNet's statistics and the names of first and last layer."""
     cfg = timm.create_model('xcit_tiny_24_p8').pretrained_cfg
     assert (cfg['crop_pct'], cfg['interpolation'], cfg['classifier']) == (1., 'bicubic', 'head')
     assert cfg['first_conv'] == 'patch_embed.proj.0.0'
@@ -252,7 +268,7 @@ def test_pretrained_cfg_is_imagenets():
 
 
 def test_zoo_is_the_46_published_files():
-    """Three ImageNet trainings of each model and four of DINO; timm's registry has them at their resolution."""
+    """The zoo has 3 classifiers of each model and 4 DINO backbones, at their resolution in timm's registry."""
     cfgs = [timm.models.get_pretrained_cfg(name) for name in xcit_zoo.ZOO]
     assert len({cfg.url for cfg in cfgs}) == len(xcit_zoo.ZOO) == 46
     assert sum(cfg.num_classes == 1000 for cfg in cfgs) == 42
@@ -264,11 +280,11 @@ def test_zoo_is_the_46_published_files():
 
 
 def test_zoo_names_timms_own_copies():
-    """The repository on the hub is the one that timm's own XCiT of the same weights names."""
+    """Hub repositories and URLs are those of timm's own XCiT with the same weights."""
     for published in xcit_zoo.ZOO.values():
         if published.hf_hub_id:
-            own = timm.models.get_pretrained_cfg(published.hf_hub_id.removeprefix('timm/'))
-            assert (own.hf_hub_id, own.url) == (published.hf_hub_id, published.url)
+            cfg = timm.models.get_pretrained_cfg(published.hf_hub_id.removeprefix('timm/'))
+            assert (cfg.hf_hub_id, cfg.url) == (published.hf_hub_id, published.url)
     assert sum(published.hf_hub_id is not None for published in xcit_zoo.ZOO.values()) == 42
 
 
@@ -286,7 +302,7 @@ def test_any_image_size_works(name, size):
 
 @torch.no_grad()
 def test_rows_and_columns_are_not_confused():
-    """On a non-square image the blocks see the true grid: a transposed image gives other tokens."""
+    """A transposed image gives other tokens than the transposed grid."""
     model = seeded_model(NANO).eval()
     image = torch.randn(1, 3, 64, 32)
     wide = model.forward_intermediates(image.transpose(2, 3), intermediates_only=True, indices=[0])[0]
@@ -298,7 +314,7 @@ def test_rows_and_columns_are_not_confused():
 @pytest.mark.parametrize('pool', ['token', 'avg', ''])
 @torch.no_grad()
 def test_global_pool(pool):
-    """The head sees the CLS token, the mean of the patches, or every token."""
+    """The head's input is the CLS token, the mean of the patches, or all tokens."""
     model = timm.create_model(NANO, num_classes=10, global_pool=pool).eval()
     tokens = model.forward_features(torch.randn(2, 3, 32, 32))
     pooled = {'token': tokens[:, 0], 'avg': tokens[:, 1:].mean(dim=1), '': tokens}[pool]
@@ -307,13 +323,13 @@ def test_global_pool(pool):
 
 
 def test_unknown_global_pool_is_refused():
-    """The message names the value and what is allowed."""
+    """The message has the value and the allowed values."""
     with pytest.raises(ValueError, match="'max' is not one of"):
         timm.create_model(NANO, global_pool='max')
 
 
 def test_reset_classifier():
-    """A new head of the asked size, or none, and another pooling."""
+    """reset_classifier makes a head of another size, or none, and sets the pooling."""
     model = timm.create_model(NANO)
     model.reset_classifier(7, 'avg')
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 7)
@@ -324,7 +340,7 @@ def test_reset_classifier():
 
 @torch.no_grad()
 def test_forward_intermediates():
-    """Chosen blocks' outputs on the grid, beside the features that `forward_features` gives."""
+    """forward_intermediates returns chosen blocks' outputs on the grid, and the features of `forward_features`."""
     model = seeded_model(NANO).eval()
     images = torch.randn(2, 3, 40, 64)
     features, (first, last) = model.forward_intermediates(images, indices=[0, -1])
@@ -340,14 +356,14 @@ def test_stopping_early_runs_no_later_block():
     model = seeded_model(NANO).eval()
     images = torch.randn(1, 3, 32, 32)
     expected = model.forward_intermediates(images, indices=[2], intermediates_only=True)[0]
-    model.blocks[3].forward = None  # would raise if it was called
+    model.blocks[3].forward = None  # a call would raise
     early = model.forward_intermediates(images, indices=[2], intermediates_only=True, stop_early=True)[0]
     torch.testing.assert_close(early, expected)
 
 
 @torch.no_grad()
 def test_features_only():
-    """timm's feature extractor: one map for each index, without class attention and head."""
+    """timm's feature extractor returns one map per index, and has neither class attention nor head."""
     extractor = timm.create_model(NANO, features_only=True, out_indices=(3, 7, 11)).eval()
     maps = extractor(torch.randn(1, 3, 64, 48))
     assert [m.shape for m in maps] == [(1, 128, 4, 3)] * 3
@@ -399,7 +415,7 @@ def test_bf16_autocast_stays_close():
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
 @pytest.mark.parametrize('training', [True, False])
 def test_one_graph_under_autocast(device, training):
-    """The compiler takes the whole model as one graph; torch 2.11 cut it wherever autocast was asked for."""
+    """The compiled model is one graph under autocast (torch 2.11 split it at each query of autocast)."""
     torch._dynamo.reset()
     model = timm.create_model(NANO, num_classes=2, depth=2).to(device).train(training)
     compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
@@ -410,7 +426,7 @@ def test_one_graph_under_autocast(device, training):
 @pytest.mark.gpu
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_autocast_on_cuda_stays_close(dtype):
-    """Half-precision autocast, 576 tokens: logits close to full precision, gradients finite."""
+    """Half-precision autocast with 576 tokens gives logits close to full precision and finite gradients."""
     model = seeded_model('xcit_tiny_12_p16', num_classes=10).cuda().train()
     images = seeded_images(2, 3, 384, 384).cuda()
     expected = model(images)
@@ -423,7 +439,7 @@ def test_autocast_on_cuda_stays_close(dtype):
 
 @pytest.mark.gpu
 def test_inductor_on_cuda_agrees_with_eager():
-    """The compiled model computes what the eager one does."""
+    """The compiled model computes the outputs of the eager model."""
     model = seeded_model('xcit_tiny_12_p16', num_classes=10).cuda().eval()
     images = seeded_images(2, 3, 224, 224).cuda()
     with torch.no_grad():
@@ -431,7 +447,7 @@ def test_inductor_on_cuda_agrees_with_eager():
 
 
 def peak_cuda_memory(model: torch.nn.Module, side: int) -> int:
-    """Bytes that one training step on a square image needs at its peak."""
+    """Return the peak memory in bytes of one training step on a square image."""
     torch.cuda.reset_peak_memory_stats()
     model(torch.randn(1, 3, side, side, device='cuda')).square().mean().backward()
     model.zero_grad()
@@ -440,7 +456,7 @@ def peak_cuda_memory(model: torch.nn.Module, side: int) -> int:
 
 @pytest.mark.gpu
 def test_memory_grows_linearly_with_the_pixels():
-    """Four times the pixels need about four times the memory, not sixteen times."""
+    """Four times the pixels need about four times the memory."""
     model = timm.create_model('xcit_nano_12_p8').cuda().train()
     peak_cuda_memory(model, 256)  # the workspaces of the libraries
     assert peak_cuda_memory(model, 2048) < 4.4 * peak_cuda_memory(model, 1024)
@@ -448,7 +464,7 @@ def test_memory_grows_linearly_with_the_pixels():
 
 @pytest.mark.gpu
 def test_checkpointing_saves_memory():
-    """Less than half the peak at high resolution."""
+    """Checkpointing halves the peak memory at high resolution."""
     model = timm.create_model('xcit_small_12_p16').cuda().train()
     kept = peak_cuda_memory(model, 1024)
     model.set_grad_checkpointing()

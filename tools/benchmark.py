@@ -35,6 +35,7 @@ import datasets
 import main as classification
 import utils
 import xca
+import xca_gram
 import xcit
 import xcit_linear
 import xcit_zoo
@@ -156,7 +157,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                                help='torch.compile')
         parser_of.add_argument('--compile-mode', choices=['default', 'reduce-overhead', 'max-autotune'],
                                default='default', help='of torch.compile; the last two use CUDA graphs')
-        parser_of.add_argument('--xca', choices=xca.FORMS, default='auto', help='form of XCA, of the models here')
+        parser_of.add_argument('--xca', choices=xca_gram.FORMS, default='auto', help='form of XCA, of the models here')
     for parser_of in (speed, scaling, compare, alone, dino):
         parser_of.add_argument('--precision', choices=list(PRECISIONS), default='fp32',
                                help='autocast type; fp32: no autocast')

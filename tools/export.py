@@ -20,6 +20,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import datasets
 import utils
+import xca_gram
 import xcit
 import xcit_fuse
 from run import commandline
@@ -215,7 +216,7 @@ def prepare(model: xcit.Xcit, input_size: int, format_name: str):
     """Fold BatchNorm and LayerScale away, and choose the form of XCA, which must not depend on the image in a file."""
     with torch.no_grad():
         tokens = model.patch_embed(torch.zeros(1, 3, input_size, input_size)).flatten(2).transpose(1, 2)
-        gram = model.blocks[0].attn.takes_gram(tokens)
+        gram = xca_gram.applies(model.blocks[0].attn, tokens)
     model.xca_form = 'gram' if gram else 'plain'
     if format_name == 'torchscript':  # its compiler reads the definition alone
         xcit_fuse.fuse_stem(model)

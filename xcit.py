@@ -1,9 +1,9 @@
 """XCiT: Cross-Covariance Image Transformers, as timm models.
 
 Paper: https://arxiv.org/abs/2106.09681. Importing this file registers the 14 models of `SIZES` x {p16, p8} with
-timm; `timm.create_model('xcit_small_12_p16')` then builds one. Module and parameter names are those of the published
-checkpoints, which load strictly. xca.py has cross-covariance attention (equation 4), xcit_zoo.py the table of
-published weights. `fuse` and `speed_up_training` replace modules of a model by faster ones.
+timm, for `timm.create_model('xcit_small_12_p16')`. Module and parameter names are those of the published checkpoints,
+which load strictly. xca.py has cross-covariance attention (equation 4), xcit_zoo.py the table of published weights.
+`fuse` and `speed_up_training` replace modules of a model by faster modules.
 
 Shapes: `B` batch, `N = H*W` tokens, `C` channels, `H, W` token grid (never pixels), `h` heads, `d = C//h`,
 `K` classes. Images are `(B, in_chans, img_h, img_w)` in pixels; any size works, the grid is `ceil(pixels / patch)`.
@@ -280,7 +280,7 @@ class Xcit(TimmModel):
         if embed_dim % num_heads:
             raise ValueError(f'embed_dim {embed_dim} is not a multiple of num_heads {num_heads}')
         if not isinstance(drop_path_rate, (int, float)):
-            raise ValueError(f'drop_path_rate {drop_path_rate} is not allowed: it is one number for all blocks')
+            raise ValueError(f'drop_path_rate {drop_path_rate} is not allowed: it must be a number, for all blocks')
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.patch_size = patch_size

@@ -38,7 +38,7 @@ class FastXCA(nn.Module):
 
 
 class ShortClassAttention(nn.Module):
-    """xcit.ClassAttention without keys and values of the patches, which one query does not need.
+    """Class attention (xcit.ClassAttention) without keys and values of the patches, which one query does not need.
 
     (x W_kᵀ) q is computed as x (W_kᵀ q), and the weighted mean of the values as W_v times the weighted mean of the
     tokens. The bias of the keys adds the same value to all scores, which softmax ignores.

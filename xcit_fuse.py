@@ -232,7 +232,7 @@ class FusedBlock(nn.Module):
         self.fc1, self.fc2 = FusedLinear(block.mlp.fc1), FusedLinear(block.mlp.fc2, block.gamma2)
 
     def forward(self, x: torch.Tensor, H: int, W: int) -> torch.Tensor:
-        x = x.to(self.bn_shift.dtype)  # float32 under autocast, as by an unfused block's LayerScale
+        x = x.to(self.bn_shift.dtype)  # under autocast tokens are float32, as in an unfused block
         if not is_eager_inference():
             x = x + self.attn(self.norm1(x))
             grid = self.norm3(x).transpose(1, 2).unflatten(2, (H, W))

@@ -61,7 +61,7 @@ class TimmModel(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None):
-        """Replace the head by an untrained one with `num_classes` outputs (0: no head); set the pooling, if given."""
+        """Replace the head by an untrained head of `num_classes` outputs (0: none); set the pooling, if given."""
         if global_pool is not None:
             self.set_global_pool(global_pool)
         self.num_classes = num_classes

@@ -56,7 +56,7 @@ class TrainingXCA(FastXCA):
 
 
 class Covariance(torch.autograd.Function):
-    """xca_gram.covariance with one product in the backward pass, where autograd adds two."""
+    """Covariance (xca_gram.covariance) with one product in the backward pass; autograd adds two."""
 
     @staticmethod
     def forward(ctx, x, mean):
@@ -85,7 +85,7 @@ class TrainingMlp(nn.Module):
 
 
 class GeluLinear(torch.autograd.Function):
-    """gelu(x) weightᵀ + bias for x (..., D) and weight (C, D); only x is kept for the backward pass."""
+    """Linear layer after GELU: gelu(x) weightᵀ + bias, x (..., D), weight (C, D); keeps only x for backward."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):

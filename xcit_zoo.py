@@ -173,7 +173,7 @@ def without_wrappers(tensors: dict) -> Tuple[dict, List[str]]:
     if pruned:
         rest = {key: value for key, value in tensors.items() if re.sub('_(orig|mask)$', '', key) not in pruned}
         tensors = {**rest, **{key: tensors[f'{key}_orig'] * tensors[f'{key}_mask'] for key in pruned}}
-        cleared = [*cleared, f'{len(pruned)} pruned ones as pruning leaves them']
+        cleared = [*cleared, f'the masks of {len(pruned)} pruned tensors']
     return tensors, cleared
 
 
@@ -201,12 +201,12 @@ def behind_prefix(entry: str, prefix: str, tensors: dict, cleared: List[str], na
     return Found(entry, prefix, weights, [key for key in tensors if key not in used], cleared)
 
 
-def of_other_task(beside: List[str]) -> List[str]:
+def of_other_task(names: List[str]) -> List[str]:
     """Return the parts of names that belong to a detector or a segmenter."""
-    return sorted({part for key in beside for part in key.split('.')[:3] if part.rstrip('0123456789') in OTHER_TASKS})
+    return sorted({part for name in names for part in name.split('.')[:3] if part.rstrip('0123456789') in OTHER_TASKS})
 
 
-def choose(found: List[Found], *, average: bool = False, key: str = '') -> Optional[Found]:
+def choose(candidates: List[Found], *, average: bool = False, key: str = '') -> Optional[Found]:
     """Choose one of the sets of weights in a file; None: no set of this kind.
 
     Args:
@@ -217,19 +217,19 @@ def choose(found: List[Found], *, average: bool = False, key: str = '') -> Optio
         ValueError: several sets remain, and differ.
     """
     if key:
-        found = [weights for weights in found if weights.label == key] or [
-            weights for weights in found if f'{weights.label}.'.startswith(f'{key}.')]
+        candidates = [weights for weights in candidates if weights.label == key] or [
+            weights for weights in candidates if f'{weights.label}.'.startswith(f'{key}.')]
     elif average:
-        found = [weights for weights in found if weights.is_average]
+        candidates = [weights for weights in candidates if weights.is_average]
     else:
-        found = [weights for weights in found if not weights.is_average] or found
-        if any(weights.entry == 'teacher' for weights in found):  # DINO, whose result is the teacher
-            found = [weights for weights in found if weights.entry != 'student']
-    different = found[:1] + [weights for weights in found[1:] if not weights.equals(found[0])]
+        candidates = [weights for weights in candidates if not weights.is_average] or candidates
+        if any(weights.entry == 'teacher' for weights in candidates):  # DINO, whose result is the teacher
+            candidates = [weights for weights in candidates if weights.entry != 'student']
+    different = candidates[:1] + [weights for weights in candidates[1:] if not weights.equals(candidates[0])]
     if len(different) > 1:
         raise ValueError(f'holds {len(different)} sets of weights that differ: '
                          f'{", ".join(weights.label for weights in different)}')
-    return found[0] if found else None
+    return candidates[0] if candidates else None
 
 
 def has_timm_names(weights: dict) -> bool:
@@ -279,8 +279,8 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
         ValueError: weights are missing or unexpected; timm does not check this if the number of classes differs.
     """
     expected = model.state_dict()
-    found = choose(find_weights(state_dict, in_both_namings(expected)))
-    weights = state_dict if found is None else found.tensors
+    chosen = choose(find_weights(state_dict, in_both_namings(expected)))
+    weights = state_dict if chosen is None else chosen.tensors
     weights = from_timm_names(weights) if has_timm_names(weights) else weights
     if 'pos_embeder.token_projection.weight' not in expected:  # use_pos_embed=False
         weights = {key: value for key, value in weights.items() if not key.startswith('pos_embeder.')}

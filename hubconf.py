@@ -6,8 +6,7 @@ import sys
 dependencies = ['huggingface_hub', 'numpy', 'safetensors', 'timm', 'torch', 'torchvision', 'tqdm']
 
 # Modules that define the models' classes
-_MODELS = ('xca', 'xca_gram', 'xcit', 'xcit_attention', 'xcit_fuse', 'xcit_linear', 'xcit_timm', 'xcit_train',
-           'xcit_zoo')
+_MODELS = ('xca', 'xca_gram', 'xcit', 'xcit_fuse', 'xcit_linear', 'xcit_timm', 'xcit_train', 'xcit_zoo')
 _FILES = ('run', 'utils', 'weights', *_MODELS)  # modules of this repository that the models need
 
 

@@ -76,14 +76,8 @@ def axis_features(length: int, dim: int, temperature: float, like: torch.Tensor)
     return torch.stack((angle.sin(), angle.cos()), dim=2).flatten(1).to(like.dtype)  # sin and cos interleaved
 
 
-def conv3x3(in_chans: int, out_chans: int) -> nn.Sequential:
-    """Build a stride-2 3x3 convolution with BatchNorm, which halves the resolution."""
-    return nn.Sequential(
-        nn.Conv2d(in_chans, out_chans, kernel_size=3, stride=2, padding=1, bias=False), nn.BatchNorm2d(out_chans))
-
-
 class ConvPatchEmbed(nn.Module):
-    """Patch stem: log2(patch_size) stride-2 convolutions that double the channels, GELU between them.
+    """Patch stem: log2(patch_size) stride-2 convolutions with BatchNorm that double the channels, GELU between them.
 
     Source: paper section 3.3 (following LeViT); original xcit.py, ConvPatchEmbed.
     """
@@ -97,7 +91,8 @@ class ConvPatchEmbed(nn.Module):
         widths = [in_chans] + [embed_dim // 2 ** i for i in reversed(range(convolutions))]
         layers: List[nn.Module] = []
         for in_width, out_width in zip(widths, widths[1:]):
-            layers += [conv3x3(in_width, out_width), act_layer()]
+            conv = nn.Conv2d(in_width, out_width, kernel_size=3, stride=2, padding=1, bias=False)
+            layers += [nn.Sequential(conv, nn.BatchNorm2d(out_width)), act_layer()]
         self.proj = nn.Sequential(*layers[:-1])  # the last convolution has no activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -249,31 +244,12 @@ class Xcit(TimmModel):
     """
 
     def __init__(
-            self,
-            img_size: Union[int, Tuple[int, int]] = 224,
-            patch_size: int = 16,
-            in_chans: int = 3,
-            num_classes: int = 1000,
-            global_pool: str = 'token',
-            embed_dim: int = 384,
-            depth: int = 12,
-            num_heads: int = 8,
-            mlp_ratio: float = 4.,
-            qkv_bias: bool = True,
-            drop_rate: float = 0.,
-            pos_drop_rate: Optional[float] = None,
-            proj_drop_rate: Optional[float] = None,
-            attn_drop_rate: float = 0.,
-            drop_path_rate: float = 0.,
-            act_layer=None,
-            norm_layer=None,
-            cls_attn_layers: int = 2,
-            use_pos_embed: bool = True,
-            eta: float = 1.,
-            tokens_norm: bool = True,
-            device=None,
-            dtype=None,
-    ):
+            self, img_size: Union[int, Tuple[int, int]] = 224, patch_size: int = 16, in_chans: int = 3,
+            num_classes: int = 1000, global_pool: str = 'token', embed_dim: int = 384, depth: int = 12,
+            num_heads: int = 8, mlp_ratio: float = 4., qkv_bias: bool = True, drop_rate: float = 0.,
+            pos_drop_rate: Optional[float] = None, proj_drop_rate: Optional[float] = None, attn_drop_rate: float = 0.,
+            drop_path_rate: float = 0., act_layer=None, norm_layer=None, cls_attn_layers: int = 2,
+            use_pos_embed: bool = True, eta: float = 1., tokens_norm: bool = True, device=None, dtype=None):
         super().__init__()
         if patch_size not in STEM_CONVOLUTIONS:
             raise ValueError(f'patch_size {patch_size} is not one of {sorted(STEM_CONVOLUTIONS)}')

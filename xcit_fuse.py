@@ -3,6 +3,7 @@
 It replaces the modules of a trained model, in place; afterwards the model cannot be trained, or stored under the
 published names. docs/benchmark.md lists the gain of each piece. Shapes as in xcit.py.
 """
+import copy
 import re
 from typing import Callable, List, Optional, Tuple
 
@@ -14,9 +15,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import xca_gram
 from xca import XCA
-from xcit_attention import FastXCA, ShortClassAttention
 from xcit_linear import covariance_in_panels, is_eager_inference, lay_out, linear
 from xcit_timm import TimmModel
+from xcit_train import FastXCA, ShortClassAttention
 
 # Largest number of elements of an intermediate result that is computed in one piece. On CPUs 16 MB in float32,
 # measured; on other devices pieces only save memory, and large pieces keep the device busy.
@@ -141,11 +142,10 @@ class FusedLinear(nn.Module):
 
 def scaled_convolution(conv: nn.Conv2d, gamma: torch.Tensor) -> nn.Conv2d:
     """Return the depthwise convolution with outputs scaled by LayerScale's gamma."""
-    scaled = nn.utils.skip_init(nn.Conv2d, conv.in_channels, conv.out_channels, 3, padding=1, groups=conv.groups,
-                                device=conv.weight.device, dtype=conv.weight.dtype)
-    scaled.weight.copy_(conv.weight * gamma[:, None, None, None])
-    scaled.bias.copy_(gamma * conv.bias if conv.bias is not None else torch.zeros_like(gamma))
-    return scaled.to(memory_format=torch.channels_last)
+    scaled = copy.deepcopy(conv).to(memory_format=torch.channels_last)
+    scaled.weight.mul_(gamma[:, None, None, None])
+    scaled.bias.mul_(gamma)
+    return scaled
 
 
 def folded_stem(stem: nn.Module) -> nn.Sequential:

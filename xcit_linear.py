@@ -53,7 +53,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] =
     """
     if by_onednn_is_faster(x, weight):
         return torch.ops.xcit.linear(x, weight, bias, residual, gelu)
-    by_mkl = x.dtype == torch.float32 and x.device.type == 'cpu' and not autocasts()
+    by_mkl = x.dtype == torch.float32 and x.device.type == 'cpu' and not torch.is_autocast_enabled('cpu')
     if by_mkl and is_eager_inference():
         residual = None if residual is None else residual.reshape(-1, len(weight))
         return by_blas(x.reshape(-1, x.shape[-1]), weight, bias, residual, gelu).view(*x.shape[:-1], len(weight))
@@ -67,14 +67,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] =
     return x if residual is None else residual + x
 
 
-def autocasts() -> bool:
-    return torch.is_autocast_enabled('cpu')
-
-
 def by_onednn_is_faster(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Return True if oneDNN is usable (no derivatives, no graph for other runtimes) and faster for tokens x."""
     return (x.device.type == 'cpu' and x.dtype == torch.float32 and prefers_onednn() and not is_small(x, weight)
-            and not (autocasts() or torch.is_grad_enabled() or torch.jit.is_tracing()
+            and not (torch.is_autocast_enabled('cpu') or torch.is_grad_enabled() or torch.jit.is_tracing()
                      or torch.compiler.is_exporting() or transforms_are_active()))
 
 

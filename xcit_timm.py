@@ -14,11 +14,6 @@ class BadValue(ValueError, AssertionError):
     """Invalid argument; an AssertionError as well, which timm's models raise."""
 
 
-def check_output_fmt(output_fmt: str):
-    if output_fmt not in ('NCHW', 'NLC'):
-        raise BadValue(f"output_fmt {output_fmt!r} is not one of 'NCHW', 'NLC'")
-
-
 @contextlib.contextmanager
 def creation_defaults(device: Optional[torch.device], dtype: Optional[torch.dtype]):
     """Create tensors on `device` and with `dtype` inside this context; None: torch's defaults."""
@@ -72,13 +67,8 @@ class TimmModel(nn.Module):
         self.head.train(self.training)
 
     def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
+            self, x: torch.Tensor, indices: Optional[Union[int, List[int]]] = None, norm: bool = False,
+            stop_early: bool = False, output_fmt: str = 'NCHW', intermediates_only: bool = False,
             return_prefix_tokens: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
         """Return outputs of chosen XCA blocks, with timm's interface.
@@ -97,7 +87,8 @@ class TimmModel(nn.Module):
             The list, or the pair (normalised tokens (B, 1 + N, C), list).
         """
         if not torch.jit.is_scripting():
-            check_output_fmt(output_fmt)
+            if output_fmt not in ('NCHW', 'NLC'):
+                raise BadValue(f"output_fmt {output_fmt!r} is not one of 'NCHW', 'NLC'")
         chosen, last = feature_take_indices(len(self.blocks), indices)
         x, H, W = self.forward_patches(x)
         x, outputs = self.forward_blocks(x, H, W, chosen, last + 1 if stop_early and intermediates_only else None)

@@ -20,7 +20,7 @@ fast = xcit.fuse(model)
 assert (fast(images) - expected).abs().max() < 1e-5 * expected.abs().max()
 assert 'torchvision' not in sys.modules or 'timm' in sys.modules
 ours = {name: module.__file__ for name, module in sys.modules.items() if name.split('_')[0] in ('xcit', 'xca')}
-assert len(ours) > 7 and all(sys.argv[1] in file for file in ours.values()), ours
+assert len(ours) > 6 and all(sys.argv[1] in file for file in ours.values()), ours
 '''
 
 

@@ -88,7 +88,7 @@ class TimmModel(nn.Module):
         """
         if not torch.jit.is_scripting():
             if output_fmt not in ('NCHW', 'NLC'):
-                raise BadValue(f"output_fmt {output_fmt!r} is not one of 'NCHW', 'NLC'")
+                raise BadValue(f"output_fmt '{output_fmt}' is not one of 'NCHW', 'NLC'")
         chosen, last = feature_take_indices(len(self.blocks), indices)
         x, H, W = self.forward_patches(x)
         x, outputs = self.forward_blocks(x, H, W, chosen, last + 1 if stop_early and intermediates_only else None)

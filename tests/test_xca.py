@@ -276,7 +276,7 @@ def test_unknown_form_is_refused():
 
 
 def test_attention_dropout_works_in_both_forms():
-    """The same random numbers drop the same weights."""
+    """Dropout of attention weights draws the same random numbers in both forms."""
     outputs = []
     for module in pair(24, attn_drop=.5):
         torch.manual_seed(0)

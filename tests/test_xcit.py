@@ -372,6 +372,14 @@ def test_features_only():
 
 
 @torch.no_grad()
+def test_torchscript_of_features():
+    """The scripted feature extractor computes the same maps."""
+    extractor = timm.create_model(NANO, depth=3, features_only=True, out_indices=(0, 1)).eval()
+    images = seeded_images(1, 3, 64, 48)
+    torch.testing.assert_close(torch.jit.script(extractor)(images), extractor(images))
+
+
+@torch.no_grad()
 def test_torchscript_and_export_agree_with_eager():
     """The scripted and the exported model (dynamic batch, height and width) compute the same at another size."""
     model = seeded_model('xcit_nano_12_p8', num_classes=10, depth=2).eval()

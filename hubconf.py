@@ -15,7 +15,7 @@ def _own_modules():
     """Import this repository's files inside this context, even if the caller has modules of the same names.
 
     Afterwards the caller's modules are restored. Modules of the models that the caller does not have stay imported,
-    since pickling needs them.
+    since pickling needs the modules.
     """
     others = {name: sys.modules.pop(name) for name in _imported() if not _is_own(sys.modules[name])}
     before = set(_imported())
@@ -30,7 +30,7 @@ def _own_modules():
 
 
 def _imported() -> list:
-    """Return names of imported modules that are names of this repository's files, whether or not they are its own."""
+    """Return names of imported modules that are names of files here, also of modules that come from elsewhere."""
     return [name for name in sys.modules if name.split('.')[0] in _FILES]
 
 
@@ -58,7 +58,7 @@ def _entry_point(name: str, size: str, patch_size: int):
     return entry_point
 
 
-# Not imported from xcit.py, since torch.hub imports this file before it checks `dependencies`.
+# Written out, since torch.hub imports this file before it checks `dependencies`, which xcit.py needs.
 for _size in ('nano_12', 'tiny_12', 'tiny_24', 'small_12', 'small_24', 'medium_24', 'large_24'):
     for _patch_size in (16, 8):
         _name = f'xcit_{_size}_p{_patch_size}'

@@ -1,4 +1,4 @@
-"""The training loss: classification, and distillation from a teacher.
+"""Training loss: classification, and distillation from a teacher.
 
 Source: DeiT (https://arxiv.org/abs/2012.12877) section 4; original losses.py and main.py.
 """
@@ -13,20 +13,19 @@ DISTILLATION_TYPES = ('none', 'soft', 'hard')
 
 
 def classification_loss(*, soft_targets: bool, smoothing: float) -> nn.Module:
-    """The criterion for class indices (B,), or for probabilities (B, K), which are smoothed where they are made."""
+    """Return the criterion for class indices (B,), or for probabilities (B, K), which mixup has already smoothed."""
     if soft_targets:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
 
 
-class TeacherOfOtherImages(nn.Module):
-    """A teacher that sees the student's images as it is used to: normalised its own way, and at a size of its own.
+class AdaptedTeacher(nn.Module):
+    """Teacher whose input gets the normalisation and size that the teacher was trained with.
 
     Args:
-        teacher: the model.
-        student: the mean and the standard deviation of each channel by which the images come normalised.
-        own: those that the teacher was trained with.
-        size: (img_h, img_w) that they are resized to; None: as they come.
+        student: mean and standard deviation of each channel in the normalisation of the images.
+        own: mean and standard deviation of each channel in the teacher's training.
+        size: (img_h, img_w) after resizing; None: the images are not resized.
     """
 
     def __init__(self, teacher: nn.Module, *, student: Tuple[tuple, tuple], own: Tuple[tuple, tuple],
@@ -45,11 +44,11 @@ class TeacherOfOtherImages(nn.Module):
 
 
 class DistillationLoss(nn.Module):
-    """Weighted sum of a classification loss and of the distance to a teacher's prediction.
+    """Weighted sum of a classification loss and the distance to the teacher output.
 
     Args:
-        base_criterion: loss of (logits, targets).
-        teacher: a model in eval mode; None with type 'none'.
+        base_criterion: function of (logits, targets).
+        teacher: model in eval mode; None with type 'none'.
         distillation_type: 'none', 'soft' (KL divergence of softened predictions) or 'hard' (the teacher's class).
         alpha: weight of the distillation term, fraction.
         tau: softening temperature of type 'soft'.
@@ -60,22 +59,19 @@ class DistillationLoss(nn.Module):
         super().__init__()
         if distillation_type not in DISTILLATION_TYPES:
             raise ValueError(f'distillation_type {distillation_type!r} is not one of {DISTILLATION_TYPES}')
-        self.base_criterion = base_criterion
-        self.teacher = teacher
-        self.distillation_type = distillation_type
-        self.alpha = alpha
-        self.tau = tau
+        self.base_criterion, self.teacher = base_criterion, teacher
+        self.distillation_type, self.alpha, self.tau = distillation_type, alpha, tau
 
     def forward(self, images: torch.Tensor, outputs: Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]],
                 targets: torch.Tensor) -> torch.Tensor:
-        """Scalar loss.
+        """Compute the scalar loss.
 
         Args:
-            images: (B, 3, img_h, img_w), what the teacher sees.
-            outputs: logits (B, K), or a pair where the model has a second head for distillation.
-            targets: (B,) or (B, K), as the base criterion takes them.
+            images: input of the teacher (B, 3, img_h, img_w).
+            outputs: logits (B, K), or a pair of logits if the model has a second head for distillation.
+            targets: targets (B,) or (B, K) of the base criterion.
         """
-        # faithful: XCiT has no distillation token, its one output feeds both terms (original xcit.py, XCiT.forward)
+        # faithful: XCiT has no distillation token: both terms use its single output (original xcit.py, XCiT.forward)
         outputs, outputs_kd = (outputs, outputs) if isinstance(outputs, torch.Tensor) else outputs
         loss = self.base_criterion(outputs, targets)
         if self.distillation_type == 'none':
@@ -84,9 +80,9 @@ class DistillationLoss(nn.Module):
             teacher_outputs = self.teacher(images)
         if self.distillation_type == 'soft':
             # faithful: averaged over B * K, not over B (original losses.py, DistillationLoss)
-            distillation = F.kl_div(
-                F.log_softmax(outputs_kd / self.tau, dim=1), F.log_softmax(teacher_outputs / self.tau, dim=1),
-                reduction='sum', log_target=True) * self.tau ** 2 / outputs_kd.numel()
+            student, teacher = (F.log_softmax(logits / self.tau, dim=1) for logits in (outputs_kd, teacher_outputs))
+            divergence = F.kl_div(student, teacher, reduction='sum', log_target=True)
+            distillation = divergence * self.tau ** 2 / student.numel()
         else:
             distillation = F.cross_entropy(outputs_kd, teacher_outputs.argmax(dim=1))
         return loss * (1 - self.alpha) + distillation * self.alpha

@@ -15,6 +15,7 @@ from typing import Optional, Tuple
 
 from run import flags
 from run.commandline import COUNT, COUNT_OR_0, PATH, POSITIVE, Parser, run_program
+from run.folder import check_output_dir
 from slurm import cluster, following, submission
 from slurm.job import ROOT, Task, has_checkpoint, python_arguments
 from utils import InputError
@@ -22,11 +23,10 @@ from utils import InputError
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the job's flags; the program has its own parser."""
-    parser = Parser(Path(__file__).name, description=__doc__, add_help=False,
-                    usage='%(prog)s [flags of the job] [flags of the program]',
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(Path(__file__).name, usage='%(prog)s [flags of the job] [flags of the program]', add_help=False,
+                    description=__doc__)
     group = parser.add_argument_group('job')
-    group.add_argument('-h', '--help', action='store_true', help='help on these flags and those of the program')
+    group.add_argument('-h', '--help', action='store_true', help='flags of the job and of the program')
     group.add_argument('--program', default='main', metavar='MODULE',
                        help='module of the program, with functions parse_args and main, e.g. dino.train')
     group.add_argument('--cluster', default='auto', choices=['auto', 'slurm', 'local'],
@@ -34,8 +34,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument('--nodes', default=2, type=COUNT, metavar='N', help='number of nodes')
     group.add_argument('--ngpus', default=8, type=COUNT_OR_0, metavar='N',
                        help='GPUs per node, one process each; 0: processes on CPUs')
-    group.add_argument('--tasks-per-node', type=COUNT, metavar='N', help='processes per node with --ngpus 0; 1 if '
-                       'unset')
+    group.add_argument('--tasks-per-node', type=COUNT, metavar='N', help='processes per node without GPUs; 1 if unset')
     group.add_argument('--cpus-per-task', type=COUNT, metavar='N', help='CPU cores per process; --num-workers if unset')
     group.add_argument('--mem-gb', type=POSITIVE, metavar='GB', help='memory per node; the cluster\'s default if unset')
     group.add_argument('--timeout', default=2800, type=COUNT, metavar='MINUTES',
@@ -51,23 +50,17 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument('--use-volta32', action='store_true', help='short form of --constraint volta32gb')
     group.add_argument('--account', metavar='NAME', help='account to charge')
     group.add_argument('--qos', metavar='NAME', help='quality of service')
-    group.add_argument('--comment', metavar='TEXT', help='comment of the job; some clusters require a reason for '
-                       'priority')
+    group.add_argument('--comment', metavar='TEXT', help='comment, e.g. a reason for the priority of the job')
     group.add_argument('--exclude', metavar='NODES', help='nodes to avoid, separated by commas')
     group.add_argument('--setup', default=[], action='append', metavar='LINE',
                        help='shell command to run before the program, e.g. "module load cuda"; can be repeated')
-    group.add_argument('--wait', action='store_true', help='log printed until the job ends, and exit code of the job '
-                       'as exit code, for scripts and CI')
+    group.add_argument('--wait', action='store_true', help='log printed until the job ends, and the job\'s exit code')
     group.add_argument('--dry-run', action='store_true', help='sbatch script printed instead of submitted')
     return parser
 
 
 def load_program(name: str):
-    """Import the module of a program.
-
-    Raises:
-        InputError: the repository has no such module, or the module is not a program.
-    """
+    """Import the module of a program; raise InputError if the module does not exist, or is not a program."""
     path = ROOT.joinpath(*name.split('.')).with_suffix('.py')
     if not all(part.isidentifier() for part in name.split('.')) or not path.is_file():
         raise InputError(f'--program {name}: no such module in {ROOT}; the default is main')
@@ -80,13 +73,10 @@ def load_program(name: str):
 
 
 def parse_args(argv: list) -> Tuple[argparse.Namespace, list]:
-    """Parse the command line and check all flags before the job waits in a queue.
+    """Parse the command line, and raise InputError for invalid flags before the job waits in a queue.
 
     Returns:
-        The flags of the job with those that all programs share, and the command line of the program.
-
-    Raises:
-        InputError: a flag of the program or of the job is invalid.
+        The flags of the job and the flags that all programs share; the command line of the program.
     """
     job_parser = get_args_parser()
     args, program_argv = job_parser.parse_known_args(argv)
@@ -115,7 +105,7 @@ def parse_args(argv: list) -> Tuple[argparse.Namespace, list]:
 
 
 def check_job_flags(args, device: str):
-    """Raise InputError for contradicting flags of the job, and for a --job-dir that can't be created."""
+    """Raise InputError for conflicting flags of the job, and for a --job-dir that can't be created."""
     if args.device not in ('auto', device):
         raise InputError(f'--device {args.device}: must be {device} or auto with --ngpus {args.ngpus}')
     if args.ngpus and args.tasks_per_node not in (None, args.ngpus):
@@ -128,9 +118,7 @@ def check_job_flags(args, device: str):
             raise InputError(f'{flag} {path}: %j is the only allowed use of %')
     if args.dry_run and args.cluster == 'local':
         raise InputError('--dry-run: prints the script for SLURM, which --cluster local does not use')
-    parent = next(path for path in Path(args.job_dir).absolute().parents if path.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-        raise InputError(f'--job-dir {args.job_dir}: {parent} is not a directory with write permission')
+    check_output_dir(args.job_dir, '--job-dir')
 
 
 def check_checkpoint(args):
@@ -143,11 +131,7 @@ def check_checkpoint(args):
 
 
 def choose_cluster(name: str) -> str:
-    """Return `slurm` or `local`.
-
-    Raises:
-        InputError: --cluster slurm without a cluster.
-    """
+    """Return `slurm` or `local`; raise InputError for --cluster slurm without a cluster."""
     if name == 'local':
         return 'local'
     succeeded, output = cluster.query('sinfo', '--noheader', '--format=%P')
@@ -170,19 +154,8 @@ def build_request(args, job_dir: str) -> submission.Request:
                      comment=args.comment, exclude=args.exclude))
 
 
-def build_environment(args, *, local: bool) -> dict:
-    """Return the environment variables of the program; None: to remove."""
-    environment = {'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', str(args.cpus_per_task))}
-    if local:  # submitit would set the variable to 0, 1, ...
-        environment['CUDA_VISIBLE_DEVICES'] = os.environ.get('CUDA_VISIBLE_DEVICES') if args.ngpus else ''
-    return environment
-
-
 def main(argv: Optional[list] = None) -> int:
-    """Submit the job of a command line (`sys.argv` if None).
-
-    Returns:
-        0, or the exit code of the job with --wait.
+    """Submit the job of a command line (`sys.argv` if None); return 0, or with --wait the exit code of the job.
 
     Raises:
         InputError: a flag is invalid, or the cluster can't meet the request.
@@ -195,13 +168,15 @@ def main(argv: Optional[list] = None) -> int:
               f'# Each process runs: {shlex.join(command)}')
         return 0
     local = choose_cluster(args.cluster) == 'local'
-    # Process ids are reused: a local job's folder has a unique name
+    # With the time, because process ids are reused
     name = f'local-{time.strftime("%Y%m%d-%H%M%S")}-{os.getpid()}' if local else '%j'
     job_dir, output_dir = (path.replace('%j', name) for path in (args.job_dir, args.output_dir))
     request = build_request(args, job_dir)
+    environment = {'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', str(args.cpus_per_task))}
+    if local:  # submitit would set the variable to 0, 1, ...
+        environment['CUDA_VISIBLE_DEVICES'] = os.environ.get('CUDA_VISIBLE_DEVICES') if args.ngpus else ''
     task = Task(args.program, program_argv, output_dir, stop_timeout_s=.75 * request.signal_delay_s,
-                resumes=not args.eval, environment=build_environment(args, local=local),
-                submission=shlex.join(['python', __file__, *argv]))
+                resumes=not args.eval, environment=environment, submission=shlex.join(['python', __file__, *argv]))
     job = submission.submit_locally(request, task) if local else submission.submit_to_slurm(request, task)
     stop = f'kill {job.job_id}' if local else f'scancel {job.job_id}'
     print(f'Job {job.job_id} ({args.nodes} x {args.tasks_per_node} processes{", on this machine" if local else ""})\n'

@@ -1,5 +1,4 @@
-"""What is general: the errors that programs end with, text, seeds, and files that are written whole."""
-import argparse
+"""General helpers: errors that end programs, text, seeds, and files that are written completely or not at all."""
 import contextlib
 import difflib
 import importlib.util
@@ -14,50 +13,54 @@ import torch
 
 
 class InputError(ValueError):
-    """Something that the user gave can't be used: one line that says what, where, and what is allowed."""
+    """Invalid input of the user: one line with the flag or file, the value, and what is allowed."""
     exit_code = 2
 
     def __init__(self, message: str):
-        # An exception of a data-loading worker comes back with the worker's traceback before its text.
+        # An exception of a loading worker arrives with the worker's traceback before its text.
         last_line = (message.strip().splitlines() or [''])[-1]
         super().__init__(last_line.removeprefix(f'{type(self).__module__}.{type(self).__qualname__}: '))
 
 
 class UnreadableImage(InputError):
-    """An image can't be decoded; the message names it."""
+    """Image that can't be decoded; the message contains its name."""
 
 
 class RunStopped(RuntimeError):
-    """A run can't go on, for a reason that one line tells."""
+    """Reason why a run can't continue, in one line."""
     exit_code = 1
 
 
+class NonFiniteLoss(RunStopped):
+    """Loss or gradient norm of a run that diverges."""
+
+    def __init__(self, name: str, value: float, where: str):
+        super().__init__(f'{name} is {value} at {where}: run stopped; the last checkpoint is unchanged')
+
+
 class Interrupted(RunStopped):
-    """A signal asked a run to stop, and its state is stored."""
+    """Stop of a run by a signal, after its state was stored."""
 
     def __init__(self, signum: int, message: str):
         super().__init__(message)
         self.exit_code = 128 + signum
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text and packages
-
 def abridge(items: list, most: int = 8) -> str:
-    """The first `most` of the items, and how many more there are."""
+    """Join the first `most` items, and append the number of further items."""
     more = f', ... {len(items) - most} more' if len(items) > most else ''
     return ', '.join(map(str, items[:most])) + more
 
 
 def similar(name: str, names: list) -> str:
-    """What to add to the refusal of a name: those of `names` that are like it."""
+    """Return a suffix for an error about an unknown name, with similar `names`."""
     matches = difflib.get_close_matches(name, names, n=5, cutoff=.5)
     return f'; similar: {", ".join(dict.fromkeys(matches))}' if matches else ''
 
 
-def replaced(args, **values) -> argparse.Namespace:
-    """Flags with values that follow from the data; the command line's own are read-only."""
-    return argparse.Namespace(**{**vars(args), **values})
+def dashed(name: str) -> str:
+    """Return the flag of an argparse destination, e.g. `--batch-size` of `batch_size`."""
+    return f'--{name.replace("_", "-")}'
 
 
 def first_line(error: Exception) -> str:
@@ -65,19 +68,19 @@ def first_line(error: Exception) -> str:
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package can be imported, without importing it."""
+    """Return True if a package can be imported, without its import."""
     try:
         return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):  # taken out of sys.modules
+    except (ImportError, ValueError):  # removed from sys.modules
         return False
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Randomness: always a function of where in the training it is used, never of what happened before
-
 def derive_seed(*keys: int) -> int:
-    """A 64-bit seed from any number of integers from 0 to 2**32 - 1, e.g. (seed, epoch, position)."""
-    # SeedSequence pads with zeros: without their number, (3,) and (3, 0) would give the same.
+    """Return a 64-bit seed for any number of integers from 0 to 2**32 - 1, e.g. (seed, epoch, position).
+
+    Randomness is always a function of the position in a run, so that a resumed run is equal to an uninterrupted run.
+    """
+    # SeedSequence pads with zeros: without the number of keys, (3,) and (3, 0) would give the same seed.
     return int(np.random.SeedSequence((len(keys), *keys)).generate_state(1, np.uint64)[0])
 
 
@@ -88,19 +91,16 @@ def seed_everything(*keys: int):
 
 
 def seed_cpu(*keys: int):
-    """The same without accelerators, which takes a tenth of the time: for each sample of a data set."""
+    """Seed the CPU's generators, in a tenth of the time: for each sample of a data set."""
     seed = derive_seed(*keys)
     random.seed(seed)
     np.random.seed(seed % 2 ** 32)
     torch.default_generator.manual_seed(seed % 2 ** 63)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
 @contextlib.contextmanager
 def writing(path: Path):
-    """A context in which `path` is written; raises RunStopped where the system can't."""
+    """Turn an OSError in a context that writes `path` into RunStopped."""
     try:
         yield
     except OSError as error:
@@ -109,11 +109,7 @@ def writing(path: Path):
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A context in which to write a file under another name (same suffix), which becomes `path` if all went well.
-
-    Raises:
-        RunStopped: it can't be written.
-    """
+    """Yield the name of a file (same suffix) to write and then rename to `path`; raise RunStopped if writing fails."""
     unfinished = path.with_name(f'{path.stem}.unfinished{path.suffix}')
     try:
         with writing(path):
@@ -124,7 +120,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def sync_to_disk(file):
-    """Don't come back before the disk has what was written to an open file."""
+    """Return when everything that was written to an open file is on the disk."""
     file.flush()
     os.fsync(file.fileno())
 

@@ -1,4 +1,4 @@
-"""Weights by name: from a published tag, a file, a URL or the Hugging Face hub, in whichever format, into a model."""
+"""Weights of models: reading from a published tag, a file, a URL or the Hugging Face hub, and loading into a model."""
 import contextlib
 import dataclasses
 import functools
@@ -7,32 +7,26 @@ import re
 from pathlib import Path
 from typing import List, Optional, Set, Tuple
 
-import huggingface_hub
-import safetensors
 import timm
 import torch
-from timm.models import load_state_dict_from_hf
 
 import xcit
 import xcit_zoo
-from run import checkpoints
+from run import checkpoints, hub
 from run.descriptions import trained_with
-from run.processes import notice
+from run.output import log
 from utils import InputError, abridge, first_line, similar
-
-HUB = 'hf-hub:'  # before the name of a repository there
-HUB_FILE = 'model.safetensors'
 
 
 @dataclasses.dataclass
 class Weights:
-    """A model's weights, and what their file says of them.
+    """Weights of a model, and the description of their file.
 
     Args:
-        tensors: by name, in the naming of the published files.
-        source: the option and the value they came from, for messages; '' if whoever reads them adds it.
-        description: what the file was found to hold.
-        checkpoint: the whole file, with whatever it holds beside weights (`args`, `classes`, `epoch`).
+        tensors: tensors by name, in the naming of the published files.
+        source: flag and value that gave the weights, for messages; '' if the caller adds them.
+        description: place of the weights in the file, for messages.
+        checkpoint: content of the whole file, with other keys beside the weights (`args`, `classes`, `epoch`).
     """
     tensors: dict
     source: str
@@ -44,92 +38,87 @@ class Weights:
 # Models by name
 
 def check_model(flag: str, name: str):
-    """Refuse a name that timm has no model for; `flag` gave it.
-
-    Raises:
-        InputError: names similar ones.
-    """
+    """Raise InputError, with similar names, if timm has no model or tag of the name given by `flag`."""
     base, _, tag = name.partition('.')
     if not timm.is_model(base):
         raise InputError(f'{flag} {name}: no such model{similar(name, xcit.MODELS + timm.list_models())}')
     known = [full.partition('.')[2] for full in timm.list_pretrained(f'{base}.*')]
     if tag and tag not in known:
-        raise InputError(f'{flag} {name}: {base} has no such tag; it has: {", ".join(known)}')
+        raise InputError(f'{flag} {name}: {base} has no such tag; its tags: {", ".join(known)}')
 
 
 @torch.no_grad()
-def takes(model: torch.nn.Module, size: Tuple[int, int]) -> bool:
-    """Whether a model in eval mode can see images of (img_h, img_w)."""
+def problem_with_size(model: torch.nn.Module, size: Tuple[int, int]) -> str:
+    """Return the reason why a model in eval mode does not accept images of (img_h, img_w); '' if the model does."""
     try:
         model(torch.zeros(1, 3, *size))
-        return True
-    except (AssertionError, RuntimeError, ValueError):
-        return False
-
-
-@torch.no_grad()
-def check_input_size(args, model: torch.nn.Module):
-    """Refuse an --input-size that the model is not made for; XCiT takes any."""
-    try:
-        model.eval()(torch.zeros(1, 3, args.input_size, args.input_size))
+        return ''
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise InputError(f'--input-size {args.input_size}: {args.model} can\'t take it ({first_line(error)})') from None
+        return first_line(error)
+
+
+def check_input_size(model: torch.nn.Module, size: int, name: str):
+    """Raise InputError if a model, called `name`, does not accept square images of `size` pixels."""
+    if problem := problem_with_size(model.eval(), (size, size)):
+        raise InputError(f'--input-size {size}: {name} can\'t use this size ({problem})')
+
+
+def create_backbone(name: str, given: Optional[Weights] = None, **kwargs) -> torch.nn.Module:
+    """Build a timm model without a head, with the weights `given`, whose head is dropped, or random weights."""
+    model = timm.create_model(name, num_classes=0, **kwargs)
+    if given is not None:
+        head = set(head_keys(model))
+        load(model, dataclasses.replace(given, tensors={k: v for k, v in given.tensors.items() if k not in head}))
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where weights come from
+# Sources of weights
 
 def tags(model_name: str) -> List[str]:
-    """The tags of a model's published checkpoints, e.g. 'fb_in1k'."""
+    """List the tags of a model's published checkpoints, e.g. 'fb_in1k'."""
     return [published.tag for published in xcit_zoo.ZOO.values() if published.model == model_name.split('.')[0]]
 
 
 def published(model_name: str, tag: str) -> Optional[xcit_zoo.Published]:
-    """The published checkpoint that a tag, alone or after its model's name, means for a model; None if none.
-
-    Args:
-        model_name: '' for any, where the tag has a model's name.
-    """
-    found = xcit_zoo.ZOO.get(tag) or xcit_zoo.ZOO.get(f'{model_name.split(".")[0]}.{tag}')
-    return found if found and model_name.split('.')[0] in ('', found.model) else None
+    """Return the published checkpoint of a tag; None if there is none. `model_name` is empty if in front of the tag."""
+    base = model_name.partition('.')[0]
+    entry = xcit_zoo.ZOO.get(tag) or xcit_zoo.ZOO.get(f'{base}.{tag}')
+    return entry if entry and base in ('', entry.model) else None
 
 
-def published_as(given: str) -> Optional[xcit_zoo.Published]:
-    """The published checkpoint that a full name, an address or a file's name means, None if it is none of them."""
-    name = Path(given).name
-    if given in xcit_zoo.ZOO:
-        return xcit_zoo.ZOO[given]
-    return next((entry for entry in xcit_zoo.ZOO.values()
-                 if given == f'{HUB}{entry.hf_hub_id}' or name == Path(entry.url).name), None)
+def published_as(given: str, model_name: str = '') -> Optional[xcit_zoo.Published]:
+    """Return the published checkpoint with this tag of the model, full name, URL or file name; None: there is none."""
+    addressed = (entry for entry in xcit_zoo.ZOO.values()
+                 if given == f'{hub.PREFIX}{entry.hf_hub_id}' or Path(given).name == Path(entry.url).name)
+    return published(model_name, given) or published('', given) or next(addressed, None)
 
 
 def check_exists(given: str, flag: str, model_name: str):
-    """Refuse what is no tag of the model, no address, and no file.
-
-    Raises:
-        InputError: says what would be allowed.
-    """
-    if published(model_name, given) or given.startswith(HUB) or checkpoints.is_url(given) or Path(given).exists():
+    """Raise InputError with the allowed tags unless `given` by `flag` is a tag, a URL, or an existing file."""
+    is_address = given.startswith(hub.PREFIX) or checkpoints.is_url(given)
+    if is_address or published(model_name, given) or Path(given).exists():
         return
-    allowed = f'; tags of {model_name}: {", ".join(tags(model_name))}' if tags(model_name) else ''
-    if not model_name and given in {entry.tag for entry in xcit_zoo.ZOO.values()}:
-        example = next(entry.model for entry in xcit_zoo.ZOO.values() if entry.tag == given)
-        allowed = f'; as a tag it needs its model\'s name before it, as in {example}.{given}'
+    models = [entry.model for entry in xcit_zoo.ZOO.values() if entry.tag == given]
+    if models and not model_name:
+        allowed = f'; a tag needs its model\'s name in front: {models[0]}.{given}'
+    else:
+        allowed = f'; tags of {model_name}: {", ".join(tags(model_name))}' if tags(model_name) else ''
     raise InputError(f'{flag} {given}: no such file{allowed}')
 
 
 def read(given: str, flag: str, model_name: str = '', *, use_ema: bool = False, key: str = '') -> Weights:
-    """Read weights from wherever `given` says.
+    """Read weights from any place.
 
     Args:
-        given: a tag of the model, a path (.pth or .safetensors), a URL, or `hf-hub:OWNER/NAME`.
-        flag: the option that gave it, for messages.
-        model_name: whose tags count, and whose names are looked for; '': what the file says, or any XCiT.
-        use_ema: take the moving average that a training checkpoint holds.
-        key: which of several sets of weights to take.
+        given: tag of the model, path (.pth or .safetensors), URL, or `hf-hub:OWNER/NAME`.
+        flag: flag that gave `given`, for messages.
+        model_name: name of the model; '': the name in the file, or any XCiT.
+        use_ema: read the EMA in a run's checkpoint.
+        key: place of the weights in a file that has several sets.
 
     Raises:
-        InputError: not there, damaged, or without weights.
+        InputError: the file does not exist, is damaged, or has no weights.
     """
     content = read_content(given, flag, model_name)
     name = model_name or model_of_training(content) or ''
@@ -138,133 +127,108 @@ def read(given: str, flag: str, model_name: str = '', *, use_ema: bool = False, 
 
 
 def read_content(given: str, flag: str, model_name: str = '') -> dict:
-    """All that a file holds; arguments and errors as of `read`."""
-    checkpoint = published(model_name, given)
-    if checkpoint is not None:
+    """Read the content of a file; see `read` for arguments and errors."""
+    if checkpoint := published(model_name, given):
         return read_published(checkpoint, flag)
-    if given.startswith(HUB):
-        return read_hub(given.removeprefix(HUB), flag)
+    if given.startswith(hub.PREFIX):
+        return hub.read(given.removeprefix(hub.PREFIX), flag)
     return checkpoints.load_checkpoint(given, flag)
 
 
 def read_published(checkpoint: xcit_zoo.Published, flag: str) -> dict:
-    """The file of a published checkpoint, from either home; nothing is downloaded that is on this machine already."""
-    if checkpoint.hf_hub_id:
-        cached = huggingface_hub.try_to_load_from_cache(checkpoint.hf_hub_id, HUB_FILE)
-        if isinstance(cached, str):
-            with contextlib.suppress(InputError):  # damaged: downloaded anew below
-                return checkpoints.load_checkpoint(cached, flag)
+    """Read a published checkpoint from the cache, the authors' host or the hub, in this order."""
+    cached = hub.cached_file(checkpoint.hf_hub_id) if checkpoint.hf_hub_id else None
+    if cached is not None:
+        with contextlib.suppress(InputError):  # a damaged file is downloaded again below
+            return checkpoints.load_checkpoint(cached, flag)
     try:
         return checkpoints.load_checkpoint(checkpoint.url, flag)
     except checkpoints.DownloadError as error:
         if not checkpoint.hf_hub_id:
             raise
         try:
-            return read_hub(checkpoint.hf_hub_id, flag)
+            return hub.read(checkpoint.hf_hub_id, flag)
         except checkpoints.DownloadError:
             raise error from None
 
 
-def read_hub(name: str, flag: str) -> dict:
-    repository, _, revision = name.partition('@')
-    file = dict(repo_id=repository, filename=HUB_FILE, revision=revision or None)
-    try:
-        if huggingface_hub.try_to_load_from_cache(**file) is None:
-            # Asks once whether the hub can be reached: a download would try for most of a minute.
-            with contextlib.suppress(huggingface_hub.errors.EntryNotFoundError):
-                huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(**file))
-        try:
-            return load_state_dict_from_hf(name, weights_only=True)
-        except safetensors.SafetensorError:  # the hub's cache is damaged
-            huggingface_hub.hf_hub_download(**file, force_download=True)
-            return load_state_dict_from_hf(name, weights_only=True)
-    except Exception as error:  # of the network, of the hub, of the file: many kinds
-        raise checkpoints.DownloadError(
-            f'{flag} {HUB}{name}: can\'t be read from the Hugging Face hub ({first_line(error)}); without a network, '
-            f'give the path of its {HUB_FILE}') from None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# What files hold
+# Weights in files
 
 def about(source: str, message: str) -> str:
-    """A message with the source of the weights before it, unless whoever reads them adds that."""
+    """Prefix a message with the source, if there is a source."""
     return f'{source}: {message}' if source else message
 
 
 def extract(checkpoint: dict, source: str, *, own: Optional[Set[str]] = None, use_ema: bool = False, key: str = ''
             ) -> Weights:
-    """Find the weights in a file's content, and give them the published names.
+    """Find the weights in the content of a file, and rename them to the published names.
 
-    Known are the published files, bare state dicts, DINO's trainings (the teacher's backbone), timm's naming, and
-    whatever other programs put around the weights or before their names.
+    Supported are published files, bare state dicts, DINO's runs (the teacher's backbone), timm's naming, and nesting
+    and prefixes of other programs.
 
     Args:
-        own: the model's names (`names_of`); None: it may be any XCiT.
-        use_ema: take the moving average.
-        key: which of several sets of weights to take: where they are in the file, or what stands before their names.
+        own: names of the model's weights (`names_of`); None: any XCiT.
+        use_ema: choose the EMA.
+        key: place of the weights in the file, or prefix of their names, if there are several sets.
 
     Raises:
-        InputError: there are none, or several that differ, or they are of another task.
+        InputError: there are no weights, several sets that differ, or weights of another task.
     """
-    own = own or names_of('')
-    found = xcit_zoo.find_weights(checkpoint, own)
+    candidates = xcit_zoo.find_weights(checkpoint, own or names_of(''))
     refuse_other_tasks(checkpoint, source)
     try:
-        one = xcit_zoo.choose(found, average=use_ema, key=key)
+        chosen = xcit_zoo.choose(candidates, average=use_ema, key=key)
     except ValueError as error:
-        raise InputError(about(source, f'{error}; choose one of them by --checkpoint-key')) from None
-    if one is None and key:
-        there = ', '.join(found.label for found in found) or abridge(list(checkpoint))
-        raise InputError(about(source, f'no weights under {key} (--checkpoint-key); it has: {there}'))
-    if one is None and use_ema:
-        raise InputError(f'{source}: holds no moving average (--use-ema); it has: {abridge(list(checkpoint))}')
-    one = one or of_another_model(checkpoint)
-    if one is None:
+        raise InputError(about(source, f'{error}; choose one set by --checkpoint-key')) from None
+    if chosen is None and key:
+        labels = ', '.join(candidate.label for candidate in candidates) or abridge(list(checkpoint))
+        raise InputError(about(source, f'no weights under {key} (--checkpoint-key); the file has: {labels}'))
+    if chosen is None and use_ema:
+        raise InputError(f'{source}: has no EMA (--use-ema); its keys: {abridge(list(checkpoint))}')
+    chosen = chosen or weights_of_another_model(checkpoint)
+    if chosen is None:
         raise InputError(about(source, f'no weights under \'model\'; the file has: {abridge(list(checkpoint))}'))
-    tensors, words = one.tensors, [f'\'{one.entry}\'' if one.entry else 'a bare state dict']
-    removed = [*one.cleared, *([one.prefix] if one.prefix else [])]
-    words += [f'names without {" and ".join(removed)}'] if removed else []
-    if xcit_zoo.has_timm_names(tensors):
-        tensors = xcit_zoo.from_timm_names(tensors)
-        words.append('timm\'s names')
-    words += [f'{len(one.beside)} other tensors are left ({abridge(one.beside, 3)})'] if one.beside else []
-    if isinstance(checkpoint.get('epoch'), int):
-        words.append(f'of epoch {checkpoint["epoch"]}')
-    return Weights(tensors, source, ', '.join(words), checkpoint)
+    is_of_timm, removed = xcit_zoo.has_timm_names(chosen.tensors), [*chosen.cleared, *filter(None, [chosen.prefix])]
+    notes = [f'\'{chosen.entry}\'' if chosen.entry else 'a bare state dict',
+             f'names without {" and ".join(removed)}' if removed else '',
+             'timm\'s names' if is_of_timm else '',
+             f'{len(chosen.beside)} other tensors are ignored ({abridge(chosen.beside, 3)})' if chosen.beside else '',
+             f'epoch {checkpoint["epoch"]}' if isinstance(checkpoint.get('epoch'), int) else '']
+    tensors = xcit_zoo.from_timm_names(chosen.tensors) if is_of_timm else chosen.tensors
+    return Weights(tensors, source, ', '.join(filter(None, notes)), checkpoint)
 
 
-def of_another_model(checkpoint: dict) -> Optional[xcit_zoo.Found]:
-    """The weights in a file of no known model, under the names that most programs use for them."""
-    there = dict(xcit_zoo.dicts_of_tensors(checkpoint))
-    entry = next((entry for entry in ('model', 'state_dict', 'teacher', '') if entry in there), None)
-    if entry is None:
-        return None
-    tensors, cleared = xcit_zoo.without_wrappers(there[entry])
-    prefix = 'module.' if all(key.startswith('module.') for key in tensors) else ''
-    tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return xcit_zoo.Found(entry, prefix, tensors, [], cleared)
+def weights_of_another_model(checkpoint: dict) -> Optional[xcit_zoo.Found]:
+    """Return the weights in a file of an unknown model, under the keys that most programs use; None: no weights."""
+    dicts = dict(xcit_zoo.dicts_of_tensors(checkpoint))
+    for entry in ('model', 'state_dict', 'teacher', ''):
+        if entry in dicts:
+            tensors, cleared = xcit_zoo.without_wrappers(dicts[entry])
+            prefix = 'module.' if all(key.startswith('module.') for key in tensors) else ''
+            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+            return xcit_zoo.Found(entry, prefix, tensors, [], cleared)
+    return None
 
 
 def refuse_other_tasks(checkpoint: dict, source: str):
-    """Raises InputError: the file is of a detector or of a segmenter."""
+    """Raise InputError if a file contains a detector or a segmenter."""
     for _, tensors in xcit_zoo.dicts_of_tensors(checkpoint):
-        parts = xcit_zoo.of_other_task(list(tensors))
-        if parts:
-            raise InputError(about(source, f'the weights of a detector or a segmenter ({", ".join(parts)}), which are '
-                                           f'neither a classifier\'s nor a backbone\'s'))
+        if parts := xcit_zoo.of_other_task(list(tensors)):
+            raise InputError(about(source, f'the weights of a detector or a segmenter ({", ".join(parts)}), not of a '
+                                           f'classifier or a backbone'))
 
 
 @functools.cache
 def names_of(model_name: str) -> Set[str]:
-    """What the weights of a model are called, in the published naming and in timm's; of all XCiT, where it is ''."""
+    """Return the names of a model's weights, in the published naming and in timm's; '': of all XCiT models."""
     if not model_name:
         return names_of('xcit_large_24_p16') | names_of('xcit_large_24_p8')
     base = model_name.partition('.')[0]
     try:
         with torch.device('meta'):
             names = timm.create_model(base).state_dict()
-    except (RuntimeError, NotImplementedError, TypeError):  # some can't be built without storage
+    except (RuntimeError, NotImplementedError, TypeError):  # some models can't be built without storage
         names = timm.create_model(base).state_dict()
     return xcit_zoo.in_both_namings(names)
 
@@ -273,74 +237,71 @@ def names_of(model_name: str) -> Set[str]:
 # Into a model
 
 def num_classes(name: str, given: Weights) -> int:
-    """How many classes the head in weights of the model `name` has; 0: there is none."""
+    """Return the number of classes of the head in weights of the model `name`; 0: there is no head."""
     head = timm.models.get_pretrained_cfg_value(name, 'classifier') or 'head'
     bias = given.tensors.get(f'{head}.bias')
     return 0 if bias is None else len(bias)
 
 
 def named_for(model: torch.nn.Module, weights: Weights) -> dict:
-    """The weights under the model's own names: timm's, if it is timm's XCiT."""
+    """Return the weights under the model's own names, which are timm's for timm's XCiT."""
     return xcit_zoo.to_timm_names(weights.tensors) if xcit_zoo.has_timm_names(model.state_dict()) else weights.tensors
 
 
 def head_keys(model: torch.nn.Module) -> List[str]:
+    """Return the names of weight and bias of a model's head."""
     return [f'{getattr(model, "default_cfg", {}).get("classifier", "head")}.{part}' for part in ('weight', 'bias')]
 
 
 def check(model: torch.nn.Module, weights: Weights):
-    """Refuse weights that are not the model's; the head is left aside.
-
-    Raises:
-        InputError: lists the weights that are missing, left over or of another shape.
-    """
+    """Raise InputError if weights, other than the head's, are missing, unexpected or of another shape."""
     own, given, head = model.state_dict(), named_for(model, weights), head_keys(model)
     problems = {
         'missing keys': [k for k in own if k not in given],
         'unexpected keys': [k for k in given if k not in own],
         'other shapes': [f'{k} {tuple(getattr(given[k], "shape", ()))}, model has {tuple(own[k].shape)}'
                          for k in own if k in given and getattr(given[k], 'shape', None) != own[k].shape]}
-    problems = {what: keys for what, keys in problems.items() if any(k.split()[0] not in head for k in keys)}
+    problems = {problem: keys for problem, keys in problems.items() if any(k.split()[0] not in head for k in keys)}
     if problems:
-        found = '; '.join(f'{what}: {abridge(keys)}' for what, keys in problems.items())
-        raise InputError(about(weights.source, f'the weights are not this model\'s; {found}'))
+        details = '; '.join(f'{problem}: {abridge(keys)}' for problem, keys in problems.items())
+        raise InputError(about(weights.source, f'the weights do not match this model; {details}'))
 
 
 def load(model: torch.nn.Module, weights: Weights, *, new_head: bool = False):
-    """Load all of the weights into `model`.
+    """Load all weights into `model`.
 
     Args:
-        new_head: keep the model's fresh head where the given one is for another number of classes, or there is none.
+        new_head: keep the model's new head if the weights have a head for another number of classes, or no head.
 
     Raises:
-        InputError: a weight is missing, left over or of another shape.
+        InputError: a weight is missing, unexpected, or has another shape.
     """
     check(model, weights)
     own, given = model.state_dict(), named_for(model, weights)
-    head = head_keys(model)
+    weight, bias = head_keys(model)
     if weights.source:
-        notice(about(weights.source, weights.description))
-    if any(getattr(own.get(k), 'shape', None) != getattr(given.get(k), 'shape', None) for k in head):
-        if head[0] not in given:
+        log(f'{weights.source}: {weights.description}')
+    if any(getattr(own.get(k), 'shape', None) != getattr(given.get(k), 'shape', None) for k in (weight, bias)):
+        if weight not in given:
             problem = 'have no head'
-        elif head[0] not in own:
-            problem = f'have a head for {len(given[head[0]])} classes, which the model has no place for'
-        elif head[1] not in given:
-            problem = f'have a head without {head[1]}'
-        elif len(given[head[0]]) != len(own[head[0]]):
-            problem = f'are for {len(given[head[0]])} classes, not {len(own[head[0]])}'
+        elif weight not in own:
+            problem = f'have a head for {len(given[weight])} classes, and the model has no head'
+        elif bias not in given:
+            problem = f'have a head without {bias}'
+        elif len(given[weight]) != len(own[weight]):
+            problem = f'are for {len(given[weight])} classes, not {len(own[weight])}'
         else:
-            problem = (f'have a head of another width: {head[0]} {tuple(given[head[0]].shape)}, model has '
-                       f'{tuple(own[head[0]].shape)}')
-        if head[0] in own and not new_head:
+            problem = (f'have a head of another width: {weight} {tuple(given[weight].shape)}, model has '
+                       f'{tuple(own[weight].shape)}')
+        if weight in own and not new_head:
             raise InputError(about(weights.source, f'the weights {problem}'))
-        notice(about(weights.source, f'the weights {problem}: all but the head is taken'))
-        given = {k: v for k, v in given.items() if k not in head}
-    model.load_state_dict(given, strict=False)  # checked above, in words of our own
+        log(about(weights.source, f'the weights {problem}: all but the head is loaded'))
+        given = {k: v for k, v in given.items() if k not in (weight, bias)}
+    model.load_state_dict(given, strict=False)  # checked above, with a better error
 
 
 class ModelPart:
-    """A model as a part of a training (run.parts): its weights in whichever naming a checkpoint has them."""
+    """Model as a part of a run (run.parts), with its weights in any naming."""
 
     def __init__(self, model: torch.nn.Module):
         self.model = model
@@ -353,22 +314,22 @@ class ModelPart:
 
 
 def model_of_training(checkpoint: dict) -> Optional[str]:
-    """The model that a file says it is of; this repository's where timm has the same under a name with a resolution."""
-    trained = trained_with(checkpoint)
-    named = (trained.get('model'), trained.get('arch'), checkpoint.get('arch'))
-    name = next((name for name in named if isinstance(name, str) and name), None)
-    own = re.sub(r'_(224|384)(\..*)?$', '', str(name))
-    return own if own in xcit.MODELS else name
+    """Return the name of the model in a file's description, an XCiT's without resolution; None if there is none."""
+    flags = trained_with(checkpoint)
+    names = (flags.get('model'), flags.get('arch'), checkpoint.get('arch'))
+    name = next((name for name in names if isinstance(name, str) and name), None)
+    without_resolution = re.sub(r'_(224|384)(\..*)?$', '', str(name))
+    return without_resolution if without_resolution in xcit.MODELS else name
 
 
 def backbone_state(model: torch.nn.Module) -> dict:
-    """A model's weights without a classifier's head."""
+    """Return a model's weights without the head."""
     head = head_keys(model)
     return {key: value for key, value in model.state_dict().items() if key not in head}
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """A short text that is another for other weights; a classifier's head does not count."""
+    """Return a digest of a model's weights without the head."""
     digest = hashlib.sha256()
     for key, value in sorted(backbone_state(model).items()):
         digest.update(key.encode())
@@ -377,27 +338,22 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 
 def model_named_in(given: str, flag: str) -> Optional[str]:
-    """The model that weights say they are of, without a download; None if they don't.
-
-    Raises:
-        InputError: the file can't be read.
-    """
-    known = published('', given) or published_as(given)
-    if known:
-        return known.model
+    """Return the name of the model that weights belong to, without a download; None if unknown."""
+    if entry := published_as(given):
+        return entry.model
     return model_of_training(checkpoints.load_checkpoint(given, flag)) if Path(given).is_file() else None
 
 
 def create_model(name: str, pretrained=False, **kwargs) -> torch.nn.Module:
-    """`timm.create_model` of an XCiT model with any weights that `read` takes.
+    """Build an XCiT model by `timm.create_model`, with any weights that `read` accepts.
 
     Args:
-        pretrained: False: random weights; True: those of the model's first tag; else a tag, path, URL or
+        pretrained: False: random weights; True: weights of the model's first tag; else a tag, path, URL or
             `hf-hub:OWNER/NAME`.
-        kwargs: timm's and the model's. With another `num_classes` than the weights have, the head is a fresh one.
+        kwargs: options of timm and of the model. With another `num_classes` than in the weights, the head is new.
 
     Raises:
-        InputError: the weights can't be read, or are not the model's.
+        InputError: the weights can't be read, or do not match the model.
     """
     if not pretrained:
         return timm.create_model(name, **kwargs)
@@ -405,16 +361,16 @@ def create_model(name: str, pretrained=False, **kwargs) -> torch.nn.Module:
     check_exists(source, 'pretrained', name)
     given = read(source, 'pretrained', name)
     check(build_without_storage(name, given), given)
-    published_here = published(name, source) or published_as(source)
+    entry = published_as(source, name)
     model = timm.create_model(
-        f'{name}.{published_here.tag}' if published_here else name, pretrained=True,
+        f'{name}.{entry.tag}' if entry else name, pretrained=True,
         pretrained_cfg_overlay=dict(state_dict=given.tensors, num_classes=num_classes(name, given)), **kwargs)
-    for part in model.modules():  # timm keeps what it was given
+    for part in model.modules():  # timm keeps the weights
         getattr(part, 'pretrained_cfg', {}).pop('state_dict', None)
     return model
 
 
 def build_without_storage(name: str, given: Weights) -> torch.nn.Module:
-    """A model with a head like that of the weights, on the device `meta`: names and shapes alone."""
+    """Build a model on the device `meta`, with names and shapes only, and with as many classes as the weights."""
     with torch.device('meta'):
         return timm.create_model(name, num_classes=num_classes(name, given))

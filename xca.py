@@ -15,15 +15,11 @@ import xca_gram
 
 
 class XCA(nn.Module):
-    """Cross-covariance attention.
-
-    Args:
-        dim: C.
-        num_heads: h.
+    """Cross-covariance attention with C = `dim` and h = `num_heads`.
 
     Attributes:
         form: 'plain' (equation 4 as written), 'gram' (the same result, see xca_gram.py), or 'auto' (the faster form
-            for this number of tokens).
+            for the number of tokens).
 
     Source: paper section 3.1, equation 4; original xcit.py, XCA.
     """
@@ -33,7 +29,7 @@ class XCA(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.form = 'auto'
-        # faithful: shaped (h, 1, 1), so that rules which spare 1-d tensors do decay it (original xcit.py, XCA)
+        # faithful: shape (h, 1, 1), so weight decay applies, unlike to 1-d tensors (original xcit.py, XCA)
         self.temperature = nn.Parameter(torch.ones(num_heads, 1, 1))
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
         self.attn_drop = nn.Dropout(attn_drop)

@@ -2,7 +2,7 @@
 
 With the mean x̄ and S = (x - x̄)ᵀ (x - x̄) / N of the tokens x (N x C), and q̄ = W_q x̄ + b_q, k̄ = W_k x̄ + b_k:
 
-    q kᵀ / N = W_q S W_kᵀ + q̄ k̄ᵀ        |q|² / N = diag(W_q S W_qᵀ) + q̄², and likewise |k|²
+    q kᵀ / N = W_q S W_kᵀ + q̄ k̄ᵀ        |q|² / N = diag(W_q S W_qᵀ) + q̄²        |k|² / N = diag(W_k S W_kᵀ) + k̄²
     output = x M + c,  M = W_vᵀ Aᵀ W_projᵀ,  c = W_proj (A b_v) + b_proj
 
 Multiplications for one image, leading terms: 4 N C² + 2 N C d in the plain form, 2 N C² + 3 C³ in the Gram form.
@@ -22,10 +22,7 @@ GRAM_FROM = {'cpu': {'training': 2., 'inference': 2.5}, 'other': {'training': 4.
 
 
 def applies(attn: nn.Module, x: torch.Tensor) -> bool:
-    """Return True if attention of tokens x (B, N, C) is to be computed in the Gram form.
-
-    The Gram form reads the weights of `qkv` and `proj` without calling these layers.
-    """
+    """Return True if the Gram form, which reads the weights of `qkv` and `proj`, is right for tokens x (B, N, C)."""
     return (is_chosen(attn.form, x) and is_plain_linear(attn.qkv) and is_plain_linear(attn.proj)
             and attn.proj.bias is not None)
 
@@ -52,7 +49,7 @@ def in_half_precision(x: torch.Tensor) -> bool:
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
-    """Return True if calling the layer is no more than its weight and bias: no adapter, hook or quantized weight."""
+    """Return True if a call of the layer only applies its weight and bias: no adapter, hook or quantized weight."""
     return type(layer) is nn.Linear and not is_intercepted(layer) and type(layer.weight) in (nn.Parameter, torch.Tensor)
 
 
@@ -83,7 +80,7 @@ def mixing(attn: nn.Module, mean: torch.Tensor, cov: torch.Tensor) -> Tuple[torc
     bias = attn.qkv.weight.new_zeros(3 * C) if attn.qkv.bias is None else attn.qkv.bias
     b_q, b_k, b_v = bias.chunk(3)
 
-    # About the mean: nearly equal tokens lose no digits, nor does a bias that cancels their mean.
+    # Relative to the mean, so that nearly equal tokens, or a bias that cancels their mean, lose no digits.
     q_mean, k_mean = F.linear(mean, w_q, b_q), F.linear(mean, w_k, b_k)  # (B, C)
     q_cov, k_cov = w_q @ cov, w_k @ cov  # (B, C, C): of q, or of k, with x
     q_norm, k_norm = (  # at least 1e-12, since the square root has no derivative at 0

@@ -1,8 +1,8 @@
 """XCiT: Cross-Covariance Image Transformers, as timm models.
 
 Paper: https://arxiv.org/abs/2106.09681. Importing this file registers the 14 models of `SIZES` x {p16, p8} with
-timm, for `timm.create_model('xcit_small_12_p16')`. Module and parameter names are those of the published checkpoints,
-which load strictly. xca.py has cross-covariance attention (equation 4), xcit_zoo.py the table of published weights.
+timm, for `timm.create_model('xcit_small_12_p16')`. Module and parameter names match the published
+checkpoints, which load strictly. xca.py has cross-covariance attention (equation 4), xcit_zoo.py the published weights.
 `fuse` and `speed_up_training` replace modules of a model by faster modules.
 
 Shapes: `B` batch, `N = H*W` tokens, `C` channels, `H, W` token grid (never pixels), `h` heads, `d = C//h`,
@@ -236,9 +236,6 @@ class Xcit(TimmModel):
         tokens_norm: normalise all tokens in class-attention blocks; False: only CLS.
         device, dtype: device and dtype of the parameters; None: torch's defaults.
 
-    Attributes:
-        patch_size: side of a patch in pixels.
-
     Raises:
         ValueError: an argument is not one of the values above.
     """
@@ -256,7 +253,7 @@ class Xcit(TimmModel):
         if embed_dim % num_heads:
             raise ValueError(f'embed_dim {embed_dim} is not a multiple of num_heads {num_heads}')
         if not isinstance(drop_path_rate, (int, float)):
-            raise ValueError(f'drop_path_rate {drop_path_rate} is not allowed: it must be a number, for all blocks')
+            raise ValueError(f'drop_path_rate {drop_path_rate} is not allowed: must be a number, for all blocks')
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.patch_size = patch_size
@@ -285,8 +282,7 @@ class Xcit(TimmModel):
             self.norm = norm_layer(embed_dim)
             self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
         self.set_global_pool(global_pool)
-        self.feature_info = [
-            dict(num_chs=embed_dim, reduction=patch_size, module=f'blocks.{i}') for i in range(depth)]
+        self.feature_info = [dict(num_chs=embed_dim, reduction=patch_size, module=f'blocks.{i}') for i in range(depth)]
 
         trunc_normal_(self.cls_token, std=.02)
         self.apply(self.init_linear)
@@ -295,11 +291,7 @@ class Xcit(TimmModel):
 
     @property
     def xca_form(self) -> str:
-        """Form of XCA in all blocks: 'auto', 'plain' or 'gram', see `xca.XCA`.
-
-        Raises:
-            ValueError: the assigned form is not one of these.
-        """
+        """Form of XCA in all blocks: 'auto', 'plain' or 'gram', see `xca.XCA`; others raise ValueError."""
         return self.blocks[0].attn.form
 
     @xca_form.setter
@@ -367,15 +359,11 @@ class Xcit(TimmModel):
         return self.forward_head(self.forward_features(x))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# timm's registry
-
-default_cfgs = generate_default_cfgs(timm_cfgs())
+default_cfgs = generate_default_cfgs(timm_cfgs())  # read by register_model
 
 
 def register(size: str, patch_size: int):
     """Register `xcit_{size}_p{patch_size}` with timm, as a function of this module."""
-
     def entrypoint(pretrained: bool = False, **kwargs) -> Xcit:
         return build_model_with_cfg(
             Xcit, entrypoint.__name__, pretrained,

@@ -52,7 +52,7 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def fuse_stem(model: nn.Module) -> nn.Module:
-    """Fold the stem's BatchNorms alone, in place; return the model, which keeps plain layers, as TorchScript needs.
+    """Fold the stem's BatchNorms alone, in place; return the model, whose layers TorchScript can read.
 
     Raises:
         ValueError: see `fuse`.
@@ -85,11 +85,7 @@ CLASSES = {
 
 
 def check(model: nn.Module):
-    """Refuse a model that fusing would change.
-
-    Raises:
-        ValueError: names the layer and the reason.
-    """
+    """Raise ValueError if fusing would change the model; the message names the layer and the reason."""
     if not isinstance(model, TimmModel):
         raise ValueError(f'a {type(model).__name__} cannot be fused: it is not an Xcit of this package')
     if model.training:
@@ -192,7 +188,7 @@ class FusedPatchEmbed(nn.Module):
         if level == 0:
             return x[:, :, top:bottom]
         conv = self.convs[level - 1]
-        height = x.shape[2]  # of its input
+        height = x.shape[2]  # of the convolution's input, after the loop
         for before in self.convs[:level - 1]:
             height = halved(height, before.stride[0])
         if top == 0 and bottom == halved(height, conv.stride[0]):
@@ -252,7 +248,7 @@ class FusedBlock(nn.Module):
         return by_pieces(self.add_mlp, mixed, tokens, out=mixed).view(x.shape)
 
     def add_lpi(self, grid: torch.Tensor, rows: int):
-        """Add LPI to grid (B, H, W, C) in place, `rows` of its rows at a time."""
+        """Add LPI to grid (B, H, W, C) in place, `rows` rows at a time."""
         H = grid.shape[1]
         added = None
         for top in range(0, H, rows):

@@ -2,8 +2,8 @@
 
 torch computes products in float32 by MKL. On AMD processors oneDNN is 1.1 to 1.4 times as fast for products of tokens
 and weights (RESULTS.md), and computes GELU or adds a residual in the same pass. With MKL, the bias is added after the
-product; torch itself writes the bias into every row of the result before the product. In a training step neither
-gains 5 % (docs/benchmark.md).
+product; torch itself writes the bias into every row of the result before the product. In a training step both gain
+less than 5 % (docs/benchmark.md).
 Shapes: `M` tokens of all images, `C` channels of the tokens, `D` channels of the result.
 """
 import functools
@@ -39,17 +39,11 @@ def transforms_are_active() -> bool:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None,
            residual: Optional[torch.Tensor] = None, gelu: bool = False) -> torch.Tensor:
-    """Compute residual + gelu(x weightᵀ + bias), in new memory.
+    """Compute gelu(x weightᵀ + bias), or residual + x weightᵀ + bias, (..., D) in new memory.
 
     Args:
-        x: (..., C).
-        weight: (D, C).
-        bias: (D,).
-        residual: (..., D); not together with `gelu`.
-        gelu: apply GELU.
-
-    Returns:
-        (..., D).
+        x, weight, bias, residual: (..., C), (D, C), (D,) and (..., D).
+        gelu: apply GELU; only without `residual`.
     """
     if by_onednn_is_faster(x, weight):
         return torch.ops.xcit.linear(x, weight, bias, residual, gelu)
@@ -58,8 +52,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] =
         residual = None if residual is None else residual.reshape(-1, len(weight))
         return by_blas(x.reshape(-1, x.shape[-1]), weight, bias, residual, gelu).view(*x.shape[:-1], len(weight))
     if by_mkl and bias is not None and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        # The compiler merges a product and a sum into one operation that writes the bias first. It does not merge a
-        # difference, but fuses the difference with the operations after it.
+        # The compiler would merge a product and a sum into one operation that writes the bias first. A difference is
+        # not merged, but fused with the following operations.
         x = x @ weight.t() - (-bias)
     else:
         x = F.linear(x, weight, bias)
@@ -137,7 +131,7 @@ def covariance_in_panels(x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A custom operation, which the compiler calls unchanged. It uses oneDNN's own only for inference with frozen weights.
+# Custom operation, which the compiler calls unchanged; the compiler uses oneDNN's own only for frozen weights.
 
 def _linear(x, weight, bias, residual, gelu):
     shape = (*x.shape[:-1], weight.shape[0])

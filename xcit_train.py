@@ -1,7 +1,7 @@
 """Fast training: `speed_up_training` gives a model the same outputs and gradients with less work and less memory.
 
-It replaces modules of an Xcit, in place; the parameters, their names and the state dict stay. The modules share the
-layers of those that they replace, and use the layers' weights without calling the layers. docs/benchmark.md lists the
+It replaces modules of an Xcit, in place; the parameters, their names and the state dict stay. The new modules share
+the layers of the replaced modules, and use the layers' weights without calling the layers. docs/benchmark.md lists the
 gain of each piece. Shapes as in xcit.py.
 """
 import torch

@@ -31,30 +31,17 @@ PUBLISHED_DINO_TOP1 = {
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """Published checkpoint, for images normalised with ImageNet's mean and standard deviation.
-
-    Args:
-        model: name of the model, e.g. 'xcit_small_12_p16'.
-        tag: name of the weights, e.g. 'fb_dist_in1k_384'.
-        url: address of the authors' file.
-        hf_hub_id: repository of timm's copy on the Hugging Face hub; None: no copy.
-        resolution: input size of the evaluation, pixels.
-        num_classes: outputs of the head; 0 for a backbone.
-        distilled: trained with a teacher.
-        top1: accuracy on ImageNet-1k, percent; for a backbone with a linear classifier.
-        knn: accuracy of a backbone with a k-NN classifier, percent.
-        crop: fraction of the image that the evaluation crops.
-    """
-    model: str
-    tag: str
-    url: str
-    hf_hub_id: Optional[str]
-    resolution: int
-    num_classes: int
-    distilled: bool
-    top1: float
-    knn: Optional[float] = None
-    crop: float = 1.
+    """Published checkpoint, for images normalised with ImageNet's mean and standard deviation."""
+    model: str  # e.g. 'xcit_small_12_p16'
+    tag: str  # name of the weights, e.g. 'fb_dist_in1k_384'
+    url: str  # address of the authors' file
+    hf_hub_id: Optional[str]  # repository of timm's copy on the Hugging Face hub; None: no copy
+    resolution: int  # input size of the evaluation, pixels
+    num_classes: int  # outputs of the head; 0 for a backbone
+    distilled: bool  # trained with a teacher
+    top1: float  # accuracy on ImageNet-1k, percent; for a backbone with a linear classifier
+    knn: Optional[float] = None  # accuracy of a backbone with a k-NN classifier, percent
+    crop: float = 1.  # fraction of the image that the evaluation crops
 
 
 def published() -> Iterator[Published]:
@@ -96,20 +83,12 @@ DEPTH = 4  # levels of nested dicts that are searched
 
 @dataclasses.dataclass
 class Found:
-    """Weights of a model in a file: the tensors with one prefix in one of the file's dicts.
-
-    Args:
-        entry: keys of the dict in the file, joined by dots, e.g. 'state_dict'; '' for the file itself.
-        prefix: prefix of the model's names, e.g. 'module.backbone.'.
-        tensors: weights by the model's names, or timm's names.
-        beside: names of other tensors in the dict.
-        cleared: removed parts of names, and of pruning.
-    """
-    entry: str
-    prefix: str
-    tensors: dict
-    beside: List[str]
-    cleared: List[str]
+    """Weights of a model in a file: the tensors with one prefix in one of the file's dicts."""
+    entry: str  # keys of the dict in the file, joined by dots, e.g. 'state_dict'; '' for the file itself
+    prefix: str  # prefix of the model's names, e.g. 'module.backbone.'
+    tensors: dict  # weights by the model's names, or timm's names
+    beside: List[str]  # names of other tensors in the dict
+    cleared: List[str]  # removed parts of names, and of pruning
 
     @property
     def label(self) -> str:
@@ -127,14 +106,14 @@ class Found:
 
 
 def find_weights(content: dict, names: Set[str]) -> List[Found]:
-    """Find all sets of weights in a file's content: tensors with a model's names after one prefix.
+    """Find the sets of weights in a file's content: tensors with a model's names after one prefix.
 
     Args:
         content: nested dicts.
         names: names of the model's weights, in both namings; for an unknown model, names of all XCiT models.
 
     Returns:
-        The sets with at least half as many matching names as the largest.
+        The sets with at least half as many matching names as the largest set.
     """
     candidates = []
     for entry, tensors in dicts_of_tensors(content):
@@ -288,7 +267,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
                           ('unexpected', weights.keys() - expected.keys())):
         keys = sorted(key for key in keys if not key.startswith('head.'))
         if keys:
-            raise ValueError(f'the weights are not this model\'s; {problem} keys: {", ".join(keys)}')
+            raise ValueError(f'the weights do not match this model; {problem} keys: {", ".join(keys)}')
     return weights
 
 

@@ -1,6 +1,6 @@
-"""Linear classifiers of features: trained side by side, evaluated, and in files.
+"""Linear classifiers of features: trained side by side, evaluated, and stored in files.
 
-Shapes: `B` images, `C` numbers of a feature, `K` classes.
+Shapes: `B` images, `C` width of the features, `K` classes.
 
 Source: original eval_linear.py.
 """
@@ -10,28 +10,23 @@ from typing import Dict, List, Tuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 import weights
 import xcit_zoo
 from dino.features import Features
 from dino.frozen import Frozen
+from engine import accuracies, hits_and_loss
 from run import checkpoints, processes
+from run.descriptions import names_of
 from utils import InputError, abridge
 
+TAG = 'fb_dino_linear'  # of the published classifiers
 WEIGHT_STD = .01  # of initial weights
-TAG = 'fb_dino_linear'  # the published ones
-BLOCK = 4096  # features that are classified at a time
+BLOCK = 4096  # features per forward pass
 
 
 class Linears(nn.Module):
-    """Linear classifiers side by side, which begin alike.
-
-    Args:
-        width: C.
-        num_classes: K.
-        count: of classifiers.
-    """
+    """`count` linear classifiers side by side with equal initial weights; `width`: C, `num_classes`: K."""
 
     def __init__(self, width: int, num_classes: int, count: int):
         super().__init__()
@@ -41,69 +36,79 @@ class Linears(nn.Module):
         self.layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(count))
 
     def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
-        """(B, C) -> logits (B, K) of each; in full precision, whatever autocast is."""
+        """(B, C) -> logits (B, K) of each classifier, always in full precision."""
         with torch.autocast(x.device.type, enabled=False):
             return [layer(x.float()) for layer in self.layers]
 
 
 @torch.inference_mode()
-def evaluate(layer: nn.Linear, found: Features, device: torch.device) -> Dict[str, float]:
-    """acc1, acc5 (percent) and loss of a classifier, each image counted once."""
-    right, among_five, loss = 0, 0, 0.
-    for rows, labels in zip(found.features.split(BLOCK), found.labels.split(BLOCK)):
-        labels = labels.to(device)
-        logits = layer(rows.to(device))
-        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        right, among_five = right + int(hits[:, 0].sum()), among_five + int(hits.sum())
-        # differs: evaluation loss - the mean over images; the original's over batches, of which the last is short
-        loss += float(F.cross_entropy(logits, labels, reduction='sum'))
-    return {'acc1': 100 * right / len(found), 'acc5': 100 * among_five / len(found), 'loss': loss / len(found)}
+def evaluate(layer: nn.Linear, features: Features, device: torch.device) -> Dict[str, float]:
+    """Compute acc1, acc5 (percent) and loss of a classifier over all images."""
+    blocks = zip(features.features.split(BLOCK), features.labels.split(BLOCK))
+    return accuracies(sum(hits_and_loss(layer(rows.to(device)), labels.to(device)) for rows, labels in blocks))
 
-
-def line(stats: Dict[str, float]) -> str:
-    """A result as the original prints it."""
-    return f'* Acc@1 {stats["acc1"]:.3f} Acc@5 {stats["acc5"]:.3f} loss {stats["loss"]:.3f}'
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
 
 def read(given: str, model_name: str) -> Tuple[nn.Linear, dict]:
-    """A classifier of --linear-weights, and all that its file holds.
+    """Return a classifier and the content of its file; raise InputError if the file contains no linear classifier.
 
     Args:
-        given: TAG, a path or an address.
-        model_name: whose published one the tag means; '': not known.
-
-    Raises:
-        InputError: it is not there, or no linear classifier.
+        given: --linear-weights: TAG, a path or a URL.
+        model_name: backbone of the published classifier, for TAG; '': unknown.
     """
     if given == TAG and model_name not in xcit_zoo.DINO_LINEAR:
-        raise InputError(f'--linear-weights {TAG}: there is none for {model_name or "features of an unknown model"}; '
-                         f'there is one for {", ".join(xcit_zoo.DINO_LINEAR)}')
-    content = checkpoints.load_checkpoint(xcit_zoo.DINO_LINEAR[model_name] if given == TAG else given,
-                                          '--linear-weights')
+        raise InputError(f'--linear-weights {TAG}: not published for {model_name or "features of an unknown model"}; '
+                         f'published for {", ".join(xcit_zoo.DINO_LINEAR)}')
+    path = xcit_zoo.DINO_LINEAR[model_name] if given == TAG else given
+    content = checkpoints.load_checkpoint(path, '--linear-weights')
     for _, tensors in xcit_zoo.dicts_of_tensors(content):
-        found = {key.rpartition('.')[2]: value for key, value in tensors.items()}
-        if len(tensors) == 2 and found.keys() == {'weight', 'bias'} and found['weight'].ndim == 2 and (
-                found['bias'].shape == found['weight'].shape[:1]):
-            layer = nn.Linear(*reversed(found['weight'].shape))
-            layer.load_state_dict({name: value.float() for name, value in found.items()})
+        values = {key.rpartition('.')[2]: value for key, value in tensors.items()}
+        if len(tensors) == 2 and values.keys() == {'weight', 'bias'} and values['weight'].ndim == 2 and (
+                values['bias'].shape == values['weight'].shape[:1]):
+            layer = nn.Linear(*reversed(values['weight'].shape))
+            layer.load_state_dict({name: value.float() for name, value in values.items()})
             return layer, content
-    raise InputError(f'--linear-weights {given}: holds no linear classifier, a weight (K, C) and a bias (K,); it has: '
-                     f'{abridge(list(content))}')
+    raise InputError(f'--linear-weights {given}: contains no linear classifier, a weight (K, C) and a bias (K,); '
+                     f'contains: {abridge(list(content))}')
+
+
+def read_matching(given: str, *, width: int, classes: List[str], backbone: dict) -> nn.Linear:
+    """Read a classifier, see `read`; raise InputError if the classifier is for other features or classes.
+
+    Args:
+        width: C.
+        classes: names of the classes 0, 1, ...
+        backbone: identity of the backbone, see `dino.frozen.Frozen`; empty: unknown.
+    """
+    layer, content = read(given, backbone.get('model', ''))
+    source = f'--linear-weights {given}'
+    if (layer.in_features, layer.out_features) != (width, len(classes)):
+        raise InputError(f'{source}: is for features of width {layer.in_features} and {layer.out_features} classes, '
+                         f'not {width} and {len(classes)}')
+    refuse_other_backbone(content.get('backbone'), backbone, source=f'{source}: ')
+    names = names_of(content.get('classes'), len(classes))
+    if names not in (None, list(classes)):
+        raise InputError(f'{source}: is for other classes ({abridge(names, 4)}), or another order of classes, than the '
+                         f'data have ({abridge(list(classes), 4)})')
+    return layer
+
+
+def refuse_other_backbone(stored: object, backbone: dict, *, source: str = ''):
+    """Raise InputError if two identities of backbones differ and both are known: dicts that are not empty."""
+    if isinstance(stored, dict) and stored and backbone and stored != backbone:
+        before, now = (f'{values.get("model")}, weights {values.get("fingerprint")}' for values in (stored, backbone))
+        raise InputError(f'{source}is for features of another backbone ({before}) than these ({now})')
 
 
 def save(path: Path, layer: nn.Linear, description: dict):
-    """Under the original's names; `description`: which backbone and classes it is for, and what it reaches."""
+    """Write a classifier under the original's names; `description`: its backbone, classes and accuracy."""
     state = {f'module.linear.{name}': value.detach().cpu() for name, value in layer.state_dict().items()}
     checkpoints.save_checkpoint({'state_dict': state, **description}, path)
 
 
 def save_with_backbone(path: Path, layer: nn.Linear, frozen: Frozen, description: dict):
-    """Backbone and classifier as one model, and what a program has to know to evaluate it."""
-    own = {key: getattr(layer, key.rpartition('.')[2]).detach().cpu() for key in weights.head_keys(frozen.loaded.model)}
-    state = {**frozen.state, **own}
+    """Write backbone and classifier as one model; `description`: settings of its evaluation."""
+    state = {**frozen.state, **{key: getattr(layer, key.rpartition('.')[2]).detach().cpu()
+                                for key in weights.head_keys(frozen.loaded.model)}}
     if processes.is_main_process():
         path.parent.mkdir(parents=True, exist_ok=True)
     checkpoints.save_checkpoint(state if path.suffix == '.safetensors' else {'model': state, **description}, path,

@@ -1,86 +1,69 @@
-"""The crops of an image that DINO compares: two global ones, and smaller local ones.
+"""Crops of an image for DINO: two global crops, and smaller local crops.
 
 Source: paper section 3.1; original main_dino.py, DataAugmentationDINO.
 """
-from typing import List, Sequence
+from typing import List, Optional, Sequence
 
 import torch
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageFilter
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from datasets import ToNormalizedTensor
-from dino.loss import GLOBAL
+from loaders.transforms import ToNormalizedTensor
 
-BLUR_RADIUS = (.1, 2.)  # pixels, whatever the crop's size
+BLUR_RADIUS = (.1, 2.)  # pixels, for crops of any size
 JITTER_PROBABILITY = .8
 SOLARIZE_FROM = 128  # brightness
-PREVIEWED = ('global1', 'global2', 'local')  # in names of files
 
 
-class Blur:
-    """Gaussian blur of a random radius."""
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        # differs: DINO crops - from torch's generator; the original's Python generator was never seeded
-        low, high = BLUR_RADIUS
-        return image.filter(ImageFilter.GaussianBlur(low + (high - low) * float(torch.rand(()))))
-
-
-def solarize(image: Image.Image) -> Image.Image:
-    return ImageOps.solarize(image, SOLARIZE_FROM)
+def blurred(image: Image.Image) -> Image.Image:
+    """Blur a picture by a Gaussian of random radius."""
+    # differs: DINO crops - from torch's generator; the original's Python generator was never seeded
+    low, high = BLUR_RADIUS
+    return image.filter(ImageFilter.GaussianBlur(low + (high - low) * float(torch.rand(()))))
 
 
 class Crops:
-    """RGB image -> its crops as normalised tensors (3, side, side), the global ones first.
+    """Transform of an RGB image to its crops: normalised tensors (3, side, side), the global crops first.
 
     Args:
-        args: the flags of `add_crop_flags`, --mean and --std.
+        global_size, local_size: sides in pixels.
+        local_count: number of local crops.
+        global_scale, local_scale: smallest and largest fraction of the image's area in a crop.
+        flip, grayscale, solarize: probabilities; only the second global crop is solarized.
+        color_jitter: strengths for brightness, contrast, saturation and hue.
+        blur: probabilities for the first global crop, the second, and local crops.
+        mean, std: normalisation of each channel; None: ImageNet's.
     """
 
-    def __init__(self, args):
-        blur = args.blur
-        locals_ = args.local_crops_number
-        self.plans = [
-            build_crop(args, args.input_size, args.global_crops_scale, blur=blur[0], solarize_=0.),
-            build_crop(args, args.input_size, args.global_crops_scale, blur=blur[1], solarize_=args.solarize),
-            *[build_crop(args, args.local_crops_size, args.local_crops_scale, blur=blur[2], solarize_=0.)] * locals_]
-        self.finish = ToNormalizedTensor(args.mean, args.std)
+    def __init__(self, *, global_size: int, local_size: int, local_count: int, global_scale: Sequence[float],
+                 local_scale: Sequence[float], flip: float, color_jitter: Sequence[float], grayscale: float,
+                 blur: Sequence[float], solarize: float, mean: Optional[Sequence[float]] = None,
+                 std: Optional[Sequence[float]] = None):
+        def plan(size: int, scale: Sequence[float], blur: float, solarize: float = 0.) -> transforms.Compose:
+            steps = [transforms.RandomResizedCrop(size, tuple(scale), interpolation=InterpolationMode.BICUBIC),
+                     transforms.RandomHorizontalFlip(flip)]
+            if any(color_jitter):
+                steps.append(transforms.RandomApply([transforms.ColorJitter(*color_jitter)], JITTER_PROBABILITY))
+            steps.append(transforms.RandomGrayscale(grayscale))
+            if blur:
+                steps.append(transforms.RandomApply([transforms.Lambda(blurred)], blur))
+            if solarize:
+                steps.append(transforms.RandomSolarize(SOLARIZE_FROM, solarize))
+            return transforms.Compose(steps)
+
+        self.plans = [plan(global_size, global_scale, blur[0]), plan(global_size, global_scale, blur[1], solarize),
+                      *[plan(local_size, local_scale, blur[2])] * local_count]
+        self.names = ['global1', 'global2', *(f'local{i + 1}' for i in range(local_count))]
+        self.finish = ToNormalizedTensor(mean, std)
 
     def pictures(self, image: Image.Image) -> List[Image.Image]:
-        """The crops as pictures."""
         return [plan(image) for plan in self.plans]
 
     def __call__(self, image: Image.Image) -> List[torch.Tensor]:
         return list(map(self.finish, self.pictures(image)))
 
 
-def build_crop(args, size: int, scale: Sequence[float], *, blur: float, solarize_: float) -> transforms.Compose:
-    """What makes one crop of an image.
-
-    Args:
-        size: of its sides, in pixels.
-        scale: least and largest part of the image's area.
-        blur, solarize_: probabilities.
-    """
-    steps = [transforms.RandomResizedCrop(size, scale=tuple(scale), interpolation=InterpolationMode.BICUBIC),
-             transforms.RandomHorizontalFlip(args.flip)]
-    if any(args.color_jitter):
-        steps.append(transforms.RandomApply([transforms.ColorJitter(*args.color_jitter)], JITTER_PROBABILITY))
-    steps.append(transforms.RandomGrayscale(args.grayscale))
-    if blur:
-        steps.append(transforms.RandomApply([Blur()], blur))
-    if solarize_:
-        steps.append(transforms.RandomApply([transforms.Lambda(solarize)], solarize_))
-    return transforms.Compose(steps)
-
-
 def collate(samples: List[tuple]) -> List[torch.Tensor]:
-    """Samples (crops, label) -> each crop of all images, (B, 3, side, side); labels are left."""
+    """Stack samples (crops, label) to a batch for each crop, (B, 3, side, side); labels are dropped."""
     return [torch.stack(list(crop)) for crop in zip(*(crops for crops, *_ in samples))]
-
-
-def name_of(number: int) -> str:
-    """What a crop is called in the name of a file."""
-    return PREVIEWED[number] if number < GLOBAL else f'{PREVIEWED[-1]}{number - GLOBAL + 1}'
-

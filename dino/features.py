@@ -1,21 +1,25 @@
-"""Features of labelled images: made by a frozen model, kept in files, and read from files of tools.extract_features."""
+"""Features of labelled images: extracted by a frozen model, stored in files, and read from files."""
 import dataclasses
 import json
-import zipfile
 from pathlib import Path
-from typing import Callable, Iterator, List, Optional
+from typing import Callable, Iterable, Iterator, List, Optional, Sequence, Tuple
+from zipfile import BadZipFile
 
 import numpy as np
-import safetensors
 import torch
-from torch.utils.data import Dataset, DistributedSampler, Subset
+from safetensors import SafetensorError, safe_open
+from torch.utils.data import DistributedSampler
 
 import datasets
+from engine import EvaluationBatches
 from loaders import pictures, readers
 from loaders.batches import build_eval_loader
-from run import flags, processes
-from run.progress import DevicePrefetch, Progress, with_stops
-from utils import InputError, abridge, first_line, replaced, whole_file
+from loaders.samples import Part, PictureSet, inspect
+from loaders.source import Source
+from loaders.transforms import eval_transform, resizes_for_evaluation
+from run import processes
+from run.settings import Loading
+from utils import InputError, abridge, first_line, whole_file
 
 SUFFIXES = ('.npz', '.safetensors')
 ARRAYS = ('features', 'labels')  # in a file
@@ -23,13 +27,13 @@ ARRAYS = ('features', 'labels')  # in a file
 
 @dataclasses.dataclass
 class Features:
-    """Of the images of a data set, in its order.
+    """Features of the images of a data set, in the order of the data set.
 
     Args:
-        features: (n, C), float32, as the model gives them.
+        features: (n, C), float32.
         labels: (n,), int64.
-        classes: what the classes 0, 1, ... are called.
-        made_of: which weights and images they are of, in plain values; None: not known.
+        classes: names of the classes 0, 1, ...
+        made_of: weights and images behind the features, in plain values; None: unknown.
     """
     features: torch.Tensor
     labels: torch.Tensor
@@ -41,171 +45,167 @@ class Features:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Made by a model
+# Extracted by a model
 
-def build_dataset(args, *, is_train: bool, most: Optional[int] = None) -> Dataset:
-    """A split of --data-set as evaluation shows it.
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Labelled images, and the evaluation transform that a model needs.
 
     Args:
-        most: images; None: all.
-
-    Raises:
-        InputError: the data are not there, or not what the data set's name says.
+        source: data set.
+        input_size: side of the square images, in pixels.
+        full_crop: use the whole shorter side of a picture; False: 0.875 of it.
+        resize: resize instead of padding and cropping; None: depends on the pictures.
+        mean, std: normalisation of each channel; None: ImageNet's.
     """
-    if is_train and readers.prefix_of(args.data_set):  # in training they have another order each time
-        args, is_train = replaced(args, val_split=args.train_split), False
-    dataset, _ = datasets.load_dataset(args, is_train)
-    args = replaced(args, resize=datasets.decide_resize(args, dataset))
-    datasets.probe_images(dataset, same_size=not datasets.resizes_for_evaluation(args))
-    dataset.transform = datasets.build_eval_transform(args)
-    if most is None or most >= len(dataset) or readers.is_stream(args.data_set):
-        return dataset
-    part = Subset(dataset, pictures.evenly_spread(range(len(dataset)), most))
-    part.classes, part.standard = dataset.classes, getattr(dataset, 'standard', None)
-    return part
+    source: Source
+    input_size: int
+    full_crop: bool = False
+    resize: Optional[bool] = None
+    mean: Optional[Sequence[float]] = None
+    std: Optional[Sequence[float]] = None
+
+    def resizes(self, dataset: PictureSet) -> bool:
+        return datasets.decide_resize(self.source, dataset, resize=self.resize, input_size=self.input_size)
 
 
-def check_common(train: Dataset, test: Dataset):
-    """Refuse test images of a class that the training images lack.
+def build_dataset(images: Images, *, is_train: bool, most: Optional[int] = None) -> PictureSet:
+    """Build a split with the evaluation transform; `most`: maximum number of images, evenly spread (None: all)."""
+    source = images.source
+    if is_train and readers.prefix_of(source.name):  # for training, the order would vary
+        source, is_train = dataclasses.replace(source, val_split=source.train_split), False
+    dataset, _ = datasets.load(source, is_train)
+    resize = images.resizes(dataset)
+    inspect(None, dataset, same_size=not resizes_for_evaluation(full_crop=images.full_crop, resize=resize))
+    if most is not None and not readers.is_stream(source.name) and most < len(dataset):
+        dataset = Part(dataset, pictures.evenly_spread(range(len(dataset)), most))
+    return dataset.with_transform(eval_transform(
+        input_size=images.input_size, full_crop=images.full_crop, resize=resize, mean=images.mean, std=images.std))
 
-    Raises:
-        InputError: names such classes.
-    """
-    known = set(train.classes)
-    refuse_lacking([name for name in test.classes if name not in known], where='--data-path: val')
+
+def build_datasets(images: Images, *, most: Optional[int] = None) -> List[PictureSet]:
+    """Build both splits, training first, see `build_dataset`."""
+    train, test = (build_dataset(images, is_train=is_train, most=most) for is_train in (True, False))
+    refuse_missing(test.classes, train.classes, where=f'{images.source.flag}: val')
+    return [train, test]
 
 
-def refuse_lacking(names: List[str], *, where: str):
-    if names:
-        raise InputError(f'{where}: has {len(names)} classes that the training images lack: {abridge(names)}')
+def refuse_missing(names: Iterable[str], known: Iterable[str], *, where: str):
+    """Raise InputError, which begins with `where`, if the training images (classes `known`) lack some classes."""
+    known = set(known)
+    if missing := [name for name in names if name not in known]:
+        raise InputError(f'{where}: has {len(missing)} classes that the training images lack: {abridge(missing)}')
 
 
 @torch.inference_mode()
-def extract(args, function: Callable[[torch.Tensor], torch.Tensor], dataset: Dataset, device: torch.device, *,
-            header: str, after_batch: Optional[Callable[[], None]] = None) -> Features:
-    """The features of all images, on every process.
+def extract(function: Callable[[torch.Tensor], torch.Tensor], dataset: PictureSet, loading: Loading, *,
+            amp_dtype: Optional[torch.dtype], header: str, after_batch: Optional[Callable[[], None]] = None
+            ) -> Features:
+    """Compute the features of all images of `build_dataset`, and gather the features on every process.
 
     Args:
-        args: flags of a loader, and --amp.
-        function: images (B, 3, img_h, img_w) -> features (B, C).
-        dataset: of `build_dataset`.
-        header: what is running, for progress.
-        after_batch: called after each batch, equally often on all processes.
+        function: function from images (B, 3, img_h, img_w) to features (B, C).
+        amp_dtype, header, after_batch: see engine.EvaluationBatches.
     """
-    loader, amp_dtype = build_eval_loader(dataset, args, device), flags.amp_dtype(args, device)
-    rows, labels = [torch.zeros(0, 0)], [torch.zeros(0, 1, dtype=torch.int64)]
-    progress = Progress(DevicePrefetch(loader, device), header, device)
-    for images, targets in with_stops(progress, loader, after_batch):
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            rows.append(function(images).float().cpu())
+    loader = build_eval_loader(dataset, loading)
+    rows, labels = [torch.zeros(0, 0)], [torch.zeros(0, 1, dtype=torch.int64)]  # for a process without batches
+    batches = EvaluationBatches(loader, loading.device, header=header, amp_dtype=amp_dtype, after_batch=after_batch)
+    for images, targets in batches:
+        rows.append(function(images).float().cpu())
         labels.append(targets.cpu()[:, None])
-    found = [processes.gather_rows(torch.cat(parts[1:] or parts), in_turn=loader.counts_batches)
-             for parts in (rows, labels)]
-    loader.images_evaluated(len(found[0]))
-    return Features(found[0], found[1][:, 0], datasets.class_names(dataset))
+    gathered = [processes.gather_rows(torch.cat(parts[1:] or parts), in_turn=loader.counts_batches)
+                for parts in (rows, labels)]
+    batches.images(len(gathered[0]))
+    return Features(gathered[0], gathered[1][:, 0], dataset.class_names())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # In files
 
 def read(path: str, flag: str) -> Features:
-    """Features in a file that tools.extract_features, or --features-dir, has written.
-
-    Raises:
-        InputError: not there, damaged, or without features and labels.
-    """
+    """Read features from a file of tools.extract_features or --features-dir; `flag` gave the path, for errors."""
     source = f'{flag} {path}'
     if Path(path).suffix not in SUFFIXES:
         raise InputError(f'{source}: must end in {" or ".join(SUFFIXES)}, as files of tools.extract_features do')
     try:
-        arrays, names = (read_npz if Path(path).suffix == '.npz' else read_safetensors)(Path(path))
+        arrays, names = (read_npz if Path(path).suffix == '.npz' else read_safetensors)(path)
         arrays = {name: torch.from_numpy(array) for name, array in arrays.items()}
     except FileNotFoundError:
         raise InputError(f'{source}: no such file') from None
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile,
-            safetensors.SafetensorError) as error:
-        raise InputError(f'{source}: damaged, or no file of features ({first_line(error)})') from None
+    except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile, SafetensorError) as error:
+        raise InputError(f'{source}: damaged, or not a file of features ({first_line(error)})') from None
     if 'features' not in arrays:
-        raise InputError(f'{source}: has no features; it has: {abridge(list(arrays)) or "nothing"}')
+        raise InputError(f'{source}: has no features; its arrays: {abridge(list(arrays)) or "nothing"}')
     if 'labels' not in arrays:
-        raise InputError(f'{source}: has no labels, which tools.extract_features writes of one folder of class folders')
-    features, labels = arrays['features'].float(), arrays['labels'].long()
-    if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
-        raise InputError(f'{source}: features {tuple(features.shape)} and labels {tuple(labels.shape)} don\'t belong '
-                         f'together')
-    if not bool(features.isfinite().all()):
+        raise InputError(f'{source}: has no labels; tools.extract_features writes them for one folder of class folders')
+    rows, labels = arrays['features'].float(), arrays['labels'].long()
+    if rows.ndim != 2 or labels.shape != rows.shape[:1] or not len(labels):
+        raise InputError(f'{source}: features {tuple(rows.shape)} and labels {tuple(labels.shape)} do not match')
+    if not bool(rows.isfinite().all()):
         raise InputError(f'{source}: some features are not finite')
     classes = names.get('classes') or [str(i) for i in range(int(labels.max()) + 1)]
     if int(labels.min()) < 0 or int(labels.max()) >= len(classes):
-        raise InputError(f'{source}: labels are from {int(labels.min())} to {int(labels.max())}, of {len(classes)} '
-                         f'classes')
-    return Features(features, labels, classes, names.get('made_of'))
+        raise InputError(f'{source}: labels are from {int(labels.min())} to {int(labels.max())}, but there are '
+                         f'{len(classes)} classes')
+    return Features(rows, labels, classes, names.get('made_of'))
 
 
-def read_npz(path: Path) -> tuple:
+def read_npz(path: str) -> Tuple[dict, dict]:
+    """Return features and labels, and classes and `made_of`, as far as the file contains them."""
     with np.load(path, allow_pickle=False) as file:
-        return ({name: file[name] for name in ARRAYS if name in file},
-                {**({'classes': file['classes'].tolist()} if 'classes' in file else {}),
-                 **({'made_of': json.loads(str(file['made_of']))} if 'made_of' in file else {})})
+        names = {name: file[name].tolist() for name in ('classes', 'made_of') if name in file}
+        if 'made_of' in names:
+            names['made_of'] = json.loads(names['made_of'])
+        return {name: file[name] for name in ARRAYS if name in file}, names
 
 
-def read_safetensors(path: Path) -> tuple:
-    with safetensors.safe_open(path, 'np') as file:
+def read_safetensors(path: str) -> Tuple[dict, dict]:
+    with safe_open(path, 'np') as file:
         metadata = file.metadata() or {}
         arrays = {name: file.get_tensor(name) for name in ARRAYS if name in file.keys()}
     return arrays, {name: json.loads(metadata[name]) for name in ('classes', 'made_of') if name in metadata}
 
 
-def write(path: Path, found: Features):
+def write(path: Path, features: Features):
     with whole_file(path) as unfinished:
-        np.savez(unfinished, features=found.features.numpy(), labels=found.labels.numpy(),
-                 classes=np.array(found.classes), made_of=json.dumps(found.made_of))
+        np.savez(unfinished, features=features.features.numpy(), labels=features.labels.numpy(),
+                 classes=np.array(features.classes), made_of=json.dumps(features.made_of))
 
 
 def in_common(train: Features, test: Features, *, where: str) -> Features:
-    """The test features with the labels that the training features have for their classes.
+    """Return the test features with labels that are indices of the training features' classes.
 
     Raises:
-        InputError: a class of theirs is none of training, or their widths differ; `where` they are from.
+        InputError: the training features lack a class or have another width; the message begins with `where`.
     """
-    if train.features.shape[1] != test.features.shape[1]:
-        raise InputError(f'{where}: has features of {test.features.shape[1]} numbers, and those for training have '
-                         f'{train.features.shape[1]}')
-    return with_numbers_of(train.classes, test, where=where)
+    width, train_width = test.features.shape[1], train.features.shape[1]
+    if width != train_width:
+        raise InputError(f'{where}: features have the width {width}, but features for training have {train_width}')
+    return with_labels_of(train.classes, test, where=where)
 
 
-def with_numbers_of(classes: List[str], test: Features, *, where: str) -> Features:
-    """Features whose labels are places in `classes`.
-
-    Raises:
-        InputError: a class of theirs is none of those; `where` they are from.
-    """
+def with_labels_of(classes: List[str], test: Features, *, where: str) -> Features:
+    """Return features with labels that are indices of the training images' classes; see `in_common`."""
     if list(test.classes) == list(classes):
         return test
-    numbers = {name: i for i, name in enumerate(classes)}
-    if len(numbers) < len(classes) or len(set(test.classes)) < len(test.classes):
-        raise InputError(f'{where}: its classes are not those of the training images, and some have the same name')
-    refuse_lacking([name for i, name in enumerate(test.classes) if name not in numbers and bool(
-        (test.labels == i).any())], where=where)
-    renumbered = torch.tensor([numbers.get(name, -1) for name in test.classes])
-    return dataclasses.replace(test, labels=renumbered[test.labels], classes=list(classes))
+    indices = {name: i for i, name in enumerate(classes)}
+    if len(indices) < len(classes) or len(set(test.classes)) < len(test.classes):
+        raise InputError(f'{where}: classes differ from the classes of the training images, and some have equal names')
+    refuse_missing([test.classes[i] for i in test.labels.unique().tolist()], classes, where=where)
+    relabelled = torch.tensor([indices.get(name, -1) for name in test.classes])
+    return dataclasses.replace(test, labels=relabelled[test.labels], classes=list(classes))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In training
+# For training
 
 class Batches:
-    """Batches of features and labels for this process, in another order in each epoch: a loader of loaders.batches.
-
-    Args:
-        batch_size: of each process.
-        seed: of the order.
-    """
+    """Loader, as of loaders.batches, of this process's features and labels, in a new order in each epoch."""
     counts_batches = True
 
-    def __init__(self, found: Features, batch_size: int, *, seed: int):
-        self.found, self.batch_size, self.first = found, batch_size, 0
-        self.sampler = DistributedSampler(found, processes.get_world_size(), processes.get_rank(), seed=seed)
+    def __init__(self, features: Features, batch_size: int, *, seed: int):
+        self.features, self.batch_size, self.first = features, batch_size, 0
+        self.sampler = DistributedSampler(features, processes.get_world_size(), processes.get_rank(), seed=seed)
 
     def set_position(self, epoch: int, step: int):
         self.sampler.set_epoch(epoch)
@@ -216,4 +216,4 @@ class Batches:
 
     def __iter__(self) -> Iterator[List[torch.Tensor]]:
         for rows in torch.tensor(list(self.sampler)[self.first:]).split(self.batch_size):
-            yield [self.found.features[rows], self.found.labels[rows]]
+            yield [self.features.features[rows], self.features.labels[rows]]

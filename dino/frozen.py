@@ -1,26 +1,29 @@
-"""What the evaluations share: a frozen backbone, and the features of labelled images that it gives or a file holds."""
+"""Frozen backbones and their features of labelled images, for the evaluations dino.knn and dino.linear."""
 import argparse
 import dataclasses
-import hashlib
 import os
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
-from torch.utils.data import Dataset
 
 import datasets
+import inference.flags
+import inference.loaded
 import weights
 import xcit
-from dino import features
-from dino.features import Features
+from dino import features, networks
+from dino.features import Features, Images
+from inference.loaded import LoadedModel
 from loaders import readers
-from run import flags, processes
-from run.commandline import COUNT, PATH
+from loaders.samples import PictureSet
+from loaders.source import Source
+from run import devices, flags, parts, processes
+from run.commandline import PATH
 from run.folder import check_output_dir
-from run.processes import notice
-from tools import common
-from utils import InputError, replaced
+from run.output import log
+from run.settings import Loading
+from utils import InputError
 
 SPLITS = ('train', 'val')
 # Flags without effect on features that are in files
@@ -31,59 +34,58 @@ OF_IMAGES = ('pretrained', 'model', 'patch_size', 'use_ema', 'checkpoint_key', '
 
 @dataclasses.dataclass
 class Frozen:
-    """A backbone whose weights don't change.
+    """Backbone with fixed weights.
 
     Args:
-        loaded: the model, prepared for inference.
-        state: its weights as they were read, without a classifier's.
-        fingerprint: of them.
-        seed: of the training that they come from, as far as it is known.
+        loaded: model, prepared for inference.
+        state: weights before that preparation, without a classifier's.
+        fingerprint: fingerprint of the weights.
     """
-    loaded: common.LoadedModel
+    loaded: LoadedModel
     state: dict
     fingerprint: str
-    seed: int
 
     @property
     def identity(self) -> dict:
-        """Which backbone it is, in plain values."""
+        """Name of the model and fingerprint of the weights, in plain values."""
         return {'model': self.loaded.name, 'fingerprint': self.fingerprint}
+
+    def setting(self, mean: Optional[Sequence[float]], std: Optional[Sequence[float]]) -> dict:
+        """Return size, crop and normalisation of the images for the evaluation; `mean`, `std`: if not the model's."""
+        return {'input_size': self.loaded.input_size, 'full_crop': self.loaded.full_crop,
+                'mean': mean or self.loaded.mean, 'std': std or self.loaded.std}
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, img_h, img_w) -> (B, C): the normalised CLS token."""
         model = self.loaded.model
         return model.forward_head(model.forward_features(images), pre_logits=True)
 
+    def extract(self, dataset: PictureSet, loading: Loading, split: str) -> Features:
+        return features.extract(self, dataset, loading, amp_dtype=self.loaded.amp_dtype, header=f'Features, {split}')
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
+    def images(self, source: Source, *, resize: Optional[bool] = None, mean: Optional[Sequence[float]] = None,
+               std: Optional[Sequence[float]] = None) -> Images:
+        """Return labelled images with this backbone's evaluation transform; `mean`, `std`: other normalisation."""
+        return Images(source, **self.setting(mean, std), resize=resize)
+
 
 def add_flags(parser, *, trains: bool):
-    """Which backbone, which images, or which files of features.
-
-    Args:
-        trains: also the flags that only a training has a use for.
-    """
+    """Add the flags of backbone, images and files of features; `trains`: with the flags that only training uses."""
     group = parser.add_argument_group('model')
-    group.add_argument('--arch', '--model', dest='model', metavar='NAME',
-                       help='one of the 14 XCiT models, or of timm\'s; if unset, what the weights say, as a '
-                       'training\'s checkpoint does')
-    group.add_argument('--patch-size', type=COUNT, metavar='PIXELS', help='the model\'s name says it')
+    flags.add_model_flag(group, '--arch')
+    networks.add_patch_size_flag(group)
     group.add_argument('--pretrained', '--pretrained-weights', dest='pretrained', default='', type=PATH,
-                       metavar='TAG|PATH|URL|hf-hub:NAME',
-                       help='weights: fb_dino, a training\'s checkpoint.pth (of which the teacher is taken), or others')
-    common.add_choice_of_weights(group)
-    common.add_square_arguments(parser)
+                       metavar=flags.WEIGHTS, help='weights: fb_dino, checkpoint.pth of a run (the teacher), or others')
+    inference.flags.add_choice_of_weights(group)
+    inference.flags.add_square_flags(parser)
 
     group = parser.add_argument_group('features')
-    group.add_argument('--train-features', type=PATH, metavar='FILE',
-                       help='features of training images, made by tools.extract_features or kept in --features-dir; no '
-                       'model and no images are needed then')
-    group.add_argument('--val-features', type=PATH, metavar='FILE', help='of test images, likewise')
+    group.add_argument('--train-features', type=PATH, metavar='FILE', help='features of training images, from '
+                       'tools.extract_features or --features-dir, instead of model and images')
+    group.add_argument('--val-features', type=PATH, metavar='FILE', help='features of test images')
     group.add_argument('--features-dir', type=PATH, metavar='DIR',
-                       help='keep the features of both splits there as train.npz and val.npz, and take them from there '
-                       'if they are of these weights and these images'
-                       + ('; a training is then without augmentation' if trains else ''))
+                       help='folder for the features of both splits (train.npz and val.npz), which are reused with the '
+                       'same weights and images' + '; training is then without augmentation' * trains)
 
     group = parser.add_argument_group('data')
     datasets.add_data_flags(group)
@@ -91,19 +93,16 @@ def add_flags(parser, *, trains: bool):
     flags.add_loader_flags(group, trains=trains)
     group = parser.add_argument_group('distributed')
     flags.add_distributed_flags(group, sync_bn=False)
-    parser.set_defaults(batch_size=128, dist_eval=True)
+    parser.set_defaults(batch_size=128)
 
 
 def check_flags(args, parser: argparse.ArgumentParser):
-    """Refuse what can't work, and flags without effect.
-
-    Raises:
-        InputError: so it is.
-    """
+    """Raise InputError if a flag is invalid or has no effect; complete --amp."""
+    args.amp = args.amp or 'off'
+    flags.choose_device(args)  # --amp needs the device
     if bool(args.train_features) != bool(args.val_features):
         given, other = ('train', 'val') if args.train_features else ('val', 'train')
-        raise InputError(f'--{given}-features {args.train_features or args.val_features}: needs --{other}-features, '
-                         f'too')
+        raise InputError(f'--{given}-features {args.train_features or args.val_features}: needs --{other}-features')
     if args.train_features:
         flags.refuse_without_effect(args, parser, OF_IMAGES, 'with --train-features')
     elif not args.pretrained:
@@ -117,122 +116,88 @@ def check_flags(args, parser: argparse.ArgumentParser):
         check_output_dir(args.features_dir, '--features-dir')
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Builders
-
-def load(args, device: torch.device) -> Frozen:
-    """The backbone that the flags describe.
-
-    Raises:
-        InputError: the weights can't be read, or are of another model.
-    """
-    loaded = common.load_model(args, fuse=False)
-    patch_size = getattr(loaded.model, 'feature_info', [{}])[0].get('reduction')
-    if args.patch_size not in (None, patch_size):
-        raise InputError(f'--patch-size {args.patch_size}: {loaded.name} has patches of {patch_size} pixels')
-    state = {key: value.detach().cpu().clone() for key, value in weights.backbone_state(loaded.model).items()}
-    fingerprint = weights.fingerprint(loaded.model)
-    if isinstance(loaded.model, xcit.Xcit):
-        xcit.fuse(loaded.model)
-    loaded.model.to(device)
-    return Frozen(dataclasses.replace(loaded, device=device), state, fingerprint, loaded.seed or 0)
+def build(args, device: torch.device) -> Optional[Frozen]:
+    """Load the backbone of the flags, see `load`; None: features are read from files."""
+    if args.train_features:
+        return None
+    frozen = load(**inference.flags.weights(args), **inference.flags.squares(args), device=device,
+                  amp_dtype=flags.amp_dtype(args, device))
+    patch_size = getattr(frozen.loaded.model, 'feature_info', [{}])[0].get('reduction')  # also of timm's models
+    networks.check_patch_size(args.patch_size, frozen.loaded.name, patch_size)
+    return frozen
 
 
-def for_data(args, frozen: Frozen):
-    """The flags with what the model says about its images, where they don't."""
-    loaded = frozen.loaded
-    return replaced(args, input_size=loaded.input_size, full_crop=loaded.full_crop, mean=args.mean or loaded.mean,
-                    std=args.std or loaded.std)
+def load(pretrained: str, **options) -> Frozen:
+    """Load a backbone; `options` and errors: as of inference.loaded.load."""
+    model = inference.loaded.load(pretrained, fuse=False, **options)
+    state = {key: value.detach().cpu().clone() for key, value in weights.backbone_state(model.model).items()}
+    fingerprint = weights.fingerprint(model.model)
+    if isinstance(model.model, xcit.Xcit):
+        xcit.fuse(model.model)
+    return Frozen(model, state, fingerprint)
 
 
-def build_datasets(args, splits: Sequence[str] = SPLITS) -> List[Dataset]:
-    """Labelled images as evaluation shows them.
+def features_of_both(frozen: Frozen, images: Images, sets: List[PictureSet], loading: Loading, *, folder: str = ''
+                     ) -> Tuple[Features, Features]:
+    """Return the features of training and test images, as stored in a folder (if not ''), or extracted and stored.
 
     Args:
-        args: of `for_data`.
+        sets: splits of `images` from features.build_datasets.
 
     Raises:
-        InputError: the data are not there, or not what the data set's name says.
+        InputError: stored features come from other weights or images.
     """
-    sets = [features.build_dataset(args, is_train=split == 'train') for split in splits]
-    if len(sets) == 2:
-        features.check_common(*sets)
-    return sets
-
-
-def features_of_both(args, frozen: Frozen, sets: List[Dataset], device: torch.device) -> Tuple[Features, Features]:
-    """Features of training and test images, from --features-dir if they are there.
-
-    Raises:
-        InputError: they are there, but of other weights or images.
-    """
-    kept = read_kept(args, frozen, sets) if args.features_dir else {}
+    both = {}
+    if folder:
+        made_of = {split: describe(frozen, images, dataset, split) for split, dataset in zip(SPLITS, sets)}
+        paths = {split: Path(folder, f'{split}.npz') for split in SPLITS}
+        stored = processes.on_main_process(lambda: ' '.join(split for split, path in paths.items() if path.exists()))
+        both = {split: read_stored(paths[split], made_of[split]) for split in stored.split()}
     for split, dataset in zip(SPLITS, sets):
-        if split not in kept:
-            kept[split] = features.extract(args, frozen, dataset, device, header=f'Features, {split}')
-            if args.features_dir and processes.is_main_process():
-                path = kept_file(args, split)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                features.write(path, dataclasses.replace(kept[split], made_of=describe(args, frozen, dataset, split)))
-    return kept['train'], features.in_common(kept['train'], kept['val'], where='--data-path: val')
+        if split not in both:
+            both[split] = frozen.extract(dataset, loading, split)
+            if folder and processes.is_main_process():
+                paths[split].parent.mkdir(parents=True, exist_ok=True)
+                features.write(paths[split], dataclasses.replace(both[split], made_of=made_of[split]))
+    return both['train'], features.in_common(both['train'], both['val'], where=f'{images.source.flag}: val')
 
 
-def kept_file(args, split: str) -> Path:
-    return Path(args.features_dir, f'{split}.npz')
-
-
-def read_kept(args, frozen: Frozen, sets: List[Dataset]) -> Dict[str, Features]:
-    """By split, what --features-dir has already.
-
-    Raises:
-        InputError: it is of other weights or images.
-    """
-    there = processes.on_main_process(lambda: ' '.join(split for split in SPLITS if kept_file(args, split).exists()))
-    kept = {split: features.read(str(kept_file(args, split)), '--features-dir') for split in there.split()}
-    for split, dataset in zip(SPLITS, sets):
-        if split in kept:
-            refuse_other_features(kept[split].made_of, describe(args, frozen, dataset, split), kept_file(args, split))
-            notice(f'{kept_file(args, split)}: {len(kept[split])} features are taken from there')
-    return kept
-
-
-def describe(args, frozen: Frozen, dataset: Dataset, split: str) -> Dict[str, object]:
-    """What the features of a split are made of: plain values, equal where it is the same."""
-    root = os.path.realpath(args.data_path)
-    samples = getattr(dataset, 'samples', [(name, None) for name in datasets.files_of(dataset)])
-    listed = '\n'.join(f'{os.path.relpath(name, args.data_path)} {label} {os.path.getsize(name)}'
-                       for name, label in samples)
-    return {**frozen.identity, 'data set': args.data_set, 'split': split,
-            'files': hashlib.sha256(listed.encode()).hexdigest()[:16] if samples else root,
-            'images': None if readers.is_stream(args.data_set) else len(dataset), 'precision': args.amp,
-            **{name.replace('_', ' '): getattr(args, name) for name in (
-                'input_size', 'full_crop', 'resize', 'mean', 'std', 'exif', 'inat_category', 'train_split', 'val_split',
-                'val_fraction')}}
-
-
-def refuse_other_features(found: Optional[dict], expected: dict, path: Path):
-    if found is None:
-        raise InputError(f'--features-dir: {path} does not say what it was made of; use --train-features and '
+def read_stored(path: Path, expected: dict) -> Features:
+    """Read a file of --features-dir; raise InputError if its weights or images differ from `expected`."""
+    stored = features.read(str(path), '--features-dir')
+    if stored.made_of is None:
+        raise InputError(f'--features-dir: {path} does not name its weights and images; use --train-features and '
                          f'--val-features')
-    other = [f'{name}: {found.get(name)}, now {value}' for name, value in expected.items() if found.get(name) != value]
+    other = [f'{key}: {stored.made_of.get(key)}, now {value}' for key, value in expected.items()
+             if stored.made_of.get(key) != value]
     if other:
-        raise InputError(f'--features-dir: {path} was made of others ({"; ".join(other)}); choose another folder')
+        raise InputError(f'--features-dir: {path} comes from other weights or images ({"; ".join(other)}); choose '
+                         f'another folder')
+    log(f'{path}: {len(stored)} features are reused')
+    return stored
 
 
-def read_both(args) -> Tuple[Features, Features]:
-    """Features of --train-features and --val-features.
+def describe(frozen: Frozen, images: Images, dataset: PictureSet, split: str) -> Dict[str, object]:
+    """Return the weights and images behind the features of a split, in plain values that can be compared."""
+    source, files = images.source, dataset.files()
+    notes = [f'{label} {os.path.getsize(file)}' for file, label in dataset.samples]
+    return {**frozen.identity, 'data set': source.name, 'split': split,
+            'files': parts.digest_of(files, notes, root=source.path) if files else os.path.realpath(source.path),
+            'images': None if readers.is_stream(source.name) else len(dataset),
+            'precision': next(name for name, dtype in devices.AMP_DTYPES.items() if dtype == frozen.loaded.amp_dtype),
+            'input size': images.input_size, 'full crop': images.full_crop, 'resize': images.resize,
+            'mean': images.mean, 'std': images.std, 'exif': source.exif, 'inat category': source.inat_category,
+            'train split': source.train_split, 'val split': source.val_split, 'val fraction': source.val_fraction}
 
-    Raises:
-        InputError: they can't be used, or don't belong together.
-    """
-    train, val = (features.read(getattr(args, f'{split}_features'), f'--{split}-features') for split in SPLITS)
-    made = [identity(found.made_of) for found in (train, val)]
-    if all(made) and made[0] != made[1]:
-        raise InputError(f'--val-features {args.val_features}: is of other weights than --train-features '
-                         f'{args.train_features}')
-    return train, features.in_common(train, val, where=f'--val-features {args.val_features}')
+
+def read_both(train_path: str, val_path: str) -> Tuple[Features, Features]:
+    """Read --train-features and --val-features; raise InputError if they can't be used, or do not match."""
+    train, val = features.read(train_path, '--train-features'), features.read(val_path, '--val-features')
+    if train.made_of and val.made_of and identity(train.made_of) != identity(val.made_of):
+        raise InputError(f'--val-features {val_path}: comes from other weights than --train-features {train_path}')
+    return train, features.in_common(train, val, where=f'--val-features {val_path}')
 
 
 def identity(made_of: Optional[dict]) -> dict:
-    """Which backbone features are of; empty where that is not known."""
+    """Return the identity of the backbone behind features, see `Frozen.identity`; empty: unknown."""
     return {name: made_of[name] for name in ('model', 'fingerprint')} if made_of else {}

@@ -1,53 +1,52 @@
-"""Classify images by their nearest neighbours among the features of labelled ones: what features are worth, untrained.
+"""Classify images by their nearest neighbours among the features of labelled images, without training a classifier.
 
-Each of the k nearest training images votes for its class with exp(similarity / temperature).
+Each of the k nearest training images votes for its class with weight exp(similarity / temperature).
 """
-import run.startup  # noqa: F401  first of all
-
 import argparse
+import dataclasses
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, Optional
 
-import timm
 import torch
 import torch.nn.functional as F
 
+import datasets
+import weights
 from dino import features, frozen, neighbours
 from dino.features import Features
 from loaders import readers
-from run import flags, processes
+from run import flags, processes, session
 from run.commandline import COUNT, PATH, POSITIVE, Parser, run_program
 from run.folder import check_output_dir
-from run.logs import environment
-from run.processes import notice
-from utils import InputError, seed_everything, write_json
+from run.logs import write_result
+from run.output import log
+from run.settings import Loading
+from utils import InputError, seed_everything
 
-PIXELS_SIDE = 32  # to which larger pictures are brought, for the features that are their pixels
-Results = Dict[int, Tuple[float, float]]  # top-1 and top-5 in percent by k
+PIXELS_SIDE = 32  # largest side of images whose features are their pixels
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser('python -m dino.knn', description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser('python -m dino.knn', description=__doc__)
     group = parser.add_argument_group('neighbours')
     group.add_argument('--nb-knn', default=[10, 20, 100, 200], type=COUNT, nargs='+', metavar='K',
                        help='numbers of neighbours')
-    group.add_argument('--temperature', default=.07, type=POSITIVE, metavar='T', help='of the votes')
+    group.add_argument('--temperature', default=neighbours.TEMPERATURE, type=POSITIVE, metavar='T',
+                       help='temperature of the votes')
     group.add_argument('--baselines', action='store_true',
-                       help='also by raw pixels, and by the features of an untrained network of the training\'s seed')
-    group.add_argument('--output', type=PATH, metavar='FILE', help='write the results as JSON')
+                       help='further results, for raw pixels and for an untrained network with the seed of the run')
+    group.add_argument('--output', type=PATH, metavar='FILE', help='JSON file for the results')
     frozen.add_flags(parser, trains=False)
     group = parser.add_argument_group('device')
     flags.add_device_flag(group)
     flags.add_amp_flag(group, default='off')
-    parser.set_defaults(seed=0, deterministic=False, resume='')  # what shared code asks for
     return parser
 
 
 def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
-    """Parse the command line and refuse what can't work before any work is done."""
+    """Parse the command line, and raise InputError for invalid flags before any work is done."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
-    args.amp = args.amp or 'off'
     frozen.check_flags(args, parser)
     if args.baselines and args.train_features:
         raise InputError('--baselines: needs images, and --train-features has none')
@@ -58,84 +57,65 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The program
-
 def evaluate(args, device: torch.device) -> dict:
-    """Returns what --output is to hold."""
-    if args.train_features:
-        train, val = frozen.read_both(args)
-        neighbours.check(args.nb_knn, len(train))
-        return {'results': words_by_k(classify(args, train, val, device)), 'train_features': args.train_features,
+    """Evaluate; return the results for --output."""
+    def classify(train: Features, val: Features) -> Dict[str, dict]:
+        accuracies = neighbours.classify(train, val, ks=args.nb_knn, temperature=args.temperature, device=device)
+        for k, (top1, top5) in accuracies.items():
+            log(neighbours.line(k, top1, top5))
+        return {str(k): {'top1': top1, 'top5': top5} for k, (top1, top5) in accuracies.items()}
+
+    backbone = frozen.build(args, device)
+    if backbone is None:
+        train, val = frozen.read_both(args.train_features, args.val_features)
+        return {'results': classify(train, val), 'train_features': args.train_features,
                 'val_features': args.val_features, 'images': {'train': len(train), 'val': len(val)}}
-    backbone = frozen.load(args, device)
-    args = frozen.for_data(args, backbone)
-    sets = frozen.build_datasets(args)
+    loading = Loading(args.batch_size, device, num_workers=args.num_workers, pin_memory=args.pin_mem)
+    images = backbone.images(datasets.source(args, resumes=False), resize=args.resize, mean=args.mean, std=args.std)
+    sets = features.build_datasets(images)
     if not readers.is_stream(args.data_set):
         neighbours.check(args.nb_knn, len(sets[0]))
-    train, val = frozen.features_of_both(args, backbone, sets, device)
-    found = {'model': backbone.loaded.name, 'weights': args.pretrained, 'fingerprint': backbone.fingerprint,
-             'images': {'train': len(train), 'val': len(val)}, 'classes': len(train.classes)}
+    train, val = frozen.features_of_both(backbone, images, sets, loading, folder=args.features_dir or '')
+    results = {'model': backbone.loaded.name, 'weights': args.pretrained, 'fingerprint': backbone.fingerprint,
+               'images': {'train': len(train), 'val': len(val)}, 'classes': len(train.classes)}
     if args.baselines:
-        found['baselines'] = {}
-        for name, function in (('raw pixels', pixels), (f'untrained, seed {backbone.seed}', untrained(backbone))):
-            notice(f'{name}:')
-            parts = [features.extract(args, function, dataset, device, header=f'Features, {split}, {name}')
-                     for split, dataset in zip(frozen.SPLITS, sets)]
-            if function is pixels:
-                parts = centred(*parts)
-            found['baselines'][name] = words_by_k(classify(args, *parts, device))
-        notice(f'{args.pretrained}:')
-    return {**found, 'results': words_by_k(classify(args, train, val, device))}
+        results['baselines'] = {}
+        seed = backbone.loaded.seed or 0
+        for name, function in (('raw pixels', pixels), (f'untrained, seed {seed}', untrained(backbone, seed))):
+            log(f'{name}:')
+            both = [features.extract(function, dataset, loading, amp_dtype=backbone.loaded.amp_dtype,
+                                     header=f'Features, {split}, {name}')
+                    for split, dataset in zip(frozen.SPLITS, sets)]
+            if function is pixels:  # without their mean, which would make all pixels similar
+                mean = both[0].features.mean(dim=0)
+                both = [dataclasses.replace(split, features=split.features - mean) for split in both]
+            results['baselines'][name] = classify(*both)
+        log(f'{args.pretrained}:')
+    return {**results, 'results': classify(train, val)}
 
-
-def classify(args, train: Features, val: Features, device: torch.device) -> Results:
-    results = neighbours.classify(train, val, ks=args.nb_knn, temperature=args.temperature, device=device)
-    for k, tops in results.items():
-        notice(neighbours.line(k, *tops))
-    return results
-
-
-def words_by_k(results: Results) -> dict:
-    return {str(k): {'top1': top1, 'top5': top5} for k, (top1, top5) in results.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Features to compare with
 
 def pixels(images: torch.Tensor) -> torch.Tensor:
-    """(B, 3, img_h, img_w) -> (B, C): normalised pixels, of large pictures those of a small copy."""
+    """(B, 3, img_h, img_w) -> (B, C): normalised pixels; large images are scaled down."""
     size = [min(side, PIXELS_SIDE) for side in images.shape[-2:]]
     return F.adaptive_avg_pool2d(images.float(), size).flatten(1)
 
 
-def centred(train: Features, val: Features) -> List[Features]:
-    """Without what all training images have in common, which would make all pixels similar."""
-    mean = train.features.mean(dim=0)
-    return [Features(found.features - mean, found.labels, found.classes) for found in (train, val)]
-
-
-def untrained(backbone: frozen.Frozen) -> torch.nn.Module:
-    """Images (B, 3, img_h, img_w) -> (B, C), as the training's network had it before its first step."""
-    seed_everything(backbone.seed)
-    model = timm.create_model(backbone.loaded.name, num_classes=0)
+def untrained(backbone: frozen.Frozen, seed: int) -> torch.nn.Module:
+    """Build the backbone with the initial weights of a run with this seed."""
+    seed_everything(seed)
+    model = weights.create_backbone(backbone.loaded.name)
     return model.eval().requires_grad_(False).to(backbone.loaded.device)
 
 
 def main(argv: Optional[list] = None) -> dict:
-    """Evaluate with a command line (`sys.argv` if None); returns what --output holds.
-
-    Raises:
-        InputError: the arguments, or the data, weights or features they name, can't be used.
-    """
+    """Evaluate with a command line (`sys.argv` if None), see `parse_args`; return the content of --output."""
     args = parse_args(argv)
-    with processes.joined(args, trains=False) as device:
-        found = {**evaluate(args, device), 'temperature': args.temperature, 'args': vars(args),
-                 'environment': environment()}
+    with session.joined(args.device, world_size=args.world_size, dist_url=args.dist_url,
+                        timeout_minutes=args.dist_timeout) as device:
+        results = {**evaluate(args, device), 'temperature': args.temperature}
         if args.output and processes.is_main_process():
-            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-            write_json(Path(args.output), found)
-    return found
+            write_result(Path(args.output), results, vars(args))
+    return results
 
 
 if __name__ == '__main__':

@@ -1,79 +1,69 @@
-"""Train a linear classifier on a frozen backbone's features, and measure its accuracy; or evaluate one that exists.
+"""Train linear classifiers on the features of a frozen backbone, one per learning rate, or evaluate a classifier.
 
-Several learning rates are tried in one pass over the images, each with a classifier of its own. The best of them is
-linear.pth in --output-dir.
+All learning rates are tried in one pass over the images. The best classifier is written to linear.pth in --output-dir.
 """
-import run.startup  # noqa: F401  first of all
-
 import argparse
 import contextlib
 import dataclasses
-import math
 import shlex
 from pathlib import Path
 from typing import Callable, Dict, Iterable, List, Optional
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Dataset
 from torchvision import transforms
 
 import datasets
 from dino import classifiers, features, frozen
 from dino.classifiers import TAG, Linears
-from dino.features import Features
-from engine import train_one_epoch
+from dino.features import Features, Images
+from engine import accuracy_line, train_one_epoch
 from loaders.batches import build_train_loader
+from loaders.samples import PictureSet, inspect
+from loaders.transforms import PADDING, ToNormalizedTensor
 from run import checkpoints, flags, parts, processes
-from run.commandline import COUNT, PATH, POSITIVE, Parser, run_program
-from run.descriptions import names_of
+from run.assembly import prepare
+from run.commandline import COUNT, PATH, POSITIVE, Parser, run_program, words_of
 from run.folder import check_output_dir
-from run.logs import environment
+from run.logs import table_row, write_result
+from run.output import log
+from run.pace import Pace
 from run.position import Epochs
-from run.processes import notice
+from run.schedules import Schedule, cosine
 from run.training import Run
-from utils import InputError, abridge, replaced, seed_everything, write_json
+from utils import InputError, seed_everything
 
-REFERENCE_BATCH = 256  # images for which --lr is meant
+REFERENCE_BATCH = 256  # images per step that --lr refers to
 MOMENTUM = .9
-PADDING = 4  # pixels around small pictures, of which a square of their size is cut out
 FILE = 'linear.pth'
+COLUMNS = {'loss': ('train_loss', '.4f'), 'lr': ('train_lr', '.2e'), 'top-1': ('test_acc1', '.2f'),
+           'top-5': ('test_acc5', '.2f'), 'best': ('test_best_acc1', '.2f'), 'of --lr': ('test_lr', 'g')}
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser('python -m dino.linear', description=__doc__,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    group = parser.add_argument_group('run')
-    flags.add_run_flags(group)
-    flags.add_amp_flag(group, default='off')
-    flags.add_checkpoint_flags(group)
-    group.add_argument('--epochs', default=100, type=COUNT, metavar='N', help='of the whole training')
+    parser = Parser('python -m dino.linear', description=__doc__)
+    group = flags.add_run_group(parser, amp_default='off')
+    flags.add_epochs_flag(group, default=100)
     group.add_argument('--val-freq', default=1, type=COUNT, metavar='N', help='epochs between two evaluations')
 
     group = parser.add_argument_group('classifier')
-    group.add_argument('--lr', default=[.001], type=POSITIVE, nargs='+',
-                       help=f'learning rates at the beginning, each of a classifier, for {REFERENCE_BATCH} images a '
-                       'step; scaled with the real number')
-    group.add_argument('--num-labels', type=COUNT, metavar='N', help='classes; the data say it')
-    group.add_argument('--evaluate', action='store_true', help='evaluate --linear-weights only')
+    group.add_argument('--lr', default=[.001], type=POSITIVE, nargs='+', help='initial learning rates, one per '
+                       f'classifier, for {REFERENCE_BATCH} images per step; scaled with the actual number')
+    group.add_argument('--num-labels', type=COUNT, metavar='N', help='number of classes, which must be the data\'s')
+    group.add_argument('--evaluate', action='store_true', help='evaluation of --linear-weights only')
     group.add_argument('--linear-weights', default='', type=PATH, metavar=f'{TAG}|PATH|URL',
-                       help=f'a trained classifier: {FILE}, or a file of the original; {TAG}: the published one')
-    group.add_argument('--save-classifier', default='', type=PATH, metavar='FILE',
-                       help='write backbone and classifier as one model, which main.py --eval and the tools take; .pth '
-                       'or .safetensors')
+                       help=f'trained classifier: {FILE}, or a file of the original; {TAG}: the published classifier')
+    group.add_argument('--save-classifier', default='', type=PATH, metavar='FILE', help='.pth or .safetensors file for '
+                       'backbone and classifier as one model, which main.py --eval and the tools can load')
     frozen.add_flags(parser, trains=True)
     parser.set_defaults(output_dir=None)
     return parser
 
 
 def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
-    """Parse the command line and refuse what can't work before any work is done."""
+    """Parse the command line, and raise InputError for invalid flags before any work is done."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
-    args.amp = args.amp or 'off'
     if args.output_dir is None:
         args.output_dir = '' if args.evaluate else '.'
     flags.check_run_flags(args)
@@ -82,40 +72,35 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
         flags.refuse_without_effect(args, parser, ['skip_bad_images'], 'on features that are in files')
     if len(set(args.lr)) < len(args.lr):
         raise InputError(f'--lr {" ".join(f"{lr:g}" for lr in args.lr)}: has a value twice')
-    if args.evaluate and not args.linear_weights:
-        raise InputError(f'--evaluate: needs --linear-weights, a file or {TAG}')
     if args.evaluate and args.resume:
         raise InputError(f'--resume {args.resume}: has no effect with --evaluate')
+    if args.evaluate and not args.linear_weights:
+        raise InputError(f'--evaluate: needs --linear-weights, a file or {TAG}')
     if args.linear_weights and not args.evaluate:
         raise InputError(f'--linear-weights {args.linear_weights}: has no effect without --evaluate')
-    if args.linear_weights and args.linear_weights != TAG and not checkpoints.is_url(args.linear_weights) and not Path(
-            args.linear_weights).exists():
-        raise InputError(f'--linear-weights {args.linear_weights}: no such file; {TAG} means the published one')
+    if args.linear_weights not in ('', TAG) and not (
+            checkpoints.is_url(args.linear_weights) or Path(args.linear_weights).exists()):
+        raise InputError(f'--linear-weights {args.linear_weights}: no such file; {TAG}: the published classifier')
     if args.save_classifier:
         if args.train_features:
-            raise InputError(f'--save-classifier {args.save_classifier}: needs a backbone, and --train-features has '
-                             f'none')
+            raise InputError(f'--save-classifier {args.save_classifier}: needs a backbone, unlike --train-features')
         if Path(args.save_classifier).suffix not in ('.pth', '.safetensors'):
             raise InputError(f'--save-classifier {args.save_classifier}: must end in .pth or .safetensors')
         check_output_dir(str(Path(args.save_classifier).absolute().parent), '--save-classifier')
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Builders
-
 @dataclasses.dataclass
 class Source:
-    """What classifiers learn from and are tested on.
+    """Features for training and test.
 
     Args:
         loader: batches of images or features, and class indices.
-        features: a batch's images or features -> features (B, C).
-        val: gives the test features.
-        images: for training.
+        features: function from a batch's images or features to features (B, C).
+        val: function that returns the test features.
+        images: number of training images.
         width: C.
-        classes: what they are called.
-        backbone: which one the features are of, in plain values.
+        backbone: identity of the backbone, see `frozen.Frozen`; empty: unknown.
     """
     loader: Iterable
     features: Callable[[torch.Tensor], torch.Tensor]
@@ -126,54 +111,51 @@ class Source:
     backbone: dict
 
 
-def build_source(args, device: torch.device, held: Optional[frozen.Frozen]) -> Source:
-    """From files of features; or from images by a frozen backbone, by way of --features-dir if that is given.
-
-    Raises:
-        InputError: the data or the files are not there, or can't be used.
-    """
-    if held is None or args.features_dir:
-        train, val = (frozen.read_both(args) if held is None else
-                      frozen.features_of_both(args, held, frozen.build_datasets(args), device))
-        return Source(features.Batches(train, args.batch_size, seed=args.seed), lambda rows: rows, lambda: val,
-                      len(train), train.features.shape[1], train.classes, frozen.identity(train.made_of))
-    dataset = build_train_dataset(args)
-    val_set, = frozen.build_datasets(args, ('val',))
-    features.check_common(dataset, val_set)
-    classes = datasets.class_names(dataset)
-    return Source(
-        build_train_loader(dataset, args, device, drop_last=False), held,
-        lambda: features.with_numbers_of(classes, features.extract(args, held, val_set, device, header='Features, val'),
-                                         where='--data-path: val'),
-        len(dataset), held.loaded.model.num_features, classes, held.identity)
+def build_images(args, backbone: frozen.Frozen) -> Images:
+    return backbone.images(datasets.source(args), resize=args.resize, mean=args.mean, std=args.std)
 
 
-def build_train_dataset(args) -> Dataset:
-    """Training images with the original's augmentation; small pictures are cropped as main.py does it."""
-    dataset, _ = datasets.load_dataset(args, is_train=True)
-    if not args.skip_bad_images:
-        datasets.probe_images(dataset, is_train=True)
-    args = replaced(args, resize=datasets.decide_resize(args, dataset))
-    crop = (transforms.RandomResizedCrop(args.input_size) if datasets.resizes(args) else
-            transforms.RandomCrop(args.input_size, padding=PADDING, pad_if_needed=True))
-    dataset.transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(),
-                                            datasets.build_normalisation(args)])
-    return dataset
+def build_source(args, device: torch.device, backbone: Optional[frozen.Frozen]) -> Source:
+    """Build features: read from files, or extracted from images, once with --features-dir, else in each epoch."""
+    if backbone is None:
+        return source_of(args, *frozen.read_both(args.train_features, args.val_features))
+    loading, images = flags.loading(args, device), build_images(args, backbone)
+    if args.features_dir:
+        sets = features.build_datasets(images)
+        return source_of(args, *frozen.features_of_both(backbone, images, sets, loading, folder=args.features_dir))
+    train_set = build_train_dataset(images, skips_bad=args.skip_bad_images > 0)
+    val_set = features.build_dataset(images, is_train=False)
+    classes, where = train_set.class_names(), f'{images.source.flag}: val'
+    features.refuse_missing(val_set.classes, train_set.classes, where=where)
+    return Source(build_train_loader(train_set, loading, drop_last=False), backbone,
+                  lambda: features.with_labels_of(classes, backbone.extract(val_set, loading, 'val'), where=where),
+                  len(train_set), backbone.loaded.model.num_features, classes, backbone.identity)
 
 
-def build_optimizer(linears: Linears) -> torch.optim.Optimizer:
-    """Its learning rates are set before each epoch."""
-    return torch.optim.SGD([{'params': [*layer.parameters()]} for layer in linears.layers], lr=0., momentum=MOMENTUM)
+def source_of(args, train: Features, val: Features) -> Source:
+    return Source(features.Batches(train, args.batch_size, seed=args.seed), lambda rows: rows, lambda: val,
+                  len(train), train.features.shape[1], train.classes, frozen.identity(train.made_of))
 
 
-def learning_rates(args, epoch: int) -> List[float]:
-    """Of each classifier: a half cosine over the epochs."""
-    factor = flags.images_per_step(args) / REFERENCE_BATCH * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
-    return [lr * factor for lr in args.lr]
+def build_train_dataset(images: Images, *, skips_bad: bool) -> PictureSet:
+    """Build the training images with the original's augmentation; small images are padded and cropped as in main.py."""
+    dataset, _ = datasets.load(images.source, is_train=True)
+    inspect(dataset, skips_bad=skips_bad)
+    size = images.input_size
+    crop = (transforms.RandomResizedCrop(size) if images.resizes(dataset) else
+            transforms.RandomCrop(size, padding=PADDING, pad_if_needed=True))
+    return dataset.with_transform(transforms.Compose([crop, transforms.RandomHorizontalFlip(),
+                                                      ToNormalizedTensor(images.mean, images.std)]))
+
+
+def build_optimizer(linears: Linears, lrs: List[float]) -> torch.optim.Optimizer:
+    """Build SGD with a group for each classifier; a schedule sets the learning rates."""
+    groups = [{'params': [*layer.parameters()], 'lr_scale': lr} for lr, layer in zip(lrs, linears.layers)]
+    return torch.optim.SGD(groups, lr=0., momentum=MOMENTUM)
 
 
 class Backbone:
-    """Which backbone a classifier is for, as a part of its training: it may not change."""
+    """Identity of a classifier's backbone, which may not change on resume, as a part of a run."""
 
     def __init__(self, identity: dict):
         self.identity = identity
@@ -182,183 +164,130 @@ class Backbone:
         return self.identity
 
     def load_state_dict(self, state: dict):
-        refuse_other_backbone(state, self.identity)
+        classifiers.refuse_other_backbone(state, self.identity)
 
 
-def refuse_other_backbone(known: Optional[dict], here: dict):
-    """Raises InputError where both are known, and not the same."""
-    if known and here and known != here:
-        raise InputError(f'is for features of another backbone ({words(known)}) than these ({words(here)})')
-
-
-def words(identity: dict) -> str:
-    return f'{identity.get("model")}, weights {identity.get("fingerprint")}'
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The program
-
-def train(args, device: torch.device, held: Optional[frozen.Frozen]) -> dict:
-    """Train; returns the figures of the last evaluation."""
-    source = build_source(args, device, held)
-    check_classes(args, source.classes)
+def train(args, device: torch.device, backbone: Optional[frozen.Frozen]) -> dict:
+    """Train; return the metrics of the last evaluation."""
+    source = build_source(args, device, backbone)
+    check_classes(args.num_labels, source.classes)
     seed_everything(args.seed)
     linears = Linears(source.width, len(source.classes), len(args.lr)).to(device)
-    optimizer, best = build_optimizer(linears), parts.Metrics()
+    optimizer, best = build_optimizer(linears, args.lr), parts.Metrics()
+    scaler, amp_dtype = flags.build_scaler(args, device), flags.amp_dtype(args, device)
     run = Run(args, Epochs(args.epochs), {
         'linears': linears, 'optimizer': parts.Optimizer(optimizer), 'backbone': Backbone(source.backbone),
-        'classes': parts.Classes(source.classes), 'accuracy': best, 'scaler': flags.build_scaler(args, device)},
-        fixed=('epochs', 'lr'))
-    derived = {'device': str(device), 'amp_dtype': str(flags.amp_dtype(args, device)), 'images': source.images,
-               'classes': len(source.classes), 'width': source.width, 'processes': processes.get_world_size(),
-               'scaled_lr': learning_rates(args, 0), **source.backbone}
-    with run.locked():
-        run.resume()
-        over = run.is_over()
-        if over and not args.save_classifier:
+        'classes': parts.Classes(source.classes), 'accuracy': best, 'scaler': scaler},
+        fixed=('epochs', 'lr'), files=(FILE,))
+    pace = Pace(1., args.batch_size, args.accum_iter, REFERENCE_BATCH)  # scaled_lr: the factor of all rates
+    schedule = Schedule(optimizer, cosine(pace.scaled_lr, 0., steps=args.epochs))
+    derived = {**pace.derived(device, amp_dtype), 'scaled_lr': [lr * pace.scaled_lr for lr in args.lr],
+               'images': source.images, 'classes': len(source.classes), 'width': source.width, **source.backbone,
+               **({} if backbone is None else backbone.setting(args.mean, args.std))}
+    with run.resumed():
+        is_over = run.is_over()
+        if is_over and not args.save_classifier:
             return {}
         val = source.val()
-        ddp_linears = processes.wrap_for_distributed(linears, device, sync_bn=False)
+        ddp_linears = prepare(linears, device)
         losses = losses_of(ddp_linears, source.features, args.lr)
-        with contextlib.nullcontext() if over else run.started(derived):
+        with contextlib.nullcontext() if is_over else run.started(derived):
             for epoch in run.rounds(source.loader):
-                for group, lr in zip(optimizer.param_groups, learning_rates(args, epoch)):
-                    group['lr'] = lr
+                schedule.set(epoch)
                 stats = train_one_epoch(ddp_linears, losses, source.loader, optimizer=optimizer,
-                                        **run.options(epoch, device))
+                                        **run.options(epoch, device, scaler))
                 stats = {f'train_{name}': value for name, value in stats.items()}
-                stats['train_loss'] /= len(args.lr)  # of a classifier
+                stats['train_loss'] /= len(args.lr)  # per classifier
                 if (epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs:
-                    tested = test(args, linears, val, device)
-                    stats.update(figures(tested))
-                    best.note_best('acc1', stats['test_acc1'])
+                    tested = test(args.lr, linears, val, device)
+                    stats.update(metrics_of(tested))
+                    best.update_best({'acc1': stats['test_acc1']})
                     stats['test_best_acc1'] = best['acc1']
-                    save(args, linears, tested, source)
-                run.finish(epoch, stats, best=False, summary=summary_of(stats))
-        tested = test(args, linears, val, device)
-    for lr, found in tested.items():
-        notice(f'--lr {lr:g}: {classifiers.line(found)}')
-    lr = best_of(tested)
-    notice(f'Best: --lr {lr:g}\n{classifiers.line(tested[lr])}')
+                    if run.folder is not None:
+                        lr = best_lr(tested)
+                        classifiers.save(run.folder / FILE, linears.layers[args.lr.index(lr)], {
+                            'backbone': source.backbone, 'classes': list(source.classes), 'lr': lr, **tested[lr]})
+                run.finish(epoch, stats, summary=table_row(stats, COLUMNS))
+        tested = test(args.lr, linears, val, device)
+    for lr, metrics in tested.items():
+        log(f'--lr {lr:g}: {accuracy_line(metrics)}')
+    lr = best_lr(tested)
+    log(f'Best: --lr {lr:g}\n{accuracy_line(tested[lr])}')
     if args.save_classifier:
-        save_model(args, held, linears.layers[args.lr.index(lr)], source.classes)
-    return figures(tested) if over else stats
+        save_model(args, backbone, linears.layers[args.lr.index(lr)], source.classes)
+    return metrics_of(tested) if is_over else stats
 
 
-def test(args, linears: Linears, val: Features, device: torch.device) -> Dict[float, dict]:
-    """Figures of each classifier, by its learning rate."""
-    return {lr: classifiers.evaluate(layer, val, device) for lr, layer in zip(args.lr, linears.layers)}
+def test(lrs: List[float], linears: Linears, val: Features, device: torch.device) -> Dict[float, dict]:
+    """Evaluate each classifier; return the metrics by learning rate."""
+    return {lr: classifiers.evaluate(layer, val, device) for lr, layer in zip(lrs, linears.layers)}
 
 
 def losses_of(ddp_linears: torch.nn.Module, features_of: Callable, lrs: List[float]) -> Callable[[list], dict]:
-    """A function of a batch: the loss of each classifier by its learning rate; their sum is minimised."""
+    """Return a function of a batch that returns the loss of each classifier by learning rate."""
     def losses(batch: list) -> Dict[str, torch.Tensor]:
         with torch.no_grad():
-            found = features_of(batch[0])
-        return {f'loss_lr{lr:g}': F.cross_entropy(logits, batch[1])
-                for lr, logits in zip(lrs, ddp_linears(found))}
+            rows = features_of(batch[0])
+        return {f'loss_lr{lr:g}': F.cross_entropy(logits, batch[1]) for lr, logits in zip(lrs, ddp_linears(rows))}
     return losses
 
 
-def best_of(tested: Dict[float, dict]) -> float:
-    """The learning rate whose classifier is right most often."""
+def best_lr(tested: Dict[float, dict]) -> float:
     return max(tested, key=lambda lr: tested[lr]['acc1'])
 
 
-def figures(tested: Dict[float, dict]) -> dict:
-    """For the log: those of the best classifier, and top-1 of each."""
-    lr = best_of(tested)
-    each = {f'test_acc1_lr{lr:g}': found['acc1'] for lr, found in tested.items()} if len(tested) > 1 else {}
+def metrics_of(tested: Dict[float, dict]) -> dict:
+    """Return the metrics for the log: all of the best classifier, and top-1 of each classifier."""
+    lr = best_lr(tested)
+    each = {f'test_acc1_lr{lr:g}': metrics['acc1'] for lr, metrics in tested.items()} if len(tested) > 1 else {}
     return {**{f'test_{name}': value for name, value in tested[lr].items()}, **each, 'test_lr': lr}
 
 
-def summary_of(stats: dict) -> dict:
-    """What the table of epochs shows of one: texts by column."""
-    columns = {'loss': format(stats['train_loss'], '.4f'), 'lr': format(stats['train_lr'], '.2e')}
-    if 'test_acc1' not in stats:
-        return {**columns, 'top-1': '-', 'top-5': '-', 'best': '-', 'of --lr': '-'}
-    return {**columns, 'top-1': format(stats['test_acc1'], '.2f'), 'top-5': format(stats['test_acc5'], '.2f'),
-            'best': format(stats['test_best_acc1'], '.2f'), 'of --lr': format(stats['test_lr'], 'g')}
+def save_model(args, backbone: frozen.Frozen, layer: torch.nn.Linear, classes: List[str]):
+    """Write a classifier with its backbone, and log the command that evaluates the model."""
+    path, settings = Path(args.save_classifier), backbone.setting(args.mean, args.std)
+    classifiers.save_with_backbone(path, layer, backbone, {'args': {'model': backbone.loaded.name, **settings},
+                                                           'classes': list(classes)})
+    options = words_of({'eval': True, 'pretrained': path, **settings, 'full_crop': settings['full_crop'] or None,
+                        'data_set': args.data_set,
+                        'data_path': None if args.data_set == datasets.SAMPLE else args.data_path})
+    command = shlex.join(['python', 'main.py', *options])
+    log(f'{path}: backbone and classifier as one model; to evaluate it: {command}')
 
 
-def save(args, linears: Linears, tested: Dict[float, dict], source: Source):
-    """The best classifier."""
-    lr = best_of(tested)
-    if args.output_dir:
-        classifiers.save(Path(args.output_dir, FILE), linears.layers[args.lr.index(lr)], {
-            'backbone': source.backbone, 'classes': list(source.classes), 'lr': lr, **tested[lr]})
+def check_classes(num_labels: Optional[int], classes: List[str]):
+    if num_labels not in (None, len(classes)):
+        raise InputError(f'--num-labels {num_labels}: the data have {len(classes)} classes')
 
 
-def save_model(args, held: frozen.Frozen, layer: torch.nn.Linear, classes: List[str]):
-    """The best classifier with its backbone."""
-    path = Path(args.save_classifier)
-    classifiers.save_with_backbone(path, layer, held, {
-        'args': {'model': held.loaded.name, 'input_size': args.input_size, 'full_crop': args.full_crop,
-                 'mean': args.mean, 'std': args.std}, 'classes': list(classes)})
-    notice(f'{path}: backbone and classifier as one model; to evaluate it: {shlex.join(evaluation_command(args))}')
-
-
-def evaluation_command(args) -> List[str]:
-    """How main.py evaluates the file of --save-classifier as it was tested here; the file says the model."""
-    words = ['python', 'main.py', '--eval', '--pretrained', args.save_classifier, '--input-size', str(args.input_size)]
-    words += ['--full-crop'] if args.full_crop else []
-    for flag in ('mean', 'std'):
-        words += [f'--{flag}', *map(str, getattr(args, flag))] if getattr(args, flag) else []
-    return [*words, '--data-set', args.data_set, *([] if args.data_set == 'SAMPLE' else ['--data-path',
-                                                                                         args.data_path])]
-
-
-def check_classes(args, classes: List[str]):
-    if args.num_labels not in (None, len(classes)):
-        raise InputError(f'--num-labels {args.num_labels}: the data have {len(classes)} classes')
-
-
-def evaluate(args, device: torch.device, held: Optional[frozen.Frozen]) -> dict:
-    """Accuracy of --linear-weights."""
-    if held is None:
-        val = frozen.read_both(args)[1]
+def evaluate(args, device: torch.device, backbone: Optional[frozen.Frozen]) -> dict:
+    """Evaluate --linear-weights; return the metrics."""
+    if backbone is None:
+        val = frozen.read_both(args.train_features, args.val_features)[1]
         classes, width, identity = val.classes, val.features.shape[1], frozen.identity(val.made_of)
     else:
-        dataset, = frozen.build_datasets(args, ('val',))
-        classes, width, identity = datasets.class_names(dataset), held.loaded.model.num_features, held.identity
-    check_classes(args, classes)
-    layer, content = classifiers.read(args.linear_weights, identity.get('model', ''))
-    source = f'--linear-weights {args.linear_weights}'
-    if (layer.in_features, layer.out_features) != (width, len(classes)):
-        raise InputError(f'{source}: is for features of {layer.in_features} numbers and {layer.out_features} classes, '
-                         f'and here are {width} and {len(classes)}')
-    known = content.get('backbone')
-    try:
-        refuse_other_backbone(known if isinstance(known, dict) else None, identity)
-    except InputError as error:
-        raise InputError(f'{source}: {error}') from None
-    names = names_of(content.get('classes'), len(classes))
-    if names not in (None, list(classes)):
-        raise InputError(f'{source}: is for other classes ({abridge(names, 4)}), or in another order, than these '
-                         f'({abridge(list(classes), 4)})')
-    if held is not None:
-        val = features.extract(args, held, dataset, device, header='Features, val')
+        dataset = features.build_dataset(build_images(args, backbone), is_train=False)
+        classes, width, identity = dataset.class_names(), backbone.loaded.model.num_features, backbone.identity
+    check_classes(args.num_labels, classes)
+    layer = classifiers.read_matching(args.linear_weights, width=width, classes=classes, backbone=identity)
+    if backbone is not None:
+        val = backbone.extract(dataset, flags.loading(args, device), 'val')
     stats = {**classifiers.evaluate(layer.to(device), val, device), 'images': len(val)}
-    notice(classifiers.line(stats))
+    log(accuracy_line(stats))
     if args.output_dir and processes.is_main_process():
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        write_json(Path(args.output_dir, 'eval.json'), {**stats, 'args': vars(args), 'environment': environment()})
+        setting = {} if backbone is None else backbone.setting(args.mean, args.std)
+        write_result(Path(args.output_dir, 'eval.json'), {**stats, **setting}, vars(args))
     if args.save_classifier:
-        save_model(args, held, layer, classes)
+        save_model(args, backbone, layer, classes)
     return stats
 
 
 def main(argv: Optional[list] = None) -> dict:
-    """Train or evaluate with a command line (`sys.argv` if None); returns the figures of the last evaluation.
-
-    Raises:
-        InputError: the arguments, or the data, weights or features they name, can't be used.
-    """
+    """Train or evaluate with a command line (`sys.argv` if None); return the metrics of the last evaluation."""
     args = parse_args(argv)
-    with processes.joined(args, trains=not args.evaluate) as device:
-        held = None if args.train_features else frozen.load(args, device)
-        args = args if held is None else frozen.for_data(args, held)
-        return evaluate(args, device, held) if args.evaluate else train(args, device, held)
+    with flags.joined(args, trains=not args.evaluate) as device:
+        backbone = frozen.build(args, device)
+        return evaluate(args, device, backbone) if args.evaluate else train(args, device, backbone)
 
 
 if __name__ == '__main__':

@@ -1,29 +1,29 @@
-"""The loss of DINO: what the student says of each crop against what the teacher says of the global ones.
+"""DINO loss: cross-entropy between the teacher's output for global crops and the student's output for all crops.
 
 Shapes: `B` images of this process, `K` prototypes (--out-dim).
 """
-from typing import Dict, List, Tuple
+from typing import Callable, Dict, List, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from dino.collapse import spread
 from run.processes import mean_over_processes
 
-GLOBAL = 2  # crops that the teacher sees
+GLOBAL = 2  # crops of an image that the teacher receives
 STUDENT_TEMPERATURE = .1
 CENTRE_MOMENTUM = .9
 
 
 class DinoLoss(nn.Module):
-    """Cross-entropy between the teacher's probabilities and the student's, over all pairs of different crops.
+    """Cross-entropy between the teacher's and the student's probabilities, over all pairs of different crops.
+
+    The buffer `center`, (1, K), is the moving average of the teacher's logits over the batches of all processes.
 
     Args:
         out_dim: K.
-        crops: of each image, of which the first two are the teacher's.
-
-    Attributes:
-        center: moving average (1, K) of the teacher's logits, over the batches of all processes.
+        crops: crops per image; the teacher receives the first two.
 
     Source: paper section 3.1; original main_dino.py, DINOLoss.
     """
@@ -35,35 +35,48 @@ class DinoLoss(nn.Module):
 
     def forward(self, student: torch.Tensor, teacher: torch.Tensor, temperature: float
                 ) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
-        """The loss; moves the centre.
+        """Compute the loss, and update the centre.
 
         Args:
             student: logits (crops * B, K), all images of the first crop first.
-            teacher: logits (2 * B, K), likewise.
-            temperature: of the teacher.
+            teacher: logits (2 * B, K) in the same order.
+            temperature: temperature of the teacher.
 
         Returns:
-            The loss, and figures without a gradient: `teacher_entropy`, the mean entropy of the teacher's
-            probabilities for an image; `mean_entropy`, that of their mean over the batches of all processes.
+            The loss, and metrics without a gradient: `teacher_entropy`, mean entropy of the teacher's probabilities for
+            an image; `mean_entropy`, entropy of the mean probabilities over the batches of all processes.
         """
-        # Never in half precision, whatever autocast is: divided by .04, logits have no digits to lose
+        # In full precision: division by a temperature of .04 amplifies the rounding errors of half precision
         with torch.autocast(student.device.type, enabled=False):
-            log_p = F.log_softmax(student.float() / STUDENT_TEMPERATURE, dim=-1).chunk(self.crops)
+            log_p = F.log_softmax(student.float() / STUDENT_TEMPERATURE, dim=-1)
             teacher = teacher.detach().float()
             probabilities = F.softmax((teacher - self.center) / temperature, dim=-1)
-            loss = self.cross_entropy(probabilities.chunk(GLOBAL), log_p)
+            terms = [-(q * p).sum(dim=-1).mean() for i, q in enumerate(probabilities.chunk(GLOBAL))
+                     for j, p in enumerate(log_p.chunk(self.crops)) if i != j]
             means = mean_over_processes(torch.stack([teacher.mean(dim=0), probabilities.mean(dim=0)]))
-            # After the loss: a batch is centred by those before it
+            # After the loss: a batch is centred by earlier batches only
             self.center.lerp_(means[:1], 1 - CENTRE_MOMENTUM)
-            return loss, {'teacher_entropy': entropy(probabilities).mean(), 'mean_entropy': entropy(means[1])}
-
-    def cross_entropy(self, probabilities: List[torch.Tensor], log_p: List[torch.Tensor]) -> torch.Tensor:
-        """Mean over the pairs of a teacher's crop and another one of the student."""
-        terms = [-(q * p).sum(dim=-1).mean() for i, q in enumerate(probabilities) for j, p in enumerate(log_p)
-                 if i != j]
-        return torch.stack(terms).mean()
+            return torch.stack(terms).mean(), {'teacher_entropy': entropy(probabilities).mean(),
+                                               'mean_entropy': entropy(means[1])}
 
 
 def entropy(probabilities: torch.Tensor) -> torch.Tensor:
-    """(..., K) -> (...), in nats."""
+    """Compute the entropy in nats, (..., K) -> (...)."""
     return torch.special.entr(probabilities).sum(dim=-1)
+
+
+def losses_of(ddp_student: nn.Module, teacher: nn.Module, criterion: DinoLoss, temperature: float
+              ) -> Callable[[List[torch.Tensor]], Dict[str, torch.Tensor]]:
+    """Return a function for engine.train_one_epoch, from the crops of a batch to the loss `dino` and metrics.
+
+    Args:
+        ddp_student, teacher: networks that return logits and features, see `dino.networks.MultiCrop`.
+        temperature: temperature of the teacher.
+    """
+    def losses(crops: List[torch.Tensor]) -> Dict[str, torch.Tensor]:
+        with torch.no_grad():
+            teacher_out, teacher_features = teacher(crops[:GLOBAL])
+        student_out, _ = ddp_student(crops)
+        loss, metrics = criterion(student_out, teacher_out, temperature)
+        return {'dino': loss, **metrics, 'feature_spread': spread(teacher_features)}
+    return losses

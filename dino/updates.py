@@ -1,64 +1,76 @@
-"""What happens to weights in a step of DINO: groups, clipping, the frozen last layer, LARS, and the moving average."""
-from typing import Iterable, List
+"""Optimizer steps of DINO: optimizers, weight decay, clipping, frozen prototypes, and the teacher's EMA."""
+from typing import Callable, Iterable
 
 import torch
 import torch.nn as nn
 
+from run.commandline import COUNT_OR_0, NON_NEGATIVE, POSITIVE
+from run.optimization import parameter_groups
 
-def parameter_groups(model: nn.Module) -> List[dict]:
-    """Trainable parameters in two groups for an optimizer: decayed, and not.
-
-    Source: original utils.py, get_params_groups.
-    """
-    # faithful: cls_token, XCA's temperature and weight_g have more than one dimension, and so are decayed
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    spared = {name for name, parameter in named if name.endswith('.bias') or parameter.ndim == 1}
-    return [{'params': [parameter for name, parameter in named if name not in spared]},
-            {'params': [parameter for name, parameter in named if name in spared], 'weight_decay': 0.}]
+OPTIMIZERS = ('adamw', 'sgd', 'lars')
+SGD_MOMENTUM = .9
 
 
-def clip_each(parameters: Iterable[nn.Parameter], largest: float) -> torch.Tensor:
-    """Scale each gradient down to a largest norm of its own; 0: none.
+def build_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    """Build one of OPTIMIZERS; a schedule sets learning rate and weight decay before each step."""
+    groups = parameter_groups(model, is_spared)
+    if name == 'adamw':
+        return torch.optim.AdamW(groups, lr=0., fused=True)
+    if name == 'sgd':
+        # The fused kernel fails if only some weights have a momentum: --freeze-last-layer
+        return torch.optim.SGD(groups, lr=0., momentum=SGD_MOMENTUM, foreach=True)
+    return Lars(groups, lr=0.)
 
-    Returns:
-        The norm of all gradients together, before.
-    """
+
+def is_spared(name: str, parameter: nn.Parameter) -> bool:
+    """Return True if a parameter gets no weight decay."""
+    # faithful: cls_token, XCA's temperature and weight_g have more than one dimension and are decayed (original
+    # utils.py, get_params_groups)
+    return name.endswith('.bias') or parameter.ndim == 1
+
+
+def clip_each(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Clip each gradient by its own norm (0: no clipping); return the global norm before clipping."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
-    if largest:
-        # faithful: each tensor by its own norm, and not all of them by the norm of all (original utils.py,
-        # clip_gradients)
-        factors = (largest / (norms + 1e-6)).clamp(max=1.)
+    if max_norm:
+        # faithful: by the norm of each tensor, not by the global norm (original utils.py, clip_gradients)
+        factors = (max_norm / (norms + 1e-6)).clamp(max=1.)
         torch._foreach_mul_(gradients, list(factors.unbind()))
     return torch.linalg.vector_norm(norms)
 
 
 def freeze_last_layer(model: nn.Module):
-    """Take the gradients of the prototypes away: a step then neither moves them nor enters them into its averages."""
+    """Remove the gradients of the prototypes: a step changes neither the prototypes nor their optimizer state."""
     for name, parameter in model.named_parameters():
         if 'last_layer' in name:
             parameter.grad = None
 
 
+def clip_of(student: nn.Module, max_norm: float, *, freezes: bool) -> Callable[[list], torch.Tensor]:
+    """Return a function for engine.train_one_epoch that clips gradients; `freezes`: also freeze the prototypes."""
+    def clip(parameters: list) -> torch.Tensor:
+        norm = clip_each(parameters, max_norm)
+        if freezes:
+            freeze_last_layer(student)
+        return norm
+    return clip
+
+
 @torch.no_grad()
 def average_into(teacher: nn.Module, student: nn.Module, momentum: float):
-    """teacher <- momentum * teacher + (1 - momentum) * student, of all parameters."""
-    # faithful: of parameters alone; the teacher's BatchNorm statistics come from its own passes (original
-    # main_dino.py, train_one_epoch)
+    """Update the EMA: teacher <- momentum * teacher + (1 - momentum) * student, for all parameters."""
+    # faithful: parameters only; the teacher's BatchNorm statistics come from its own passes (original main_dino.py,
+    # train_one_epoch)
     averages = [parameter.data for parameter in teacher.parameters()]
     torch._foreach_mul_(averages, momentum)
     torch._foreach_add_(averages, [parameter.data for parameter in student.parameters()], alpha=1 - momentum)
 
 
 class Lars(torch.optim.Optimizer):
-    """Momentum whose step is, for each matrix, a fixed part of the matrix's norm (https://arxiv.org/abs/1708.03888).
+    """LARS: SGD with momentum and, for each matrix, steps of a fixed fraction `eta` of its norm (arXiv 1708.03888).
 
-    Args:
-        params: parameters, or groups of them.
-        lr: learning rate.
-        weight_decay: of parameters with other than one dimension.
-        momentum: of the steps.
-        eta: the part of the norm.
+    Parameters with one dimension have no weight decay.
 
     Source: original utils.py, LARS.
     """
@@ -75,9 +87,25 @@ class Lars(torch.optim.Optimizer):
                 step = parameter.grad
                 if parameter.ndim != 1:
                     step = step + group['weight_decay'] * parameter
-                    norm, length = parameter.norm(), step.norm()
-                    step = step * torch.where((norm > 0) & (length > 0), group['eta'] * norm / length, 1.)
+                    norm, step_norm = parameter.norm(), step.norm()
+                    step = step * torch.where((norm > 0) & (step_norm > 0), group['eta'] * norm / step_norm, 1.)
                 state = self.state[parameter]
                 if 'mu' not in state:
                     state['mu'] = torch.zeros_like(parameter)
                 parameter.add_(state['mu'].mul_(group['momentum']).add_(step), alpha=-group['lr'])
+
+
+def add_flags(group, *, reference_batch: int):
+    """Add the flags of optimizer and step; `reference_batch`: images per step that --lr refers to."""
+    group.add_argument('--optimizer', default='adamw', choices=OPTIMIZERS, help='name of the optimizer')
+    group.add_argument('--lr', default=.0005, type=POSITIVE,
+                       help=f'peak learning rate for {reference_batch} images per step; scaled with the actual number')
+    group.add_argument('--warmup-epochs', default=10, type=COUNT_OR_0, metavar='N',
+                       help='epochs of the learning rate\'s warm-up; 0: none')
+    group.add_argument('--min-lr', default=1e-6, type=NON_NEGATIVE, help='final learning rate, not scaled')
+    group.add_argument('--weight-decay', default=.04, type=NON_NEGATIVE, help='initial weight decay')
+    group.add_argument('--weight-decay-end', default=.4, type=NON_NEGATIVE, help='final weight decay')
+    group.add_argument('--clip-grad', default=3., type=NON_NEGATIVE, metavar='NORM',
+                       help='maximum gradient norm of each weight tensor; 0: no clipping')
+    group.add_argument('--freeze-last-layer', default=1, type=COUNT_OR_0, metavar='N',
+                       help='initial epochs with frozen prototypes')

@@ -1,1 +1,1 @@
-"""From a data set to batches: in any order and from any position of a training, or as a stream."""
+"""Data loading: from data sets to batches, in any order and from any position of a run, or as streams."""

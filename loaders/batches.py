@@ -1,38 +1,35 @@
-"""Loaders of batches: of a training, in any position of it; and of an evaluation, each image once.
+"""Loaders of batches: for training, from any position of a run; and for evaluation, each image once.
 
-What all of them have (of a training in rounds, `Rounds` has the first two):
-    len(loader)                 batches that are left of the epoch; of an evaluation by a stream, about
-    set_position(epoch, step)   the next iteration gives what follows `step` batches of this epoch
-    counts_batches              whether every process knows how many batches each other has
-    shares_images               of an evaluation: whether the processes share the images, or each has all of them
-    images_evaluated(count)     how many different images `count` results of all processes are of; raises InputError
-                                where some are lost
-    first_images(count)         images (count, 3, img_h, img_w) of the position, to be looked at; None where that is not
-                                possible
+All loaders have these methods (`Rounds` has the first two):
+    len(loader)                 remaining batches of the epoch; an estimate for the evaluation of a stream
+    set_position(epoch, step)   makes the next iteration start after `step` batches of this epoch
+    counts_batches              True if every process can predict the number of batches of the others
+    shares_images               for evaluation: True if the processes share the images, False if each has all of them
+    images_evaluated(count)     number of different images behind `count` results of all processes; raises InputError
+                                if images were lost
+    first_images(count)         images (count, 3, img_h, img_w) of the position, for a preview; None if not possible
 """
-import functools
+import dataclasses
 import itertools
 from typing import Callable, Iterator, Optional, Union
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-import datasets
 import samplers
 from loaders import readers, streams
+from loaders.samples import EvaluationSamples, SeededSamples, collate
 from loaders.workers import Loader
+from run.cpu import usable_workers
+from run.output import log
 from run.position import Iterations
-from run.processes import get_rank, get_world_size, notice
+from run.processes import get_rank, get_world_size
+from run.settings import Loading
 from utils import InputError
 
 
 class Batches:
-    """Batches of samples that have numbers.
-
-    Args:
-        loader: in training, with a sampler that has `set_epoch(epoch, first)` as `samplers.TrainingSampler` does.
-        shares_images: in evaluation, whether the processes share the images, or each has all of them.
-    """
+    """Batches of samples that have indices; in training, `loader` has a `samplers.TrainingSampler`."""
     counts_batches = True
 
     def __init__(self, loader: DataLoader, *, shares_images: bool = True):
@@ -56,14 +53,7 @@ class Batches:
 
 
 class Rounds:
-    """Batches of a training that is counted in iterations: as many as there are from one evaluation to the next.
-
-    It goes through the data again and again, whose epochs need not end where a round does.
-
-    Args:
-        loader: of an epoch.
-        position: what the training is counted by.
-    """
+    """Rounds of a run that is counted in iterations: the batches between two evaluations."""
 
     def __init__(self, loader: Union[Batches, streams.StreamLoader], position: Iterations):
         self.loader = loader
@@ -71,7 +61,7 @@ class Rounds:
         self.total = position.iterations * position.accum_iter
         loader.set_position(0, 0)
         self.per_epoch = len(loader)
-        self.batches, self.at = None, 0  # an iterator that goes on from one round to the next, and where it is
+        self.batches, self.next = None, 0  # an iterator that continues from round to round, and its next batch
         self.set_position(0, 0)
 
     def __len__(self) -> int:
@@ -81,85 +71,99 @@ class Rounds:
         self.number, self.first = number, number * self.per_round + step
 
     def __iter__(self) -> Iterator:
-        left = len(self)
-        if self.batches is None or self.at != self.first:
-            self.batches, self.at = self.from_first_on(), self.first
-        for batch in itertools.islice(self.batches, left):
-            self.at += 1
+        if self.batches is None or self.next != self.first:
+            self.batches, self.next = self.batches_from(self.first), self.first
+        for batch in itertools.islice(self.batches, len(self)):
+            self.next += 1
             yield batch
 
-    def from_first_on(self) -> Iterator:
-        epoch, step = divmod(self.first, self.per_epoch)
+    def batches_from(self, first: int) -> Iterator:
+        epoch, step = divmod(first, self.per_epoch)
         while True:
             self.loader.set_position(epoch, step)
             yield from self.loader
-            epoch, step = epoch + 1, 0
+            epoch, step = epoch + 1, 0  # an epoch may end within a round
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Builders
-
-def build_loader(dataset: Dataset, args, device: torch.device, *, workers: Optional[int] = None,
-                 persistent: bool = True, **kwargs) -> DataLoader:
-    """torch's loader with the flags of run.flags.add_loader_flags; `kwargs` are its own."""
-    workers = args.num_workers if workers is None else workers
-    # Where `import datasets` means Hugging Face's package, a fresh process would not find datasets.py.
+def build_loader(dataset: Dataset, loading: Loading, *, persistent: bool = True, **kwargs) -> DataLoader:
+    """Build torch's loader; `kwargs` are its own options."""
+    workers = loading.num_workers
+    # If `import datasets` means Hugging Face's package, a new process would not find datasets.py.
     context = 'fork' if workers and readers.means_hugging_face_datasets() else None
     return Loader(dataset, num_workers=workers, persistent_workers=persistent and workers > 0,
-                  multiprocessing_context=context, pin_memory=args.pin_mem and device.type == 'cuda', **kwargs)
+                  multiprocessing_context=context, pin_memory=loading.pin_memory and loading.device.type == 'cuda',
+                  **kwargs)
 
 
-def build_sampler(dataset: Dataset, args) -> samplers.TrainingSampler:
-    return samplers.TrainingSampler(dataset, repeated_aug=getattr(args, 'repeated_aug', False), seed=args.seed,
-                                    num_replicas=get_world_size(), rank=get_rank())
+def build_stream_loader(dataset: streams.Stream, loading: Loading, **kwargs) -> streams.StreamLoader:
+    """Build the loader of a stream; raise InputError if there is less than one file per process."""
+    world, workers = get_world_size(), usable_workers(loading.num_workers)
+    if dataset.num_files is not None:
+        if dataset.is_train and dataset.num_files < world:
+            raise InputError(f'--data-set {dataset.name}: its {dataset.num_files} files can\'t be shared by {world} '
+                             f'processes')
+        workers = min(workers, dataset.num_files // world if dataset.is_train else dataset.num_files)
+    dataset.source.set_loader_cfg(num_workers=workers)
+    loader = build_loader(dataset, dataclasses.replace(loading, num_workers=workers), persistent=not dataset.is_train,
+                          drop_last=dataset.is_train, generator=torch.Generator(), **kwargs)
+    return streams.StreamLoader(loader, world)
 
 
-def images_of_epoch(dataset: Dataset, args) -> int:
-    """Images that each process gets in an epoch of training, before some of them fill no batch."""
-    return len(dataset) // get_world_size() if isinstance(dataset, streams.Stream) else len(
-        build_sampler(dataset, args))
+def build_sampler(dataset: Dataset, *, seed: int, repeated_aug: bool) -> samplers.TrainingSampler:
+    return samplers.TrainingSampler(dataset, repeated_aug=repeated_aug, seed=seed, num_replicas=get_world_size(),
+                                    rank=get_rank())
 
 
-def build_train_loader(dataset: Dataset, args, device: torch.device, *, collate_fn: Callable = datasets.collate,
-                       drop_last: bool = True) -> Union[Batches, streams.StreamLoader]:
-    """Batches of `--batch-size` for this process.
+def images_of_epoch(dataset: Dataset, *, repeated_aug: bool = False) -> int:
+    """Return the number of images per process in an epoch, including a last batch that is not full."""
+    if isinstance(dataset, streams.Stream):
+        return len(dataset) // get_world_size()
+    return len(build_sampler(dataset, seed=0, repeated_aug=repeated_aug))
+
+
+def build_train_loader(dataset: Dataset, loading: Loading, *, collate_fn: Callable = collate, drop_last: bool = True,
+                       repeated_aug: bool = False) -> Union[Batches, streams.StreamLoader]:
+    """Build the loader of a training run's batches for this process.
 
     Args:
-        drop_last: leave out the last images of an epoch if they fill no batch; of a stream they always are.
+        drop_last: leave out the last images of an epoch if they do not fill a batch; a stream always does.
+        repeated_aug: three versions of each image, and a third of the images per epoch.
 
     Raises:
-        InputError: an epoch has less than a batch, or less than a step of the optimizer.
+        InputError: an epoch has less than one batch, or less than one optimizer step.
     """
-    repeated_aug, images = getattr(args, 'repeated_aug', False), images_of_epoch(dataset, args)
+    images = images_of_epoch(dataset, repeated_aug=repeated_aug)
     if isinstance(dataset, streams.Stream):
         if repeated_aug:
-            notice(f'--data-set {args.data_set} is a stream: no repeated augmentation')
-        loader = streams.build_loader(dataset, args, batch_size=args.batch_size, build=functools.partial(
-            build_loader, args=args, device=device, collate_fn=collate_fn))
+            log(f'{dataset.name} is a stream: no repeated augmentation')
+        loader = build_stream_loader(dataset, loading, batch_size=loading.batch_size, collate_fn=collate_fn)
     else:
-        sampler = build_sampler(dataset, args)
         if repeated_aug and len(dataset) < samplers.GROUP:
-            notice(f'Repeated augmentation: {len(dataset)} images are less than a group of {samplers.GROUP}; '
-                   f'an epoch has {images} samples')
+            log(f'Repeated augmentation: {len(dataset)} images are less than a group of {samplers.GROUP}; an epoch has '
+                f'{images} samples')
         loader = Batches(build_loader(
-            datasets.SeededSamples(dataset, most_bad=args.skip_bad_images), args, device, sampler=sampler,
-            batch_size=args.batch_size, drop_last=drop_last, collate_fn=collate_fn))
+            SeededSamples(dataset, most_bad=loading.skip_bad_images), loading,
+            sampler=build_sampler(dataset, seed=loading.seed, repeated_aug=repeated_aug),
+            batch_size=loading.batch_size, drop_last=drop_last, collate_fn=collate_fn))
     if not len(loader):
-        raise InputError(f'--batch-size {args.batch_size}: an epoch has {images} images for each process, less than '
-                         f'one batch')
-    if args.accum_iter > len(loader):
-        raise InputError(f'--accum-iter {args.accum_iter}: an epoch has {len(loader)} batches')
+        raise InputError(f'--batch-size {loading.batch_size}: an epoch has {images} images per process, less than one '
+                         f'batch')
+    if loading.accum_iter > len(loader):
+        raise InputError(f'--accum-iter {loading.accum_iter}: an epoch has {len(loader)} batches')
     return loader
 
 
-def build_eval_loader(dataset: Dataset, args, device: torch.device, *, collate_fn: Callable = datasets.collate
+def build_eval_loader(dataset: Dataset, loading: Loading, *, collate_fn: Callable = collate, shares_images: bool = True
                       ) -> Union[Batches, streams.StreamLoader]:
-    """Batches of 1.5 times `--batch-size`, each image for one process (--no-dist-eval: for each process)."""
-    batch_size = int(1.5 * args.batch_size)
+    """Build a loader of each image once, in batches of 1.5 times the batch size.
+
+    Args:
+        shares_images: the processes share the images, as they always do for a stream; False: each has all images.
+    """
+    options = dict(batch_size=int(1.5 * loading.batch_size), collate_fn=collate_fn)
     if isinstance(dataset, streams.Stream):
-        return streams.build_loader(dataset, args, batch_size=batch_size, build=functools.partial(
-            build_loader, args=args, device=device, collate_fn=collate_fn))
-    replicas, rank = (get_world_size(), get_rank()) if args.dist_eval else (1, 0)
-    share = samplers.evaluation_indices(dataset, num_replicas=replicas, rank=rank)
-    return Batches(build_loader(datasets.EvaluationSamples(dataset), args, device, sampler=share, batch_size=batch_size,
-                                collate_fn=collate_fn), shares_images=args.dist_eval)
+        return build_stream_loader(dataset, loading, **options)
+    replicas, rank = (get_world_size(), get_rank()) if shares_images else (1, 0)
+    indices = samplers.evaluation_indices(dataset, num_replicas=replicas, rank=rank)
+    return Batches(build_loader(EvaluationSamples(dataset), loading, sampler=indices, **options),
+                   shares_images=shares_images)

@@ -1,9 +1,9 @@
-"""Pictures that a training sets aside for its evaluation, where a folder has no `val`."""
+"""Division of a folder without val/ into pictures for training and pictures held out for evaluation."""
 import hashlib
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Iterable, Optional, Set
+from typing import Iterable, Optional
 
 from utils import InputError, first_line, write_json
 
@@ -11,26 +11,20 @@ FILE = 'split.json'  # in the run's folder
 
 
 class Split:
-    """Which pictures are for training and which for evaluation.
-
-    It is decided by the names alone: where others come later, a picture keeps its side.
+    """Division of pictures into training and evaluation by name, stable when pictures are added.
 
     Args:
-        names: of all pictures, CLASS/..., as they lie under the folder of class folders.
-        fraction: of each class, about, that is for evaluation. It is at least one picture, and leaves at least one.
-        seed: other seeds give other sides.
-        stored: the split of the run that goes on, whose pictures keep their sides.
+        names: names CLASS/... of all pictures, relative to the folder of class folders.
+        fraction: approximate fraction of each class to hold out; at least one picture, at most all but one.
+        stored: division of the resumed run, whose pictures keep their sides.
     """
 
     def __init__(self, names: Iterable[str], *, fraction: float, seed: int, stored: Optional[dict] = None):
-        self.fraction, self.seed = fraction, seed
-        known = stored or {'train': [], 'val': []}
-        train, val = set(known['train']), set(known['val'])
+        self.fraction, self.seed, self.train, self.val = fraction, seed, set(), set()
+        fixed = {name: number for key, number in (('train', 1.), ('val', 0.)) for name in (stored or {}).get(key, ())}
         classes = defaultdict(dict)
         for name in names:
-            classes[name.partition('/')[0]][name] = (0. if name in val else 1. if name in train else
-                                                     number_of(name, seed))
-        self.train, self.val = set(), set()
+            classes[name.partition('/')[0]][name] = fixed[name] if name in fixed else number_of(name, seed)
         for numbers in classes.values():
             held_out = {name for name, number in numbers.items() if number < fraction}
             if not held_out and len(numbers) > 1:
@@ -40,32 +34,25 @@ class Split:
             self.val |= held_out
             self.train |= numbers.keys() - held_out
 
-    def side(self, is_train: bool) -> Set[str]:
-        return self.train if is_train else self.val
-
     def write(self, folder: Path):
         write_json(folder / FILE, {'val_fraction': self.fraction, 'seed': self.seed,
                                    'train': sorted(self.train), 'val': sorted(self.val)})
 
 
 def number_of(name: str, seed: int) -> float:
-    """From 0 to 1, as if at random, but always the same for a name."""
+    """Return a pseudorandom number from 0 to 1 that is a function of the name and the seed."""
     digest = hashlib.blake2b(f'{seed}/{name}'.encode('utf-8', 'surrogateescape'), digest_size=8).digest()
     return int.from_bytes(digest, 'big') / 2 ** 64
 
 
 def read(folder: Optional[Path]) -> Optional[dict]:
-    """The split that a run's folder holds, if any.
-
-    Raises:
-        InputError: it is damaged.
-    """
-    path = folder and folder / FILE
-    if path is None or not path.is_file():
+    """Read the division in a run's folder; None if there is none. Raise InputError if the file is damaged."""
+    if folder is None or not (folder / FILE).is_file():
         return None
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads((folder / FILE).read_text())
         return {'train': list(stored['train']), 'val': list(stored['val']),
                 'val_fraction': float(stored['val_fraction']), 'seed': int(stored['seed'])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f'{path}: is not a split of pictures ({type(error).__name__} {first_line(error)})') from None
+        raise InputError(f'{folder / FILE}: is not a split of pictures ({type(error).__name__} {first_line(error)})'
+                         ) from None

@@ -1,40 +1,38 @@
-"""Data sets that give one sample after another, and loaders of them."""
+"""Streams: data sets that yield one sample after another, and loaders of their batches."""
 import itertools
 import numbers
-from typing import Callable, Iterator, List, Optional
+from typing import Iterator, List, Optional
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from loaders import pictures
-from run.processes import get_rank, get_world_size, notice, usable_workers
+from loaders.samples import PictureSet
+from run.output import log
+from run.processes import get_rank, get_world_size
 from utils import InputError, derive_seed, seed_everything
 
 
-class Stream(IterableDataset):
-    """A reader of timm that gives one sample after another, in an order of its own.
+class Stream(PictureSet, IterableDataset):
+    """A reader of timm that yields one sample after another, in its own order.
 
     Args:
-        source: timm's data set.
-        seed: with the epoch, the process and the position it decides the augmentation.
-        is_train: each process gets other samples by timm's rules, some of them twice; else all of them exactly once.
-        files: of the split, if each can be read by one process only.
-        upright: turn pictures as their EXIF orientation says.
-        labelled: whether the classes matter.
+        name: name of the data set, as in --data-set.
+        is_train: timm divides the samples between processes, with some twice; False: each sample exactly once.
+        num_files: number of files of the split, if each can be read by one process only.
+        labelled: False: every sample has class 0.
     """
 
-    def __init__(self, source: IterableDataset, *, seed: int, is_train: bool, files: Optional[int], upright: bool,
-                 labelled: bool = True):
-        self.upright, self.labelled = upright, labelled
-        self.source, self.seed, self.is_train, self.files = source, seed, is_train, files
-        self.transform = None
-        self.classes = names_of(source)
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # known to loading processes that are running
-        if not is_train:  # every process reads all of it, and keeps its share: timm's own division repeats samples
+    def __init__(self, source: IterableDataset, name: str, classes: List[str], *, seed: int, is_train: bool,
+                 num_files: Optional[int], upright: bool, labelled: bool):
+        self.source, self.name, self.classes, self.seed, self.is_train = source, name, classes, seed, is_train
+        self.num_files, self.upright, self.labelled = num_files, upright, labelled
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared with running workers
+        if not is_train:  # every process reads all samples and keeps its share: timm's own division repeats samples
             source.reader.dist_rank, source.reader.dist_num_replicas = 0, 1
 
     def __len__(self) -> int:
-        """Samples of all processes together, as the data set's description says."""
+        """Return the number of samples of all processes, according to the data set's description."""
         return self.source.reader.num_samples
 
     def __iter__(self) -> Iterator[tuple]:
@@ -46,96 +44,59 @@ class Stream(IterableDataset):
             if self.is_train:
                 seed_everything(self.seed, int(self.epoch), rank, worker.id if worker else 0, position)
             image = pictures.finish(image, f'sample {position} of the stream', upright=self.upright)
-            yield self.transform(image), check_label(target, len(self.classes)) if self.labelled else 0
+            yield self.transformed(image), check_label(target, len(self.classes)) if self.labelled else 0
 
 
 class StreamLoader:
-    """Batches of a stream; in training, equally many on every process. Its methods are those of loaders.batches.
-
-    Args:
-        loader: of a `Stream`; in training its processes start anew each epoch, so that their seeds are the epoch's.
-        steps: batches of an epoch in training; in evaluation, about as many as there will be.
-    """
-
+    """Batches of a stream, equally many on every process in training; see loaders.batches for the methods."""
     counts_batches = False  # in evaluation, the processes may have different numbers
     shares_images = True
 
-    def __init__(self, loader: DataLoader, steps: int):
-        self.loader, self.steps, self.first = loader, steps, 0
+    def __init__(self, loader: DataLoader, world_size: int):
+        self.loader, self.first = loader, 0
+        steps, rest = divmod(len(loader.dataset), loader.batch_size * world_size)
+        self.steps = steps if loader.dataset.is_train else steps + (rest > 0)
 
     def set_position(self, epoch: int, step: int):
         self.first = step
         dataset, reader = self.loader.dataset, self.loader.dataset.source.reader
         dataset.epoch.fill_(epoch)
         dataset.source.set_epoch(epoch)
+        # Without a seed timm's shuffling would repeat, or depend on earlier epochs.
         seed = derive_seed(dataset.seed, epoch, get_rank()) % 2 ** 62
-        self.loader.generator.manual_seed(seed)  # of timm's shuffling, which else ran on, or were the same each epoch
-        reader.worker_seed, reader.ds = seed, None  # without loading processes
+        self.loader.generator.manual_seed(seed)
+        reader.worker_seed, reader.ds = seed, None  # without workers
         if 0 < step < self.steps:
-            notice('A stream can\'t be entered in its middle: the rest of this epoch has about the same images')
+            log('A stream has no random access: the rest of this epoch has about the same images')
 
     def __len__(self) -> int:
         return self.steps - self.first
 
     def images_evaluated(self, count: int) -> int:
-        """timm's readers leave unreadable images out: an evaluation may not lose any."""
+        """Return `count`; raise InputError if timm's readers left out unreadable images."""
         if count != len(self.loader.dataset):
-            raise InputError(f'{count} images of {len(self.loader.dataset)} that the data set should have could be '
+            raise InputError(f'only {count} of the {len(self.loader.dataset)} images of the data set could be '
                              f'evaluated')
         return count
 
     def first_images(self, count: int) -> None:
-        """None: the stream could not go back to its beginning."""
+        """Return None: a stream can't go back to its beginning."""
 
     def __iter__(self) -> Iterator:
-        if not self.loader.dataset.is_train:
-            return iter(self.loader)
-        return itertools.islice(self.passes(), len(self))
+        return itertools.islice(self.passes(), len(self)) if self.loader.dataset.is_train else iter(self.loader)
 
     def passes(self) -> Iterator:
-        """Batches of one pass after another; raises InputError where a pass has none."""
+        """Yield the batches of one pass after another; raise InputError for a pass without batches."""
         while True:
-            batches = 0
+            batch = None
             for batch in self.loader:
-                batches += 1
                 yield batch
-            if not batches:
-                raise InputError('--data-set: no batch of readable samples comes from the stream')
-
-
-def build_loader(dataset: Stream, args, *, batch_size: int, build: Callable[..., DataLoader]) -> StreamLoader:
-    """A loader of a stream.
-
-    Args:
-        build: makes a DataLoader of a data set; takes the number of loading processes and DataLoader's options.
-
-    Raises:
-        InputError: there is less than a file for each process.
-    """
-    world, workers = get_world_size(), usable_workers(args.num_workers)
-    if dataset.files is not None:
-        if dataset.is_train and dataset.files < world:
-            raise InputError(f'--data-set {args.data_set}: its {dataset.files} files can\'t be shared by {world} '
-                             f'processes')
-        workers = min(workers, dataset.files // world if dataset.is_train else dataset.files)
-    steps = len(dataset) // (batch_size * world)
-    dataset.source.set_loader_cfg(num_workers=workers)
-    loader = build(dataset, workers=workers, persistent=not dataset.is_train, batch_size=batch_size,
-                   drop_last=dataset.is_train, generator=torch.Generator())
-    return StreamLoader(loader, steps if dataset.is_train else -(-len(dataset) // (batch_size * world)))
+            if batch is None:
+                raise InputError('--data-set: the stream yields no batch of readable samples')
 
 
 def check_label(label, num_classes: int) -> int:
-    """A class index, or InputError."""
+    """Return a class index; raise InputError if it is invalid."""
     if not isinstance(label, numbers.Integral) or not 0 <= label < num_classes:
         raise InputError(f'an image has the label {label!r}: must be a number from 0 to {num_classes - 1}')
     return int(label)
-
-
-def names_of(source) -> List[str]:
-    """The classes' names in the order of their indices, if the data set knows them."""
-    names = getattr(source, 'classes', None) or getattr(source, 'all_categories', None)  # torchvision's; iNaturalist's
-    if names:  # ImageNet's are tuples of synonyms
-        return [name if isinstance(name, str) else ', '.join(name) for name in names]
-    index = getattr(getattr(source, 'reader', None), 'class_to_idx', None) or {}
-    return [str(name) for name in sorted(index, key=index.get)]

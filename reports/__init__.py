@@ -1,1 +1,1 @@
-"""What is learnt from an evaluation: tables and pictures for people, in the folder `report` of a run."""
+"""Reports of evaluations: tables and pictures, in the folder `report` of a run."""

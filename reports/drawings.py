@@ -1,26 +1,29 @@
-"""The pictures of a report: confusions, the course of a training, and the worst mistakes."""
+"""Pictures of a report: confusion matrix, curves of a run, and the worst mistakes."""
+import contextlib
 import json
 from pathlib import Path
-from typing import Callable, List, Optional
+from typing import Callable, Dict, Optional
 
 from PIL import Image, ImageDraw, ImageFont
 
-from reports import predictions, tables
-from run.processes import notice
+from reports import maps, predictions, tables
+from run.output import log
 from utils import first_line, whole_file
 
 CONFUSION, CURVES, MISTAKES = 'confusion.png', 'curves.png', 'mistakes.png'
-MOST_CLASSES = 50  # that a matrix shows; of more, the most confused pairs are shown
+MOST_CLASSES = 50  # largest number of classes of a matrix; for more classes, the most confused pairs are shown
 NUM_PAIRS, NUM_MISTAKES = 30, 24
-COLUMNS, SIDE, LINE = 6, 176, 14  # of the sheet of mistakes, in pictures and pixels
+COLUMNS, SIDE, LINE = 6, 176, 14  # columns of the sheet of mistakes, and sizes of a picture and a line in pixels
+Curves = Dict[str, Dict[str, str]]  # for each panel by its title: label of each curve by its key in log.txt
 
 
-def draw(folder: Path, log: Path, picture: Optional[Callable[[int], Image.Image]]):
-    """All pictures that the tables in `folder`, and a log, are there for.
+def draw(folder: Path, log_file: Path, picture: Optional[Callable[[int], Image.Image]], *, curves: Curves,
+         unit: str = 'epoch'):
+    """Draw the pictures of the tables in `folder` and of a run's log.txt, as far as these exist.
 
     Args:
-        log: log.txt of a training.
-        picture: gives the evaluation image of a number, for the sheet; None: there is none.
+        picture: function from an index to the evaluation image; None: no sheet of mistakes.
+        unit: key of the horizontal axis in log.txt.
     """
     if picture is not None and (folder / predictions.FILE).exists():
         draw_mistakes(folder, picture)
@@ -29,13 +32,13 @@ def draw(folder: Path, log: Path, picture: Optional[Callable[[int], Image.Image]
         matplotlib.use('agg')
         import matplotlib.pyplot
     except Exception as error:  # not installed, or built for another NumPy
-        notice(f'{folder}: without {CONFUSION} and {CURVES}, which need matplotlib (pip install matplotlib; '
-               f'{first_line(error)})')
+        needed = f'matplotlib (pip install matplotlib; {first_line(error)})'
+        log(f'{folder}: without {CONFUSION} and {CURVES}, which need {needed}')
         return
     if (folder / tables.CONFUSION).exists():
         draw_confusion(folder)
-    if log.exists():
-        draw_curves(log, folder / CURVES)
+    if log_file.exists():
+        draw_curves(log_file, folder / CURVES, curves=curves, unit=unit)
 
 
 def save(figure, path: Path):
@@ -46,17 +49,17 @@ def save(figure, path: Path):
 
 
 def draw_confusion(folder: Path):
-    """A matrix of shares of each class; of many classes, bars of the pairs that are confused most."""
+    """Draw the confusion matrix, with rows as fractions; for many classes, bars of the most confused pairs."""
     from matplotlib import pyplot
     classes, counts = tables.read_confusion(folder / tables.CONFUSION)
-    classes = [name.replace('$', r'\$') for name in classes]  # matplotlib would take it for mathematics
+    classes = [name.replace('$', r'\$') for name in classes]  # matplotlib would read $ as mathematics
     if len(classes) > MOST_CLASSES:
         pairs = tables.most_confused(counts, NUM_PAIRS)
         figure, axes = pyplot.subplots(figsize=(9, 2 + .28 * len(pairs)), layout='constrained')
         axes.barh([f'{classes[i]} as {classes[j]}' for i, j, _ in pairs], [count for *_, count in pairs])
         axes.invert_yaxis()
         axes.set_xlabel('pictures')
-        axes.set_title(f'The {len(pairs)} pairs of classes that are confused most')
+        axes.set_title(f'{len(pairs)} most confused pairs of classes')
     else:
         side = 3 + .3 * len(classes)
         figure, axes = pyplot.subplots(figsize=(side + 1, side), layout='constrained')
@@ -73,70 +76,58 @@ def draw_confusion(folder: Path):
     save(figure, folder / CONFUSION)
 
 
-def read_log(path: Path) -> List[dict]:
-    """The lines of log.txt; one that was cut short is left out."""
-    lines = []
-    for line in path.read_text(errors='replace').splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return [line for line in lines if isinstance(line, dict)]
-
-
-def draw_curves(log: Path, path: Path):
-    """Loss, accuracy and learning rate by epoch."""
+def draw_curves(log_file: Path, path: Path, *, curves: Curves, unit: str):
+    """Draw metrics of log.txt, without lines that are cut short, over the epochs or another unit; see `draw`."""
     from matplotlib import pyplot
-    lines = read_log(log)
-    panels = {'loss': {'train_loss': 'training', 'test_loss': 'evaluation', 'test_ema_loss': 'average, evaluation'},
-              'Acc@1 in %': {'test_acc1': 'model', 'test_ema_acc1': 'average'},
-              'learning rate': {'train_lr': 'learning rate'}}
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(13, 4), layout='constrained')
-    for axis, (title, curves) in zip(axes, panels.items()):
-        for name, label in curves.items():
-            points = [(line.get('epoch', i), line[name]) for i, line in enumerate(lines)
-                      if isinstance(line.get(name), (int, float))]
+    lines = []
+    for line in log_file.read_text(errors='replace').splitlines():
+        with contextlib.suppress(ValueError, TypeError):
+            lines.append(dict(json.loads(line)))
+    size = (13 / 3 * len(curves), 4)
+    figure, axes = pyplot.subplots(1, len(curves), figsize=size, layout='constrained', squeeze=False)
+    for axis, (title, labels) in zip(axes[0], curves.items()):
+        for key, label in labels.items():
+            points = [(line.get(unit, i), line[key]) for i, line in enumerate(lines)
+                      if isinstance(line.get(key), (int, float))]
             if points:
                 axis.plot(*zip(*points), label=label, marker='.' if len(points) < 40 else None)
         axis.set_title(title)
-        axis.set_xlabel('epoch')
-        if len(curves) > 1 and axis.lines:
+        axis.set_xlabel(unit)
+        if len(labels) > 1 and axis.lines:
             axis.legend()
     save(figure, path)
 
 
 def draw_mistakes(folder: Path, picture: Callable[[int], Image.Image]):
-    """A sheet of the pictures whose wrong class has the highest probability, with their names."""
+    """Draw a sheet of the pictures whose wrong class has the highest probability, with their names."""
     rows = predictions.read(folder / predictions.FILE)
     wrong = sorted((i for i, row in enumerate(rows) if row['class_1'] != row['truth']),
                    key=lambda i: -rows[i]['probability_1'])[:NUM_MISTAKES]
     if not wrong:
         (folder / MISTAKES).unlink(missing_ok=True)
-        notice(f'{folder}: no mistakes')
+        log(f'{folder}: no mistakes')
         return
-    height = SIDE + 3 * LINE + 8
-    sheet = Image.new('RGB', (COLUMNS * (SIDE + 8), -(-len(wrong) // COLUMNS) * height), 'white')
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
-    for place, i in enumerate(wrong):
-        left, top = place % COLUMNS * (SIDE + 8) + 4, place // COLUMNS * height + 4
-        image = picture(i)
-        scale = SIDE / max(image.size)
-        image = image.resize([max(1, round(side * scale)) for side in image.size])
-        sheet.paste(image, (left, top))
-        row = rows[i]
-        words = (Path(row['file']).name if not row['file'].isdecimal() else f'image {row["file"]}',
-                 f'is {row["truth"]}', f'{100 * row["probability_1"]:.0f} % {row["class_1"]}')
-        for line, text in enumerate(words):
-            draw.text((left, top + SIDE + line * LINE), shortened(draw, font, text), fill='black', font=font)
+    sheet = maps.side_by_side([tile(picture(i), rows[i]) for i in wrong], gap=0, columns=COLUMNS)
     with whole_file(folder / MISTAKES) as unfinished:
         sheet.save(unfinished)
 
 
-def shortened(draw: ImageDraw.ImageDraw, font, text: str) -> str:
-    """What of a text fits under a picture; letters that the font does not have become question marks."""
-    text = text.encode('latin-1', 'replace').decode('latin-1')
-    if draw.textlength(text, font=font) <= SIDE:
-        return text
-    while draw.textlength(f'{text}...', font=font) > SIDE:
-        text = text[:-1]
-    return f'{text}...'
+def tile(image: Image.Image, row: dict) -> Image.Image:
+    """Draw an image above its file name, its class and its predicted class; `row`: see `predictions.read`."""
+    page = Image.new('RGB', (SIDE + 8, SIDE + 3 * LINE + 8), 'white')
+    scale = SIDE / max(image.size)
+    font = ImageFont.load_default()
+    page.paste(image.resize([max(1, round(side * scale)) for side in image.size]), (4, 4))
+    name = f'image {row["file"]}' if row['file'].isdecimal() else Path(row['file']).name
+    texts = (name, f'is {row["truth"]}', f'{100 * row["probability_1"]:.0f} % {row["class_1"]}')
+    for line, text in enumerate(texts):
+        ImageDraw.Draw(page).text((4, 4 + SIDE + line * LINE), shortened(text, font), fill='black', font=font)
+    return page
+
+
+def shortened(text: str, font: ImageFont.ImageFont) -> str:
+    """Cut a text to the width of a picture, and replace letters that the font lacks by question marks."""
+    text, end = text.encode('latin-1', 'replace').decode('latin-1'), ''
+    while font.getlength(text + end) > SIDE:
+        text, end = text[:-1], '...'
+    return text + end

@@ -1,4 +1,4 @@
-"""Maps over a picture, one value or colour for each patch of a model: attention, and principal components."""
+"""Maps over a picture, with a value or colour per patch of a model: attention, and principal components."""
 from typing import List, Optional, Tuple
 
 import numpy as np
@@ -6,28 +6,28 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-PERCENTILES = (1, 99)  # of a map's values: what gets the darkest and the brightest colour
-OPACITY = .6  # of the colours over the picture
-# matplotlib's "inferno" (CC0) at 17 even steps: dark to bright in steps that look even
+PERCENTILES = (1, 99)  # percentiles of a map's values with the darkest and the brightest colour
+OPACITY = .6  # opacity of the colours over the picture
+# matplotlib's "inferno" (CC0) at 17 even steps: from dark to bright, perceptually uniform
 INFERNO = ('000004 0b0724 210c4a 3d0965 57106e 71196e 8a226a a32c61 bc3754 d24644 e45a31 f1731d f98e09 fcac11 f9cb35 '
            'f2ea69 fcffa4')
 COMPONENTS = 3  # as red, green and blue
 
 
 def scale_to(picture: Image.Image, longer_side: int, *, multiple_of: int = 1) -> Image.Image:
-    """The whole picture with this longer side, in pixels; sides are rounded to the multiple."""
+    """Scale the whole picture to this longer side, in pixels; both sides are rounded to a multiple."""
     scale = longer_side / max(picture.size)
     return picture.resize([max(1, round(side * scale / multiple_of)) * multiple_of for side in picture.size],
                           Image.Resampling.BICUBIC)
 
 
 def color_scale(weights: torch.Tensor) -> np.ndarray:
-    """The weights that get the darkest and the brightest colour."""
+    """Return the weights with the darkest and the brightest colour, (2,)."""
     return np.percentile(weights.numpy(), PERCENTILES)
 
 
 def enlarge(weights: torch.Tensor, size: Tuple[int, int], patch_size: int) -> torch.Tensor:
-    """Weights of the patches (H, W) -> smoothly, of the pixels of a picture of (width, height), (height, width)."""
+    """Interpolate weights of patches (H, W) to the pixels (height, width) of a picture; `size`: (width, height)."""
     H, W = weights.shape
     # The stem's strided convolutions centre token i on pixel i * patch_size, not on the middle of a patch.
     between_tokens = ((H - 1) * patch_size + 1, (W - 1) * patch_size + 1)
@@ -37,14 +37,14 @@ def enlarge(weights: torch.Tensor, size: Tuple[int, int], patch_size: int) -> to
 
 
 def color_table() -> np.ndarray:
-    """256 colours, (256, 3), uint8."""
+    """Return 256 colours, (256, 3), uint8."""
     anchors = np.array([list(bytes.fromhex(color)) for color in INFERNO.split()])
     at = np.linspace(0, len(anchors) - 1, 256)
     return np.stack([np.interp(at, range(len(anchors)), channel) for channel in anchors.T], axis=1).astype(np.uint8)
 
 
 def paint(picture: Image.Image, weights: torch.Tensor, scale: np.ndarray, patch_size: int) -> Image.Image:
-    """Weights of the patches (H, W), as colours over the grey picture."""
+    """Draw weights of patches (H, W) as colours over the grey picture; `scale`: see `color_scale`."""
     low, high = scale
     pixels = enlarge(weights, picture.size, patch_size).numpy()
     level = ((pixels - low) / max(high - low, 1e-12)).clip(0, 1)
@@ -52,19 +52,15 @@ def paint(picture: Image.Image, weights: torch.Tensor, scale: np.ndarray, patch_
     return Image.blend(picture.convert('L').convert('RGB'), colors, OPACITY)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Principal components of tokens
-
 def component_colors(tokens: List[torch.Tensor], *, remove_background: bool = False) -> List[np.ndarray]:
-    """The first three principal components of patch tokens as colours, in common for all pictures.
+    """Compute colours from the first three principal components, common to all pictures, of patch tokens.
 
     Args:
-        tokens: of each picture (H, W, C).
-        remove_background: leave out the patches that the first component tells from the others and that lie more at
-            the edges of the pictures; the components are then those of the rest.
+        tokens: tokens of each picture (H, W, C).
+        remove_background: leave out the patches that the first component separates and that are mostly at the edges.
 
     Returns:
-        Of each picture (H, W, 3), from 0 to 1; background is black.
+        Colours of each picture (H, W, 3), from 0 to 1; the background is black.
     """
     flat = [picture.flatten(0, 1) for picture in tokens]
     shown = [torch.ones(len(rows), dtype=torch.bool) for rows in flat]
@@ -73,19 +69,20 @@ def component_colors(tokens: List[torch.Tensor], *, remove_background: bool = Fa
     values = projected([rows[kept] for rows, kept in zip(flat, shown)], COMPONENTS)
     low, high = np.percentile(torch.cat(values).numpy(), PERCENTILES, axis=0)
     colors = []
-    for picture, kept, found in zip(tokens, shown, values):
+    for picture, kept, components in zip(tokens, shown, values):
         color = np.zeros((len(kept), COMPONENTS))
-        color[kept.numpy(), :found.shape[1]] = ((found.numpy() - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
+        level = (components.numpy() - low) / np.maximum(high - low, 1e-12)
+        color[kept.numpy(), :components.shape[1]] = level.clip(0, 1)
         colors.append(color.reshape(*picture.shape[:2], COMPONENTS))
     return colors
 
 
 def projected(parts: List[torch.Tensor], count: int) -> List[torch.Tensor]:
-    """Tokens (n, C) in the first principal components (n, count) of all parts together, in double precision.
+    """Project tokens (n, C) on the first principal components of all parts together: (n, count), float64.
 
-    The sign of each is that which makes its skew positive.
+    The sign of each component makes its skew positive.
     """
-    # One part after another, since all of them in double precision may be much
+    # Part by part, to save memory in float64
     total = sum(len(part) for part in parts)
     mean = sum(part.double().sum(dim=0) for part in parts) / total
     covariance = sum((part.double() - mean).t() @ (part.double() - mean) for part in parts)
@@ -96,7 +93,7 @@ def projected(parts: List[torch.Tensor], count: int) -> List[torch.Tensor]:
 
 
 def foreground(tokens: List[torch.Tensor], component: List[torch.Tensor]) -> List[torch.Tensor]:
-    """Which tokens (n,) of each picture are on the side of a component (n, 1) that has less of the pictures' edges."""
+    """Return masks (n,) of each picture's tokens: the side of a component (n, 1) with fewer tokens at the edges."""
     edge = torch.cat([edges(*picture.shape[:2]).flatten() for picture in tokens])
     values = torch.cat(component)[:, 0]
     above = values > threshold(values)
@@ -108,30 +105,29 @@ def foreground(tokens: List[torch.Tensor], component: List[torch.Tensor]) -> Lis
 
 
 def edges(H: int, W: int) -> torch.Tensor:
-    """Which patches are outermost, (H, W)."""
+    """Return the mask (H, W) of the outermost patches."""
     outer = torch.ones(H, W, dtype=torch.bool)
     outer[1:-1, 1:-1] = False
     return outer
 
 
 def threshold(values: torch.Tensor) -> float:
-    """The value that divides numbers (n,) into two parts that are most unlike each other (Otsu 1979)."""
+    """Return the value that divides numbers (n,) into the two most different parts (Otsu 1979)."""
     ordered = values.sort()[0]
     count = torch.arange(1, len(ordered), dtype=values.dtype)
     below, total = ordered.cumsum(0)[:-1], ordered.sum()
     between = count * (len(ordered) - count) * (below / count - (total - below) / (len(ordered) - count)) ** 2
-    at = int(between.argmax()) if len(between) else 0
-    return float(ordered[at])
+    return float(ordered[int(between.argmax()) if len(between) else 0])
 
 
 def color_picture(colors: np.ndarray, size: Tuple[int, int], patch_size: int) -> Image.Image:
-    """Colours of the patches (H, W, 3), from 0 to 1 -> smoothly, a picture of (width, height)."""
+    """Interpolate colours of patches (H, W, 3), from 0 to 1, to a picture of (width, height)."""
     channels = [enlarge(torch.from_numpy(colors[:, :, i]), size, patch_size) for i in range(COMPONENTS)]
     return Image.fromarray((torch.stack(channels, dim=2).clamp(0, 1) * 255).round().byte().numpy())
 
 
 def side_by_side(pictures: List[Image.Image], *, gap: int = 8, columns: Optional[int] = None) -> Image.Image:
-    """Pictures in rows on a white page, each in a place as large as the largest of them."""
+    """Draw pictures in rows on a white page, in cells of the size of the largest picture."""
     columns = columns or len(pictures)
     width, height = (max(picture.size[axis] for picture in pictures) + gap for axis in (0, 1))
     rows = -(-len(pictures) // columns)

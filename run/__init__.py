@@ -1,5 +1,1 @@
-"""What surrounds a training step, for any task: flags, processes, the training itself, checkpoints, signals, logs.
-
-A library: programs call it, and whoever wants a loop of their own can use its parts without the rest. CONTRIBUTING.md
-has the map.
-"""
+"""Library around a training step, for any task: flags, processes, runs, checkpoints, signals, logs."""

@@ -1,5 +1,6 @@
-"""Checkpoint files: plain values and state dicts, written whole or not at all, read without executing anything."""
+"""Checkpoint files of plain values and state dicts: written completely or not at all, read without executing code."""
 import contextlib
+import fcntl
 import glob
 import http.client
 import json
@@ -21,29 +22,24 @@ import safetensors.torch
 import torch
 
 from run import file_kinds, harmless
-from run.processes import is_main_process, shows_bar
+from run.output import shows_bar
+from run.processes import is_main_process
 from utils import InputError, RunStopped, abridge, first_line, sync_to_disk, whole_file
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-
 WEIGHT_SUFFIXES = ('.pth', '.pt', '.safetensors', '.ckpt', '.bin', '.tar')
-DESCRIPTION = ('args', 'classes', 'accuracy', 'epoch')  # what a .safetensors file keeps of a training's checkpoint
+DESCRIPTION = ('args', 'classes', 'accuracy', 'epoch')  # keys of a run's checkpoint in a .safetensors file's metadata
 
 
 def save_checkpoint(state: dict, path: Path, *, keep: Optional[Path] = None, metadata: Optional[dict] = None):
-    """Write `state` so that `path` holds either the old file or the whole new one, at every moment.
+    """Write `state` so that `path` is either the old file or the complete new one, at every moment.
 
     Args:
-        state: for a path that ends in .safetensors, tensors alone.
-        keep: where the old file goes; None: it is replaced.
-        metadata: of a path that ends in .safetensors: texts by name.
+        state: content; only tensors for a path that ends in .safetensors.
+        keep: new path of the old file; None: the old file is replaced.
+        metadata: texts by name, for a path that ends in .safetensors.
 
     Raises:
-        RunStopped: the disk is full, or can't be written to; the old file is as it was.
+        RunStopped: the file can't be written, e.g. to a full disk; the old file is unchanged.
     """
     if not is_main_process():
         return
@@ -56,12 +52,12 @@ def save_checkpoint(state: dict, path: Path, *, keep: Optional[Path] = None, met
                 torch.save(state, file)
             sync_to_disk(file)
         if keep is not None and path.exists():
-            keep_as(path, keep)
+            copy_file(path, keep, is_replaced=True)
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:  # torch wraps the system's error
         unfinished.unlink(missing_ok=True)
-        raise RunStopped(f'{path} can\'t be written ({first_line(error)}); the one before is intact') from None
-    with contextlib.suppress(OSError):  # some systems can't do that with a directory
+        raise RunStopped(f'{path} can\'t be written ({first_line(error)}); the previous file is intact') from None
+    with contextlib.suppress(OSError):  # some systems can't sync a directory
         directory = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)
@@ -69,23 +65,13 @@ def save_checkpoint(state: dict, path: Path, *, keep: Optional[Path] = None, met
             os.close(directory)
 
 
-def keep_as(path: Path, keep: Path):
-    """Give a file a second name, so that at no moment there is none under the first."""
-    link = keep.with_name(keep.name + '.tmp')
-    link.unlink(missing_ok=True)
-    try:
-        os.link(path, link)
-    except OSError:  # a file system without links
-        os.replace(path, keep)
-    else:
-        os.replace(link, keep)
+def copy_file(path: Path, copy: Path, *, is_replaced: bool = False):
+    """Hard-link `path` to `copy` on the main process; a linked file must never be changed, only replaced.
 
-
-def copy_as(path: Path, copy: Path):
-    """Give a file that is only ever replaced, never changed, a second name; on the main process.
+    On a file system without links the file is copied, or only renamed if `path` is replaced next (`is_replaced`).
 
     Raises:
-        RunStopped: it can't be copied.
+        RunStopped: the copy can't be written.
     """
     if not is_main_process():
         return
@@ -93,25 +79,22 @@ def copy_as(path: Path, copy: Path):
         unfinished.unlink(missing_ok=True)
         try:
             os.link(path, unfinished)
-        except OSError:  # a file system without links
-            shutil.copyfile(path, unfinished)
+        except OSError:
+            (os.replace if is_replaced else shutil.copyfile)(path, unfinished)
 
 
 def check_integrity(path):
-    """Compare a checkpoint's contents with its checksums, which `torch.load` ignores.
-
-    Raises:
-        zipfile.BadZipFile: they differ.
-    """
+    """Raise BadZipFile if a checkpoint's content differs from its checksums, which `torch.load` ignores."""
     if not zipfile.is_zipfile(path):  # an old format without checksums
         return
     try:
         with zipfile.ZipFile(path) as archive:
+            # 0x10 marks a directory, which torch would read as an empty entry
             directories = (entry.filename for entry in archive.infolist() if entry.external_attr & 0x10)
             damaged = archive.testzip() or next(directories, None)
-    except (zlib.error, NotImplementedError, RuntimeError) as error:  # what a wrong method or flag looks like
+    except (zlib.error, NotImplementedError, RuntimeError) as error:  # from a damaged method or flag
         raise zipfile.BadZipFile(first_line(error)) from None
-    if damaged:  # 0x10 marks a directory, as which torch would read nothing at all
+    if damaged:
         raise zipfile.BadZipFile(f'wrong checksum of {damaged}')
 
 
@@ -120,24 +103,24 @@ def is_url(source) -> bool:
 
 
 def cache_path(url: str) -> Path:
-    """Where a download of `url` is kept: torch.hub's cache."""
+    """Return the path of a download in torch.hub's cache."""
     return Path(torch.hub.get_dir(), 'checkpoints', Path(urllib.parse.urlparse(str(url)).path).name)
 
 
 class DownloadError(InputError):
-    """A file can't be downloaded."""
+    """Failure of a download."""
 
 
 def load_checkpoint(source, flag: str) -> dict:
-    """Read a checkpoint onto the CPU, without executing anything that it holds.
+    """Read a checkpoint onto the CPU, without executing any code in it.
 
     Args:
-        source: path (.safetensors, or anything that torch.save wrote) or URL (kept in torch.hub's cache).
-        flag: the option that named it, for the error's text.
+        source: path of a .safetensors file or a file of torch.save, or a URL (kept in torch.hub's cache).
+        flag: flag that named the source, for errors.
 
     Raises:
-        InputError: not there, damaged, or holding Python objects.
-        DownloadError: of these, what the network or the server is to blame for.
+        InputError: the file does not exist, is damaged, or contains Python objects.
+        DownloadError: the network or the server fails.
     """
     if str(source).startswith('file://'):
         return load_file(Path(urllib.request.url2pathname(urllib.parse.urlparse(source).path)), f'{flag} {source}')
@@ -145,27 +128,28 @@ def load_checkpoint(source, flag: str) -> dict:
 
 
 def load_from_url(url: str, flag: str) -> dict:
-    """A file that can't be read is not kept, so that what was cut short is downloaded anew."""
+    """Read a checkpoint from torch.hub's cache, or download it; a file that can't be read is not kept."""
     try:
         path = cache_path(url)
     except ValueError as error:
         raise InputError(f'{flag} {url}: {first_line(error)}') from None
     if path.name == 'checkpoints':
-        raise InputError(f'{flag} {url}: has no file\'s name')
+        raise InputError(f'{flag} {url}: has no file name')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        record = open(path.with_name(path.name + '.lock'), 'a+')
-    except OSError as error:  # others' cache, that may be read
+        record = open(path.with_name(path.name + '.lock'), 'a+')  # URL and time stamp of the last download
+    except OSError as error:  # the cache of another user may be readable
         if path.exists():
             return load_file(path, f'{flag} {url}: {path}')
         raise DownloadError(f'{flag} {url}: {path.parent} can\'t be written to ({first_line(error)})') from None
     with record:
-        wait_for_lock(record)
+        with contextlib.suppress(OSError):  # a file system without locks: two processes may download the same file
+            fcntl.flock(record, fcntl.LOCK_EX)  # until the record is closed
         if path.exists() and not is_of_another_url(path, record, url):
             try:
                 return load_file(path, f'{flag} {url}: {path}')
             except InputError as error:
-                print(f'{error}; downloading it again', file=sys.stderr, flush=True)
+                print(f'{error}; downloading the file again', file=sys.stderr, flush=True)
         checkpoint = download(url, path, flag)
         record.truncate(0)
         record.write(f'{url}\n{path.stat().st_mtime_ns}')
@@ -173,18 +157,14 @@ def load_from_url(url: str, flag: str) -> dict:
 
 
 def is_of_another_url(path: Path, record, url: str) -> bool:
-    """Whether a file in the cache was downloaded from elsewhere: names such as model.safetensors are not unique.
-
-    Args:
-        record: open file with the last download's URL and the time stamp of what it brought; empty: none is known.
-    """
+    """Return True if a file in the cache comes from another URL: names such as model.safetensors are not unique."""
     record.seek(0)
     origin, _, written = record.read().partition('\n')
-    return origin not in ('', url) and written == str(path.stat().st_mtime_ns)  # or else it was put there by hand
+    return origin not in ('', url) and written == str(path.stat().st_mtime_ns)  # else a user put the file there
 
 
 def download(url: str, path: Path, flag: str) -> dict:
-    """Fetch a checkpoint, and keep it at `path` once it proved to be whole."""
+    """Download a checkpoint, and keep it at `path` if it can be read."""
     hash_in_name = re.search(r'-([0-9a-f]{8,})\.', path.name)
     fresh = path.with_name(f'new-{path.name}')
     try:
@@ -199,62 +179,55 @@ def download(url: str, path: Path, flag: str) -> dict:
     except (RuntimeError, ValueError) as error:  # a wrong hash; a malformed URL
         raise DownloadError(f'{flag} {url}: {first_line(error)}') from None
     finally:
-        for unfinished in path.parent.glob(f'{glob.escape(fresh.name)}*'):  # an earlier, killed process's too
+        for unfinished in path.parent.glob(f'{glob.escape(fresh.name)}*'):  # files of killed processes, too
             unfinished.unlink()
     return checkpoint
 
 
-def wait_for_lock(file):
-    """Return once no other process of this machine has the lock of an open file; it is held until that is closed."""
-    if fcntl is not None:
-        with contextlib.suppress(OSError):  # a file system without locks: two processes may download the same
-            fcntl.flock(file, fcntl.LOCK_EX)
-
-
 def load_safetensors(path: Path) -> dict:
-    """The tensors of a .safetensors file; as a training's checkpoint, if its metadata say what that would."""
+    """Read a .safetensors file: its tensors, or a run's checkpoint if its metadata come from `metadata_of`."""
     tensors = safetensors.torch.load_file(path)
     with safetensors.safe_open(path, 'pt') as file:
         metadata = file.metadata() or {}
-    described = described_in(metadata)
-    return {'model': tensors, **described} if described else tensors
+    description = description_of(metadata)
+    return {'model': tensors, **description} if description else tensors
 
 
 def metadata_of(checkpoint: dict) -> dict:
-    """What a .safetensors file is to keep of a training's checkpoint beside its tensors: texts by name."""
-    kept = {key: checkpoint[key] for key in DESCRIPTION if checkpoint.get(key) is not None}
-    return {'format': 'pt', **{key: json.dumps(value, default=str) for key, value in kept.items()}}
+    """Return metadata for a .safetensors file that describe a run's checkpoint: texts by name."""
+    described = {key: checkpoint[key] for key in DESCRIPTION if checkpoint.get(key) is not None}
+    return {'format': 'pt', **{key: json.dumps(value, default=str) for key, value in described.items()}}
 
 
-def described_in(metadata: dict) -> dict:
-    """What `metadata_of` has kept; nothing of metadata by others."""
-    found = {}
+def description_of(metadata: dict) -> dict:
+    """Return the content of `metadata_of`; empty for metadata of other programs."""
+    description = {}
     for key in DESCRIPTION:
         with contextlib.suppress(KeyError, ValueError):
-            found[key] = json.loads(metadata[key])
-    return found if isinstance(found.get('args'), dict) and 'model' in found['args'] else {}
+            description[key] = json.loads(metadata[key])
+    args = description.get('args')
+    return description if isinstance(args, dict) and {'model', 'arch'} & args.keys() else {}
 
 
 def problem_of_pickle(path: Path, error: pickle.UnpicklingError) -> str:
-    """Why torch refuses a file: something in it that is no plain value, by its name, or damage."""
-    found = re.search(r'GLOBAL (\S+)', str(error))
-    if found is None:
-        return ('damaged, truncated or not a checkpoint of tensors and plain values (files that need Python code to be '
-                'run are refused)')
-    refused = found[1]
-    with contextlib.suppress(Exception):  # only files that are zip archives can be asked
+    """Return the reason why torch refuses a file: damage, or an object that is not a plain value, with its type."""
+    match = re.search(r'GLOBAL (\S+)', str(error))
+    if match is None:
+        return ('damaged, truncated or not a checkpoint of tensors and plain values (files that need code '
+                'to be executed are refused)')
+    refused = match[1]
+    with contextlib.suppress(Exception):  # only works for zip archives
         for other in torch.serialization.get_unsafe_globals_in_checkpoint(path):
             if other.startswith(('torch.nn.modules.', 'timm.models.', 'timm.layers.', 'torchvision.models.')):
                 refused = other
-    if refused.startswith(('torch.nn.modules.', 'timm.', 'torchvision.')):
-        return (f'is a whole pickled model ({refused}), which could run code; where it comes from, save its weights '
-                f'alone: torch.save(model.state_dict(), FILE)')
-    return (f'holds a Python object of type {refused}, which is refused, since it could run code; where it comes from, '
+    is_model = refused.startswith(('torch.nn.modules.', 'timm.', 'torchvision.'))
+    problem = f'is a whole pickled model ({refused})' if is_model else f'contains a Python object of type {refused}'
+    return (f'{problem}, which is refused because unpickling could execute code; in the program that wrote the file, '
             f'save the weights alone: torch.save(model.state_dict(), FILE)')
 
 
 def load_file(path: Path, name: str) -> dict:
-    """Read a file, which messages call `name`; see `load_checkpoint`."""
+    """Read a file as `load_checkpoint` does; `name` is its name in messages."""
     try:
         if path.is_dir():
             raise IsADirectoryError
@@ -264,23 +237,23 @@ def load_file(path: Path, name: str) -> dict:
         if kind:
             raise InputError(f'{name}: is {kind}')
         with torch.serialization.safe_globals(harmless.safe_globals()), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # torch's about the format of files that it then refuses
+            warnings.simplefilter('ignore')  # about the format of files that torch then refuses
             check_integrity(path)
-            with open(path, 'rb') as file:  # of a path, torch believes the suffix
+            with open(path, 'rb') as file:  # from a path, torch would rely on the suffix
                 checkpoint = torch.load(file, map_location='cpu', weights_only=True)
     except InputError:
         raise
     except FileNotFoundError:
         raise InputError(f'{name}: no such file') from None
     except IsADirectoryError:
-        inside = sorted(file.name for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+        files = sorted(file.name for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
         raise InputError(f'{name}: a directory, not a checkpoint file'
-                         + (f'; it has: {abridge(inside, 4)}' if inside else '')) from None
+                         + (f'; its files: {abridge(files, 4)}' if files else '')) from None
     except pickle.UnpicklingError as error:
         raise InputError(f'{name}: {problem_of_pickle(path, error)}') from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile,
             safetensors.SafetensorError) as error:
         raise InputError(f'{name}: damaged, truncated or not a checkpoint ({first_line(error)})') from None
     if not isinstance(checkpoint, dict):
-        raise InputError(f'{name}: holds a {type(checkpoint).__name__}, not a checkpoint')
+        raise InputError(f'{name}: contains a {type(checkpoint).__name__}, not a checkpoint')
     return checkpoint

@@ -1,62 +1,78 @@
-"""Command lines: the parser of every program, types of numbers, and how a program ends."""
+"""Command lines: the parser of every program, types of numbers and paths, and how a program ends."""
 import argparse
 import os
 import re
 import signal
 import sys
+import types
 from pathlib import Path
-from typing import Optional
+from typing import Any, List, Optional
 
-from run import config, launch, processes, startup
+from run import config, launch, processes
 from run.output import BROKEN_PIPE, discard, has_no_reader
-from utils import InputError, Interrupted, RunStopped
+from utils import InputError, Interrupted, RunStopped, dashed
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with InputError for exit and traceback, and with every option under two spellings.
+    """Parser that raises InputError instead of exiting, and accepts options with dashes or underscores, unabbreviated.
 
-    `--job-dir` and `--job_dir` are one option, however it was added; help shows the spelling that it was added with.
-    Abbreviations are not accepted. Where there is a flag --config, the file that it names comes before the command
-    line's flags (run.config).
+    Help shows the spelling that an option was added with, and defaults. If the parser has --config, the flags in its
+    file precede the flags of the command line (run.config).
     """
 
-    def __init__(self, *args, allow_abbrev: bool = False, **kwargs):
-        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+    def __init__(self, *args, **kwargs):
+        defaults = dict(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(*args, **{**defaults, **kwargs})
 
     def error(self, message: str):
         raise InputError(message)
 
     def parse_known_args(self, args: Optional[list] = None, namespace: Optional[argparse.Namespace] = None):
-        own = {option.replace('_', '-'): option for action in self._actions for option in action.option_strings}
-        words = list(sys.argv[1:] if args is None else args)
-        end = words.index('--') if '--' in words else len(words)  # after it there are no options
-        words[:end] = [respelled(word, own) for word in words[:end]]
+        options = {option.replace('_', '-'): option for action in self._actions for option in action.option_strings}
+        argv = list(sys.argv[1:] if args is None else args)
+        end = argv.index('--') if '--' in argv else len(argv)  # no options follow `--`
+        argv[:end] = [respelled(argument, options) for argument in argv[:end]]
         self.unknown = ''
-        if '--config' in own.values():
-            from_files, self.unknown = config.words_of_files(words[:end], self._actions)
-            words = from_files + words
-        return super().parse_known_args(words, namespace)
+        if '--config' in options.values():
+            argv_of_files, self.unknown = config.words_of_files(argv[:end], self._actions)
+            argv = argv_of_files + argv
+        return super().parse_known_args(argv, namespace)
 
     def parse_args(self, args: Optional[list] = None, namespace: Optional[argparse.Namespace] = None):
         parsed = super().parse_args(args, namespace)
-        if self.unknown:  # not before: a program may leave them to another parser
+        if self.unknown:  # not earlier: a program may leave unknown flags to another parser
             raise InputError(self.unknown)
         return parsed
 
+    def is_default(self, argv: Optional[list], name: str) -> bool:
+        """Return True if a command line does not set the option with the destination `name`."""
+        unset = object()
+        namespace = types.SimpleNamespace(**{name: unset})
+        return vars(self.parse_args(argv, namespace))[name] is unset
 
-def respelled(word: str, options: dict) -> str:
-    """An option as it was added, where it was given with other dashes and underscores; any other word as it is.
 
-    Args:
-        word: of a command line; `--option=value` too.
-        options: the spelling that each option was added with, by the one with dashes only.
-    """
-    name, equals, value = word.partition('=')
-    return options.get(name.replace('_', '-'), name) + equals + value if name.startswith('--') else word
+def respelled(argument: str, options: dict) -> str:
+    """Return an option (or `--option=value`) in the spelling of `options` (keys: dashes only), others unchanged."""
+    name, equals, value = argument.partition('=')
+    return options.get(name.replace('_', '-'), name) + equals + value if name.startswith('--') else argument
+
+
+def words_of(flags: dict) -> List[str]:
+    """Return flags (values by destination) as arguments of a command line, without flags that are None or ''."""
+    argv: List[str] = []
+    for name, value in flags.items():
+        flag = dashed(name)
+        if isinstance(value, bool):
+            argv.append(flag if value else f'--no-{flag[2:]}')
+        elif isinstance(value, (list, tuple)):
+            argv += [flag, *map(str, value)]
+        elif value not in (None, ''):
+            argv += [f'{flag}={value}'] if str(value).startswith('-') else [flag, str(value)]
+    return argv
 
 
 def expanded(text: str) -> str:
-    """An argparse type: a path in which `~` and environment variables are replaced; an address stays as it is."""
+    """Replace `~` and environment variables in a path; return a URL unchanged (an argparse type)."""
     if text.startswith(('http://', 'https://', 'file://', 'hf-hub:')):
         return text
     path = os.path.expanduser(os.path.expandvars(text))
@@ -68,9 +84,9 @@ def expanded(text: str) -> str:
 
 
 def number(kind: type, low, high=None, *, above: bool = False):
-    """An argparse type: a number of `kind` from `low` (or `above` it) to `high`."""
-    allowed = f'{"an integer" if kind is int else "a number"} {">" if above else ">="} {low}'
-    allowed += '' if high is None else f' and <= {high}'
+    """Return an argparse type: numbers of `kind` from `low` (or `above` it) to `high`."""
+    allowed = (f'{"an integer" if kind is int else "a number"} {">" if above else ">="} {low}'
+               + ('' if high is None else f' and <= {high}'))
 
     def parse(text: str):
         try:
@@ -78,22 +94,22 @@ def number(kind: type, low, high=None, *, above: bool = False):
         except ValueError:
             value = float('nan')
         if not (value > low if above else value >= low) or value == float('inf') or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f'{text!r} is not allowed: it must be {allowed}')
+            raise argparse.ArgumentTypeError(f'{text!r} is not allowed: must be {allowed}')
         return value
 
     return parse
 
 
 def switch(text: str) -> bool:
-    """An argparse type: a yes or no in words."""
-    words = {'on': True, 'true': True, '1': True, 'off': False, 'false': False, '0': False}
-    if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f'{text!r} is not allowed: it must be one of {", ".join(words)}')
-    return words[text.lower()]
+    """Parse a yes or no in words (an argparse type)."""
+    values = {'on': True, 'true': True, '1': True, 'off': False, 'false': False, '0': False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f'{text!r} is not allowed: must be one of {", ".join(values)}')
+    return values[text.lower()]
 
 
 def expanded_path(text: str) -> Path:
-    """The same as a pathlib.Path."""
+    """Expand a path to a pathlib.Path (an argparse type)."""
     return Path(expanded(text))
 
 
@@ -107,52 +123,51 @@ POSITIVE = number(float, 0, above=True)
 
 
 def run_program(main):
-    """Run a program's `main()`; what stops it for a known reason is one line on stderr, and the exit code.
+    """Run a program's `main()`; print a known reason for its end as one line on stderr; exit.
 
-    2: the user's input; 128 + n: signal n, also if only the reader of the output has left, which needs no line; 1:
-    anything else.
+    The exit code is 2 for invalid input, 128 + n for signal n, and 1 for other errors. Output without a reader counts
+    as SIGPIPE; no line is printed for this.
     """
-    if signal.getsignal(signal.SIGINT) is startup.leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = exit_code_of(main)
-        sys.stdout.flush()  # here, where it can still be answered that nobody reads it
+        sys.stdout.flush()  # here, where a missing reader can still be handled
     except BrokenPipeError:
         if not any(map(has_no_reader, (sys.stdout, sys.stderr))):
             raise  # another pipe
         code = BROKEN_PIPE
     if code == BROKEN_PIPE:
-        for stream in (sys.stdout, sys.stderr):  # Python would complain about what is left in them
+        for stream in (sys.stdout, sys.stderr):  # Python would complain about the rest of their buffers
             if has_no_reader(stream):
                 discard(stream)
     if code:
         sys.exit(code)
 
 
-def exit_code_of(main):
-    """What sys.exit takes; the reason is printed."""
+def exit_code_of(main) -> Any:
+    """Run `main()`, print the reason for its end, and return the argument of sys.exit."""
     try:
         main()
     except Interrupted as error:
         if error.exit_code != BROKEN_PIPE:
-            say(str(error))
+            print_reason(str(error))
         return error.exit_code
     except (InputError, RunStopped) as error:
-        words = str(error)
-        if processes.say_once(words, lambda: say(words, error=True)) or not launch.is_watched_with_rank_0():
+        reason = str(error)
+        if processes.report_once(reason, lambda: print_reason(reason, is_error=True)) or (
+                not launch.is_watched_with_rank_0()):
             return error.exit_code
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when rank 0 has ended: it would report that, too
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's signal after the end of rank 0 would be reported too
         return 0
     except KeyboardInterrupt:
-        say('interrupted')
+        print_reason('interrupted')
         return 128 + signal.SIGINT
-    except SystemExit as ended:  # --help
-        return ended.code
+    except SystemExit as exit_:  # --help
+        return exit_.code
     return 0
 
 
-def say(words: str, *, error: bool = False):
-    """Print why the program ends, with its name, and tell torchrun."""
-    name, kind, rank = Path(sys.argv[0]).name, ': error' if error else '', launch.environment_rank()
-    print(f'{name}{kind}{f" (rank {rank})" if rank else ""}: {words}', file=sys.stderr, flush=True)
-    launch.report_to_torchrun(f'{name}{kind}: {words}')
+def print_reason(reason: str, *, is_error: bool = False):
+    """Print the program's name and the reason for its end on stderr; pass the reason to torchrun."""
+    name, kind, rank = Path(sys.argv[0]).name, ': error' if is_error else '', launch.environment_rank()
+    print(f'{name}{kind}{f" (rank {rank})" if rank else ""}: {reason}', file=sys.stderr, flush=True)
+    launch.report_to_torchrun(f'{name}{kind}: {reason}')

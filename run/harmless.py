@@ -1,6 +1,6 @@
-"""What files of others hold beside tensors and plain values, and may: types whose objects can do no harm.
+"""Types allowed in checkpoints besides tensors and plain values: their objects can't do harm.
 
-torch.load(weights_only=True) makes nothing but what is named here and in torch's own list, and calls nothing else.
+torch.load(weights_only=True) only makes objects of the types below and of torch's own list.
 """
 import argparse
 import builtins
@@ -20,45 +20,43 @@ PLAIN = (argparse.Namespace, types.SimpleNamespace, collections.ChainMap, collec
          datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone, decimal.Decimal,
          fractions.Fraction, uuid.UUID, slice)
 FACTORIES = ('bool', 'bytes', 'dict', 'float', 'frozenset', 'int', 'list', 'object', 'set', 'str', 'tuple')
-# Settings of other projects, as the dicts that they are; their own classes are not imported
+# Settings of other projects, read as dicts without importing the projects
 SETTINGS = ('yacs.config.CfgNode', 'fvcore.common.config.CfgNode', 'easydict.EasyDict', 'addict.addict.Dict',
             'mmcv.utils.config.ConfigDict', 'mmengine.config.config.ConfigDict',
             'lightning.fabric.utilities.data.AttributeDict', 'pytorch_lightning.utilities.parsing.AttributeDict')
-# Words and numbers of a library's own type, as plain ones
-WORDS = ('torch.torch_version.TorchVersion', 'torchvision.transforms.functional.InterpolationMode',
+# Texts and numbers of a library's own type, read as plain values
+TEXTS = ('torch.torch_version.TorchVersion', 'torchvision.transforms.functional.InterpolationMode',
          'torchvision.transforms.transforms.InterpolationMode')
 NUMBERS = ('PIL.Image.Resampling', 'signal.Signals')
 
 
 def as_list(items: Iterable = (), maxlen: Optional[int] = None) -> list:
-    """What a deque becomes."""
+    """Read a deque as a list."""
     return list(items)
 
 
 def as_dict(factory: Optional[type] = None, items: Iterable = ()) -> dict:
-    """What a defaultdict becomes."""
+    """Read a defaultdict as a dict."""
     return dict(items)
 
 
 def safe_globals() -> List[Tuple[object, str]]:
-    """Objects that a file may ask for, by the names that it may ask for them with."""
+    """Return the allowed objects, each with the name that it has in files."""
     named = [(kind, f'{kind.__module__}.{kind.__qualname__}') for kind in PLAIN]
     named += [(getattr(builtins, name), f'builtins.{name}') for name in FACTORIES]
     named += [(as_list, 'collections.deque'), (as_dict, 'collections.defaultdict')]
     named += [(collections.OrderedDict, name) for name in SETTINGS]
-    named += [(str, name) for name in WORDS] + [(int, name) for name in NUMBERS]
-    # A path of another system can't be made on this one. Python 3.13 calls the module otherwise.
-    for module in ('pathlib', 'pathlib._local'):
-        for flavour, pure in (('Posix', pathlib.PurePosixPath), ('Windows', pathlib.PureWindowsPath)):
-            own = getattr(pathlib, f'{flavour}Path')
-            here = isinstance(pathlib.Path(), own)
-            named += [(own if here else pure, f'{module}.{flavour}Path'), (pure, f'{module}.Pure{flavour}Path')]
-        named += [(pathlib.Path, f'{module}.Path'), (pathlib.PurePath, f'{module}.PurePath')]
+    named += [(str, name) for name in TEXTS] + [(int, name) for name in NUMBERS]
+    # Paths of Windows can't be made on other systems, only their pure counterparts.
+    kinds = {name: getattr(pathlib, name) for name in ('Path', 'PosixPath', 'PurePath', 'PurePosixPath')}
+    kinds |= dict.fromkeys(('WindowsPath', 'PureWindowsPath'), pathlib.PureWindowsPath)
+    for module in ('pathlib', 'pathlib._local'):  # Python 3.13 renames the module
+        named += [(kind, f'{module}.{name}') for name, kind in kinds.items()]
     return named + numpys()
 
 
 def numpys() -> List[Tuple[object, str]]:
-    """Scalars and arrays, as NumPy 1 and 2 call what makes them, whichever is installed."""
+    """Return NumPy's scalars, arrays and their constructors, with their names in NumPy 1 and 2."""
     scalar = np.float64(0).__reduce__()[0]
     reconstruct = np.zeros(0).__reduce__()[0]
     frombuffer = np.zeros(1).__reduce_ex__(5)[0]

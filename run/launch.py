@@ -1,6 +1,6 @@
-"""Rank of this process, world size and address of rank 0, from the environment variables that a launcher sets.
+"""Rank of this process, world size and address of rank 0, from a launcher's environment variables.
 
-torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. srun and mpirun have variables of their own.
+torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; srun and mpirun set other variables.
 """
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ from typing import Optional, Tuple
 from utils import InputError
 
 PORTS = range(15000, 32000)  # below the range of systems for outgoing connections
-JOB_IDS = ('SLURM_JOB_ID', 'PBS_JOBID', 'LSB_JOBID')  # of two jobs that may share a host
+JOB_IDS = ('SLURM_JOB_ID', 'PBS_JOBID', 'LSB_JOBID')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,7 @@ class Launch:
     Args:
         launcher: name of the launcher, for messages.
         local_rank: rank among the processes of this host.
-        address: host of rank 0; '': not needed.
-        port: port on that host; 0: not needed.
+        address, port: host of rank 0, and a port there; '' and 0: not needed.
     """
     launcher: str
     rank: int
@@ -56,10 +55,9 @@ class Variables:
 LAUNCHERS = (
     Variables('Open MPI', *(f'OMPI_COMM_WORLD_{name}' for name in ('RANK', 'SIZE', 'LOCAL_RANK', 'LOCAL_SIZE')),
               start_ids=('PMIX_NAMESPACE', 'OMPI_MCA_ess_base_jobid')),
-    Variables('mpirun', 'PMI_RANK', 'PMI_SIZE', 'MPI_LOCALRANKID', 'MPI_LOCALNRANKS'),  # MPICH, Intel MPI
-    Variables('srun', 'SLURM_PROCID', 'SLURM_STEP_NUM_TASKS', 'SLURM_LOCALID',
-              start_ids=('SLURM_JOB_ID', 'SLURM_STEP_ID')),
-)
+    Variables('mpirun', 'PMI_RANK', 'PMI_SIZE', 'MPI_LOCALRANKID', 'MPI_LOCALNRANKS',  # MPICH, Intel MPI
+              start_ids=('PMI_JOBID',)),
+    Variables('srun', 'SLURM_PROCID', 'SLURM_STEP_NUM_TASKS', 'SLURM_LOCALID', '', ('SLURM_JOB_ID', 'SLURM_STEP_ID')))
 
 
 def find_launcher() -> Optional[Variables]:
@@ -74,24 +72,19 @@ def in_slurm_step() -> bool:
     """Return whether srun started this process, or a script that contains this process.
 
     SLURM sets the same variables for single processes: a batch script that requests several tasks, a shell of `salloc`
-    or `srun --pty`, and a job submitted from one of these.
+    or `srun --pty`, and a job submitted from one of these. In such a shell, processes of srun have no terminal.
     """
     sizes = set(environment_values(('SLURM_NTASKS', 'SLURM_STEP_NUM_TASKS')))
-    return 'SLURM_STEP_ID' in os.environ and len(sizes) == 1 and not in_slurm_shell()
-
-
-def in_slurm_shell() -> bool:
-    """Return whether this process runs in a shell of `srun --pty`; processes of a further srun have no terminal."""
-    return 'SLURM_PTY_PORT' in os.environ and has_terminal()
+    in_shell = 'SLURM_PTY_PORT' in os.environ and has_terminal()
+    return 'SLURM_STEP_ID' in os.environ and len(sizes) == 1 and not in_shell
 
 
 def has_terminal() -> bool:
     """Return whether the process has a controlling terminal, even if its output is redirected."""
-    try:
+    with contextlib.suppress(OSError):
         os.close(os.open('/dev/tty', os.O_RDWR))
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 def find_launch(*, world_size: int, dist_url: str) -> Optional[Launch]:
@@ -99,7 +92,7 @@ def find_launch(*, world_size: int, dist_url: str) -> Optional[Launch]:
 
     Args:
         world_size: number of processes, if the environment does not contain the number.
-        dist_url: meeting point of the processes; `env://`: MASTER_ADDR and MASTER_PORT, or the host of rank 0.
+        dist_url: rendezvous address; `env://`: MASTER_ADDR and MASTER_PORT, or the host of rank 0.
 
     Raises:
         InputError: a variable is missing or invalid.
@@ -110,24 +103,26 @@ def find_launch(*, world_size: int, dist_url: str) -> Optional[Launch]:
         return from_torch_variables(world_size, dist_url)
     if world_size not in (1, size):
         raise InputError(f'--world-size {world_size}: {variables.launcher} has started {size} processes')
-    address = '' if dist_url != 'env://' else os.environ.get('MASTER_ADDR') or first_host(variables, size)
-    if not address and dist_url == 'env://':
-        raise InputError(f'{variables.launcher} has started {size} processes on several hosts: set MASTER_ADDR to the '
-                         f'first host for all of them, or start them with torchrun')
-    port = integer_from_environment('MASTER_PORT', low=1, high=65535, default=choose_port(variables)) if address else 0
+    address, port = '', 0
+    if dist_url == 'env://':
+        address = os.environ.get('MASTER_ADDR') or first_host(variables, size)
+        if not address:
+            raise InputError(f'{variables.launcher} has started {size} processes on several hosts: set MASTER_ADDR to '
+                             f'the first host for all processes, or start the processes with torchrun')
+        port = integer_from_environment('MASTER_PORT', low=1, high=65535, default=choose_port(variables))
     return Launch(variables.launcher, integer_from_environment(variables.rank, high=size - 1), size,
                   integer_from_environment('LOCAL_RANK' if 'LOCAL_RANK' in os.environ else variables.local_rank),
                   address, port)
 
 
 def from_torch_variables(world_size: int, dist_url: str) -> Optional[Launch]:
-    """Return the place of this process by torchrun's variables; None if neither they nor --world-size are set."""
+    """Return the place of this process by torchrun's variables; None without these variables and --world-size."""
     by_environment = dist_url == 'env://'
-    required = ['RANK'] + ['WORLD_SIZE'] * (world_size == 1) + ['MASTER_ADDR', 'MASTER_PORT'] * by_environment
     given = [name for name in ('RANK', 'WORLD_SIZE') if name in os.environ]
-    missing = [name for name in required if name not in os.environ]
     if not given and world_size == 1:
         return None
+    required = ['RANK'] + ['WORLD_SIZE'] * (world_size == 1) + ['MASTER_ADDR', 'MASTER_PORT'] * by_environment
+    missing = [name for name in required if name not in os.environ]
     if missing:
         raise InputError(f'{", ".join(given) or f"--world-size {world_size}"} is set, but {", ".join(missing)} is not: '
                          f'start the processes with torchrun, or set all of these variables')
@@ -146,17 +141,13 @@ def environment_rank() -> int:
 
 
 def is_watched_with_rank_0() -> bool:
-    """Return whether the torchrun that started this process also started rank 0.
-
-    Such a torchrun exits with the exit code of rank 0 if rank 0 fails, and reports each failed process in seven lines.
-    """
+    """Return whether this process's torchrun also started rank 0; it exits with the code of rank 0 if rank 0 fails."""
     return 'TORCHELASTIC_RUN_ID' in os.environ and os.environ.get('GROUP_RANK') == '0'
 
 
 def report_to_torchrun(reason: str):
-    """Store the reason of a failure where torchrun reads it for its report of failed processes."""
-    path = os.environ.get('TORCHELASTIC_ERROR_FILE')
-    if path:
+    """Store the reason of a failure in the file that torchrun reads for its report of failed processes."""
+    if path := os.environ.get('TORCHELASTIC_ERROR_FILE'):
         message = {'message': reason, 'extraInfo': {'timestamp': str(int(time.time()))}}
         with contextlib.suppress(OSError):  # stderr has the reason, too
             Path(path).write_text(json.dumps({'message': message}))
@@ -165,23 +156,18 @@ def report_to_torchrun(reason: str):
 def first_host(variables: Variables, size: int) -> str:
     """Return the host of rank 0; '' if unknown."""
     if variables.launcher == 'srun':
-        nodes, = environment_values(('SLURM_STEP_NODELIST', 'SLURM_JOB_NODELIST', 'SLURM_NODELIST'))[:1] or ['']
-        count, = environment_values(('SLURM_STEP_NUM_NODES', 'SLURM_NNODES'))[:1] or ['1']
-        return first_node(nodes) if count != '1' or has_several_nodes(nodes) else '127.0.0.1'
-    if os.environ.get(variables.local_size) == str(size):
-        return '127.0.0.1'
-    return first_node(os.environ.get('SLURM_JOB_NODELIST', ''))
-
-
-def has_several_nodes(nodes: str) -> bool:
-    """Return whether a node list of SLURM names more than one node."""
-    return bool(re.search(r',|\d-\d+[^[\]]*\]', nodes))
+        nodes = [*environment_values(('SLURM_STEP_NODELIST', 'SLURM_JOB_NODELIST', 'SLURM_NODELIST')), ''][0]
+        count = [*environment_values(('SLURM_STEP_NUM_NODES', 'SLURM_NNODES')), '1'][0]
+        is_one_host = count == '1' and not re.search(r',|\d-\d+[^[\]]*\]', nodes)  # no list, no range like [1-2]
+    else:
+        nodes = os.environ.get('SLURM_JOB_NODELIST', '')
+        is_one_host = os.environ.get(variables.local_size) == str(size)
+    return '127.0.0.1' if is_one_host else first_node(nodes)
 
 
 def first_node(nodes: str) -> str:
     """Return the first name of a node list of SLURM, e.g. node01 of `node[01-03,07],other`."""
-    first = re.match(r'(?:[^,\[]|\[[^\]]*\])*', nodes)[0]
-    return re.sub(r'\[(\d+)[^\]]*\]', r'\1', first)
+    return re.sub(r'\[(\d+)[^\]]*\]', r'\1', re.match(r'(?:[^,\[]|\[[^\]]*\])*', nodes)[0])
 
 
 def choose_port(variables: Variables) -> int:

@@ -1,22 +1,23 @@
-"""What a run writes for its readers: log.txt, TensorBoard files, and the versions that its numbers depend on."""
+"""Files of a run for its readers: log.txt, TensorBoard, results with their flags and versions."""
 import json
 import math
 import platform
 import subprocess
 import threading
 from pathlib import Path
+from typing import Dict, Tuple
 
 import numpy as np
 import timm
 import torch
 import torchvision
 
-from run.processes import notice
-from utils import first_line, sync_to_disk, write_text, writing
+from run.output import log
+from utils import first_line, sync_to_disk, write_json, write_text, writing
 
 
 def environment() -> dict:
-    """Versions and git revision that a run's numbers depend on."""
+    """Return the versions and the git revision that a run's numbers depend on."""
     try:
         git = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=40'], capture_output=True, text=True,
                              cwd=Path(__file__).parent.parent).stdout.strip()
@@ -26,19 +27,39 @@ def environment() -> dict:
             'timm': timm.__version__, 'numpy': np.__version__, 'git': git or 'unknown'}
 
 
-class TensorBoard:
-    """Files for TensorBoard. A run goes on without them where TensorBoard is missing, broken, or can't write.
+def log_values(values: dict):
+    log(', '.join(f'{name} {value}' for name, value in values.items()))
+
+
+def write_result(path: Path, values: dict, flags: dict):
+    """Write values as JSON, with the flags and the environment that they depend on; make the folder if needed."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**values, 'args': flags, 'environment': environment()})
+
+
+def table_row(stats: dict, columns: Dict[str, Tuple[str, str]]) -> dict:
+    """Return the metrics of a round as a row: texts by column, '-' for a missing metric.
 
     Args:
-        folder: for the files.
-        start: what is there from this step on comes from work that was lost.
+        columns: key of a metric and its format, by the name of the column.
+    """
+    return {column: format(stats[key], spec) if key in stats else '-' for column, (key, spec) in columns.items()}
+
+
+class TensorBoard:
+    """Files for TensorBoard in a folder; a run continues if TensorBoard is missing, broken, or can't write.
+
+    Args:
+        start: first step of this process; the steps from `start` on in older files come from lost work and are hidden.
     """
 
     def __init__(self, folder: Path, *, start: int):
         self.folder, self.writer = folder, None
         try:
-            from torch.utils.tensorboard import SummaryWriter  # slow, and only runs with a directory need it
-            self.quiet_own_thread()
+            from torch.utils.tensorboard import SummaryWriter  # slow, and only runs with a folder need TensorBoard
+            if threading.excepthook is not TensorBoard.excepthook:
+                TensorBoard.previous_excepthook, threading.excepthook = threading.excepthook, TensorBoard.excepthook
             self.writer = SummaryWriter(folder, purge_step=start)
         except Exception as error:  # an installation can be broken in any way
             self.give_up(error)
@@ -55,40 +76,35 @@ class TensorBoard:
     def give_up(self, error: Exception):
         self.writer = None
         reason = getattr(error, 'strerror', None) or first_line(error)
-        notice(f'{self.folder}: there will be no more files for TensorBoard ({reason}); the run goes on')
-
-    @classmethod
-    def quiet_own_thread(cls):
-        """Have no traceback printed of an error in TensorBoard's thread: its methods raise it again."""
-        if threading.excepthook is not cls.excepthook:
-            cls.others_excepthook, threading.excepthook = threading.excepthook, cls.excepthook
+        log(f'{self.folder}: no more files for TensorBoard ({reason}); the run continues')
 
     @staticmethod
     def excepthook(args):
+        """Print no traceback of an error in TensorBoard's thread: TensorBoard's methods raise the error again."""
         if not type(args.thread).__module__.startswith('tensorboard.'):
-            TensorBoard.others_excepthook(args)
+            TensorBoard.previous_excepthook(args)
 
 
 class EpochLog:
-    """`log.txt` (one JSON line an epoch) and TensorBoard files in a run's directory, on the main process.
+    """`log.txt` (one JSON line per round) and TensorBoard files in a run's folder, on the main process.
 
     Args:
-        output_dir: the run's directory.
-        unit: what the run is counted in, and calls its lines by: 'epoch' or 'iteration'.
-        start: lines from this one on come from work that was lost, and are taken out.
+        unit: key of the round's number in each line: 'epoch' or 'iteration'.
+        start: first round of this process; the lines of later rounds come from lost work and are removed.
     """
 
     def __init__(self, output_dir: Path, *, unit: str, start: int):
         self.path, self.unit = output_dir / 'log.txt', unit
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if self.place(line) < start]
+            kept = [line for line in self.path.read_text().splitlines() if self.number_of(line) < start]
             write_text(self.path, ''.join(line + '\n' for line in kept))
         self.tensorboard = TensorBoard(output_dir / 'tb', start=start)
 
-    def place(self, line: str) -> float:
+    def number_of(self, line: str) -> float:
+        """Return the number of a line's round; infinity for a truncated line, or a run with another unit."""
         try:
             return json.loads(line)[self.unit]
-        except (ValueError, KeyError):  # cut short by a crash; of another kind of run
+        except (ValueError, KeyError):
             return math.inf
 
     def write(self, stats: dict):
@@ -96,7 +112,7 @@ class EpochLog:
             file.write(json.dumps(stats) + '\n')
             sync_to_disk(file)
         for name, value in stats.items():
-            if name not in (self.unit, 'n_parameters'):
+            if isinstance(value, float):  # counts are constant, or the horizontal axis
                 group, _, rest = name.partition('_')
                 self.tensorboard.do('add_scalar', f'{group}/{rest}' if rest else name, value, stats[self.unit])
         self.tensorboard.do('flush')

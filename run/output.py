@@ -1,22 +1,54 @@
-"""Streams whose reader may leave before a program ends, as `head` does."""
+"""Output of the main process: log lines, progress bars, and pipes whose reader ends early, as `head` does."""
 import os
 import select
+import sys
+from typing import Callable, Optional
 
-BROKEN_PIPE = 128 + 13  # exit code of a program that SIGPIPE would have ended
+from run.processes import is_main_process
+
+BROKEN_PIPE = 128 + 13  # exit code after SIGPIPE
+
+
+class Output:
+    """Standard output; `on_broken_pipe` is called if no process reads the output (None: raise BrokenPipeError)."""
+    on_broken_pipe: Optional[Callable[[], None]] = None
+
+
+def log(*words):
+    """Print a line on the main process."""
+    if not is_main_process():
+        return
+    try:
+        print(*words, flush=True)
+    except BrokenPipeError:
+        if Output.on_broken_pipe is None or not has_no_reader(sys.stdout):
+            raise
+        discard(sys.stdout)
+        Output.on_broken_pipe()
+
+
+def shows_bar() -> bool:
+    """Return True if progress is shown as a bar: on a terminal with columns."""
+    if not is_main_process() or not sys.stderr.isatty():
+        return False
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):  # a stream that is not a file
+        return False
 
 
 def has_no_reader(stream) -> bool:
-    """Whether a stream goes to a pipe that nobody will read any more."""
+    """Return True if a stream is a pipe without a reader."""
     try:
         poll = select.poll()
         poll.register(stream.fileno(), 0)
         return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
-    except (AttributeError, OSError, ValueError):  # Windows; no file
+    except (OSError, ValueError):  # not a file
         return False
 
 
 def discard(stream):
-    """Send what a stream still holds, and gets from now on, nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+    """Send the buffer of a stream, and all later output, to the null device."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)

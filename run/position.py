@@ -1,45 +1,43 @@
-"""Where a training is: counted in epochs, or in iterations with an evaluation every so many.
+"""Position of a run, in rounds: epochs, or iterations between two evaluations.
 
-Both consist of rounds: an epoch, or the iterations from one evaluation to the next. After each the training is
-evaluated, logged and stored; within one it can be interrupted, and goes on there.
+After each round the model is evaluated, and the run is logged and stored. A run that is interrupted within a round
+resumes within this round.
 """
-from typing import Iterator
 
 
 class Epochs:
-    """Counts epochs, and batches within one.
-
-    Args:
-        total: of the whole training.
-        first: the epoch to begin with.
+    """Position in a run of `total` rounds, each an epoch.
 
     Attributes:
-        done: the last finished epoch; -1: none.
-        step: batches done of the next one.
+        done: last finished round; -1: none.
+        step: batches done of the next round.
     """
     unit = 'epoch'
-    flag = 'epochs'
-    required = ('epoch',)  # what a checkpoint to go on from must say
-    fixed = ()  # flags that may not change
+    required = ('epoch',)  # keys that a checkpoint must have to be resumed
+    fixed = ()  # flags that may not change on resume
 
     def __init__(self, total: int, *, first: int = 0):
         self.total, self.done, self.step = total, first - 1, 0
 
-    def rounds_left(self) -> Iterator[int]:
-        return iter(range(self.done + 1, self.total))
+    def remaining_rounds(self) -> range:
+        return range(self.done + 1, self.total)
 
     def finish(self, epoch: int):
         self.done, self.step = epoch, 0
 
     def updates_before(self, epoch: int) -> None:
-        """Steps of the optimizer before an epoch; None: as many as all before it have, all being alike."""
+        """Return None: all epochs have equally many optimizer steps."""
+
+    def updates_done(self, *, per_round: int, accum_iter: int) -> int:
+        """Return the number of finished optimizer steps, of which an epoch has `per_round`."""
+        return (self.done + 1) * per_round - (-self.step // accum_iter)
 
     def count(self) -> int:
-        """What the log calls the last finished round."""
+        """Return the number of the last finished round in the log."""
         return self.done
 
     def first_to_log(self) -> int:
-        """What the log calls the next round; later lines come from work that was lost."""
+        """Return the number of the next round in the log; lines from this number on come from lost work."""
         return self.done + 1
 
     def name(self, epoch: int) -> str:
@@ -55,37 +53,29 @@ class Epochs:
         self.done, self.step = state['epoch'], state.get('step', 0)
 
 
-class Iterations:
-    """Counts iterations, each a step of the optimizer; in rounds of `every`, the last of which may be shorter.
+class Iterations(Epochs):
+    """Position in a run of rounds with `every` iterations (optimizer steps), perhaps fewer in the last round.
 
     Args:
-        args: the flags of run.flags.add_iteration_flags and add_batch_flags.
-
-    Attributes:
-        done: the last finished round; -1: none.
-        step: batches done of the next one.
+        iterations: iterations of the whole run.
+        accum_iter: batches per iteration.
     """
     unit = 'iteration'
-    flag = 'iterations'
     required = ('iteration', 'rounds')
     fixed = ('every',)
 
-    def __init__(self, args):
-        self.iterations, self.every, self.accum_iter = args.iterations, args.every, args.accum_iter
-        self.total = -(-self.iterations // self.every)  # rounds
-        self.done, self.step = -1, 0
-
-    def rounds_left(self) -> Iterator[int]:
-        return iter(range(self.done + 1, self.total))
-
-    def finish(self, number: int):
-        self.done, self.step = number, 0
+    def __init__(self, iterations: int, *, every: int, accum_iter: int = 1):
+        super().__init__(-(-iterations // every))  # rounds
+        self.iterations, self.every, self.accum_iter = iterations, every, accum_iter
 
     def updates_before(self, number: int) -> int:
         return number * self.every
 
+    def updates_done(self, *, per_round: int, accum_iter: int) -> int:
+        return self.count()
+
     def count(self) -> int:
-        """Iterations that are done."""
+        """Return the number of finished iterations."""
         return min((self.done + 1) * self.every + self.step // self.accum_iter, self.iterations)
 
     def first_to_log(self) -> int:
@@ -98,14 +88,14 @@ class Iterations:
         return f'iteration {self.count()}'
 
     def state_dict(self) -> dict:
-        # Their number alone does not say whether a round whose steps are all done was evaluated, too.
+        # The number of iterations does not show whether the last complete round was evaluated.
         return {'iteration': self.count(), 'rounds': self.done + 1}
 
     def load_state_dict(self, state: dict):
         rounds, iteration = state['rounds'], state['iteration']
-        left = iteration - rounds * self.every
+        remainder = iteration - rounds * self.every
         if iteration >= self.iterations and rounds >= self.total:
-            rounds, left = self.total, 0
-        elif left < 0:  # the last round was shorter, and --iterations is larger now
-            rounds, left = divmod(iteration, self.every)
-        self.done, self.step = rounds - 1, left * self.accum_iter
+            rounds, remainder = self.total, 0
+        elif remainder < 0:  # the last round was shorter, and --iterations is larger now
+            rounds, remainder = divmod(iteration, self.every)
+        self.done, self.step = rounds - 1, remainder * self.accum_iter

@@ -1,53 +1,49 @@
-"""How far a loop is, and its batches on the device."""
+"""Progress of a loop, its batches on the device, and the table of rounds."""
 import datetime
 import math
+import resource
 import sys
 import time
-from typing import Callable, Iterable, Iterator, Optional
 
 import torch
 from tqdm import tqdm
 
-from run.processes import get_world_size, max_over_processes, notice, shows_bar
+from run.output import log, shows_bar
+from run.processes import get_world_size
 
 
 class Progress:
-    """Iterate over a loader and show how far it is: a tqdm bar on a terminal, a line now and then elsewhere.
+    """Iteration over a loader with its progress: a tqdm bar on a terminal, otherwise a line every 20 seconds.
 
     Args:
         loader: yields batches of tensors, nested in any way; has a length.
-        header: what is running.
-        device: for peak memory.
+        device: device whose peak memory is shown.
         first_step: steps that an earlier process did.
-
-    After the loop, `stats()` gives images a second, data time and peak memory.
     """
     INTERVAL_S = 20.  # between two lines
-    last_line = -math.inf  # when any of them printed one; the first step of a program does
+    last_line = -math.inf  # time of the last line of any loop; -inf: the first step of a program prints a line
 
     def __init__(self, loader, header: str, device: torch.device, *, first_step: int = 0):
         self.loader, self.header, self.device = loader, header, device
         self.first_step, self.steps = first_step, first_step + len(loader)
-        self.values = {}
-        self.images = 0
-        self.data_time = 0.
+        self.values, self.images, self.data_time = {}, 0, 0.
 
     def __iter__(self):
         if self.device.type == 'cuda':
             torch.cuda.reset_peak_memory_stats(self.device)
         bar = tqdm(total=self.steps, initial=self.first_step, desc=self.header, leave=False, disable=not shows_bar())
-        self.start = asked = time.perf_counter()
+        self.start = requested = time.perf_counter()
         with bar:
             for step, batch in enumerate(self.loader, start=self.first_step + 1):
-                self.data_time += time.perf_counter() - asked
+                self.data_time += time.perf_counter() - requested
                 yield batch
                 self.images += count_images(batch) * get_world_size()
                 bar.set_postfix(self.values, refresh=False)
                 bar.update()
-                asked = time.perf_counter()
-                if not shows_bar() and asked - Progress.last_line >= self.INTERVAL_S:
-                    Progress.last_line = asked
-                    notice(self.line(step))
+                requested = time.perf_counter()
+                if not shows_bar() and requested - Progress.last_line >= self.INTERVAL_S:
+                    Progress.last_line = requested
+                    log(self.line(step))
         self.seconds = time.perf_counter() - self.start
 
     def line(self, step: int) -> str:
@@ -59,53 +55,28 @@ class Progress:
                 f'max mem {peak_memory(self.device):.0f} MB')
 
     def stats(self) -> dict:
+        """Return images per second, seconds of waiting for a batch and peak memory, after the loop."""
         return {'images_per_s': self.images / max(self.seconds, 1e-9),
                 'data_s': self.data_time / max(len(self.loader), 1), 'memory_mb': peak_memory(self.device)}
 
 
-def with_stops(batches: Iterable, loader, after_batch: Optional[Callable[[], None]]) -> Iterator:
-    """The batches of an evaluation, with a call of `after_batch` after each, equally often on all processes.
-
-    Args:
-        batches: those of `loader`, of loaders.batches.
-        after_batch: None: nothing; nothing either where the processes can't know how often it would be.
-    """
-    called = after_batch is not None and loader.counts_batches
-    most = max_over_processes(len(loader))
-    for batch in batches:
-        yield batch
-        if called:
-            after_batch()
-    for _ in range(most - len(loader) if called else 0):
-        after_batch()
-
-
 class Table:
-    """Lines with columns under a header, printed one by one; a column is as wide as its name, or `WIDTH`."""
-    WIDTH = 8
-    EVERY = 40  # lines between two headers
-
+    """Table that is printed row by row, with a header every 40 rows; a column is as wide as its name, at least 8."""
     def __init__(self):
-        self.names, self.lines = None, 0
+        self.columns, self.rows = None, 0
 
     def add(self, row: dict):
-        """Print a line of texts, by the names of their columns."""
-        widths = [max(len(name), self.WIDTH) for name in row]
-        if [*row] != self.names or self.lines % self.EVERY == 0:
-            self.names, self.lines = [*row], 0
-            notice('  '.join(f'{name:>{width}}' for name, width in zip(row, widths)))
-        self.lines += 1
-        notice('  '.join(f'{text:>{width}}' for text, width in zip(row.values(), widths)))
+        """Print a row: texts by column."""
+        widths = [max(len(column), 8) for column in row]
+        if [*row] != self.columns or self.rows % 40 == 0:
+            self.columns, self.rows = [*row], 0
+            log('  '.join(f'{column:>{width}}' for column, width in zip(row, widths)))
+        self.rows += 1
+        log('  '.join(f'{text:>{width}}' for text, width in zip(row.values(), widths)))
 
 
 class DevicePrefetch:
-    """Iterate over a loader's batches on a device; to a GPU each is copied while the one before is worked on.
-
-    Args:
-        loader: yields tensors in lists, tuples and dicts, nested in any way, and anything else beside them; in pinned
-            memory for the copy to be asynchronous.
-        device: where they go.
-    """
+    """Iteration over a loader's batches on a device; a GPU gets each batch, if pinned, during work on another batch."""
 
     def __init__(self, loader, device: torch.device):
         self.loader, self.device = loader, device
@@ -116,35 +87,30 @@ class DevicePrefetch:
     def __iter__(self):
         if self.device.type != 'cuda':
             for batch in self.loader:
-                yield map_tensors(batch, lambda tensor: tensor.to(self.device))
+                yield map_leaves(batch, torch.Tensor, lambda tensor: tensor.to(self.device))
             return
         stream = torch.cuda.Stream(self.device)
-        ahead = None
+        prefetched = None
         for batch in self.loader:
             with torch.cuda.stream(stream):
-                copied = map_tensors(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
-                done = stream.record_event()
-            if ahead is not None:
-                yield self.take(*ahead)
-            ahead = copied, done
-        if ahead is not None:
-            yield self.take(*ahead)
+                copied = map_leaves(batch, torch.Tensor, lambda tensor: tensor.to(self.device, non_blocking=True))
+                event = stream.record_event()
+            if prefetched is not None:
+                yield self.release(*prefetched)
+            prefetched = copied, event
+        if prefetched is not None:
+            yield self.release(*prefetched)
 
-    def take(self, batch, done: 'torch.cuda.Event'):
-        """Let the work that comes now wait for the copy, and the memory be kept until that work is done."""
-        now = torch.cuda.current_stream(self.device)
-        now.wait_event(done)
-        map_tensors(batch, lambda tensor: tensor.record_stream(now))
+    def release(self, batch, event: 'torch.cuda.Event'):
+        """Make later work wait for the copy, and keep the memory until this work is done."""
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(event)
+        map_leaves(batch, torch.Tensor, lambda tensor: tensor.record_stream(stream))
         return batch
 
 
-def map_tensors(batch, change):
-    """The same lists, tuples and dicts with `change` applied to each tensor in them."""
-    return map_leaves(batch, torch.Tensor, change)
-
-
 def map_leaves(batch, kind: type, change):
-    """The same lists, tuples and dicts with `change` applied to each object of a kind in them."""
+    """Apply `change` to each object of a kind in nested lists, tuples and dicts."""
     if isinstance(batch, kind):
         return change(batch)
     if isinstance(batch, dict):
@@ -157,27 +123,21 @@ def map_leaves(batch, kind: type, change):
 
 
 def count_images(batch) -> int:
-    """How many images a batch has.
-
-    As many as the first tensor in it has rows; one for each dict of a list, and for each (3, img_h, img_w).
-    """
+    """Return the length of a batch's first tensor, or of a list of dicts or tensors (3, img_h, img_w): its images."""
     if isinstance(batch, torch.Tensor):
         return len(batch)
     if isinstance(batch, dict):
         return next(filter(None, map(count_images, batch.values())), 0)
     if isinstance(batch, (list, tuple)) and len(batch):
-        one_each = isinstance(batch[0], dict) or (isinstance(batch[0], torch.Tensor) and batch[0].ndim == 3)
-        return len(batch) if one_each else count_images(batch[0])
+        is_per_image = isinstance(batch[0], dict) or (isinstance(batch[0], torch.Tensor) and batch[0].ndim == 3)
+        return len(batch) if is_per_image else count_images(batch[0])
     return 0
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak memory in MB (2**20 bytes): of the tensors on a GPU, else of the whole process."""
+    """Return the peak memory in MB (2**20 bytes): of the tensors on a GPU, else of the whole process."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
     if device.type == 'mps':
         return torch.mps.driver_allocated_memory() / 2 ** 20
-    if sys.platform == 'win32':
-        return 0.  # not told there
-    import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == 'darwin' else 2 ** 10)

@@ -1,4 +1,4 @@
-"""Which checkpoint --resume means, and whether it can be read."""
+"""Choice and reading of the checkpoint for --resume."""
 import contextlib
 import os
 from pathlib import Path
@@ -6,55 +6,62 @@ from typing import Optional, Tuple
 
 from run import checkpoints
 from run.folder import CHECKPOINT, DAMAGED, PREVIOUS
-from run.processes import max_over_processes, notice, on_main_process
+from run.output import log
+from run.processes import is_main_process, max_over_processes, on_main_process
 from utils import InputError
 
 NOT_SHARED = '--output-dir must be on a file system that all nodes share'
 
 
-def load_for_resume(args) -> Tuple[Optional[dict], str]:
-    """The checkpoint that --resume means (None: a fresh start), and what to call it in messages.
+def load_for_resume(resume: str, output_dir: str, *, keeps_damaged: bool = False) -> Tuple[Optional[dict], str]:
+    """Read the checkpoint that --resume names.
+
+    Args:
+        resume: path, URL, `auto` for the newest readable checkpoint in `output_dir`, or '' for none.
+        keeps_damaged: leave a damaged checkpoint in its place, for evaluation.
+
+    Returns:
+        The checkpoint (None: a fresh start), and its name for messages.
 
     Raises:
-        InputError: it can't be read; with `auto`, none that is there can be.
+        InputError: the checkpoint can't be read; with `auto`, there are checkpoints, but none can be read.
     """
-    if args.resume != 'auto':
-        checkpoint = checkpoints.load_checkpoint(args.resume, '--resume') if args.resume else None
-        return checkpoint, f'--resume {args.resume}'
-    path = on_main_process(lambda: newest_intact(args))
+    if resume != 'auto':
+        return checkpoints.load_checkpoint(resume, '--resume') if resume else None, f'--resume {resume}'
+    newest = {}  # read by the main process
+    path = on_main_process(lambda: newest_intact(output_dir, newest, keeps_damaged=keeps_damaged))
     if not path:
-        notice(f'--resume auto: no {CHECKPOINT} in {args.output_dir}, a fresh start')
+        log(f'--resume auto: no {CHECKPOINT} in {output_dir}, a fresh start')
         return None, ''
     if max_over_processes(not Path(path).exists()):
-        raise InputError(f'--resume auto: {path} is not there for all processes: {NOT_SHARED}')
-    return checkpoints.load_checkpoint(path, '--resume auto:'), f'--resume auto: {path}'
+        raise InputError(f'--resume auto: {path} does not exist for all processes: {NOT_SHARED}')
+    source = f'--resume auto: {path}'
+    return newest if is_main_process() else checkpoints.load_checkpoint(path, '--resume auto:'), source
 
 
-def newest_intact(args) -> str:
-    """The path of the newest checkpoint in --output-dir that can be read; '' if there is none at all.
+def newest_intact(output_dir: str, content: dict, *, keeps_damaged: bool) -> str:
+    """Return the path of the newest readable checkpoint in a folder, '' for none; read the checkpoint into `content`.
 
     Raises:
-        InputError: there are some, but none can be read.
+        InputError: there are checkpoints, but none can be read.
     """
-    candidates = [path for name in (CHECKPOINT, PREVIOUS) if (path := Path(args.output_dir, name)).exists()]
+    candidates = [path for name in (CHECKPOINT, PREVIOUS) if (path := Path(output_dir, name)).exists()]
     for path in candidates:
         try:
-            checkpoints.load_checkpoint(path, '--resume auto:')
+            content.update(checkpoints.load_checkpoint(path, '--resume auto:'))
         except InputError as error:
             if path == candidates[-1]:
                 raise
-            notice(f'{error}; trying the one before')
+            log(f'{error}; trying the checkpoint before')
             continue
-        # Or else the next save would put the damaged one in its place. A program that only evaluates saves none.
-        if path != candidates[0] and not getattr(args, 'eval', False):
-            with contextlib.suppress(OSError):
-                os.replace(candidates[0], Path(args.output_dir, DAMAGED))
+        if path != candidates[0] and not keeps_damaged:
+            with contextlib.suppress(OSError):  # else the next save would keep the damaged file
+                os.replace(candidates[0], Path(output_dir, DAMAGED))
         return str(path)
     return ''
 
 
-def goes_on_in_place(args) -> bool:
-    """Whether --resume continues the run that is in --output-dir."""
-    return args.resume == 'auto' or (
-        bool(args.resume) and not checkpoints.is_url(args.resume)
-        and Path(args.resume).resolve().parent == Path(args.output_dir).resolve())
+def continues_in_place(resume: str, output_dir: str) -> bool:
+    """Return True if --resume continues the run whose files are in `output_dir`."""
+    return resume == 'auto' or (
+        bool(resume) and not checkpoints.is_url(resume) and Path(resume).resolve().parent == Path(output_dir).resolve())

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted in the main process, left to it by those that load data."""
+"""Signals that stop a run: recorded in the main process, ignored by loading workers."""
 import atexit
 import contextlib
 import multiprocessing
@@ -7,25 +7,26 @@ import signal
 import threading
 from typing import Iterator
 
-from run.processes import Output, max_over_processes
+from run.output import Output
+from run.processes import max_over_processes
 
 
 class StopRequest:
-    """Notes the signals that ask a run to stop, so that it can do so between two steps.
+    """Context that records the first signal to stop a run, for a stop between two steps.
 
-    Use as a context; a second SIGINT (Ctrl-C) interrupts at once. That nobody reads the output any more (`| head`)
-    counts as SIGPIPE, which itself comes from other pipes as well.
+    A second SIGINT (Ctrl-C) interrupts at once. Output without a reader (`| head`) counts as SIGPIPE; SIGPIPE itself
+    has no handler, because other pipes cause SIGPIPE as well.
     """
-    SIGNALS = tuple(s for s in signal.Signals if s.name in ('SIGTERM', 'SIGINT', 'SIGUSR1', 'SIGUSR2'))
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self):
         self.signum = 0
 
     def __enter__(self):
         self.previous = {}
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self.previous = {signum: signal.signal(signum, self._note) for signum in self.SIGNALS}
-        Output.on_broken_pipe = lambda: self._note(signal.SIGPIPE, None)
+        if threading.current_thread() is threading.main_thread():  # other threads can't have handlers
+            self.previous = {signum: signal.signal(signum, self._record) for signum in self.SIGNALS}
+        Output.on_broken_pipe = lambda: self._record(signal.SIGPIPE, None)
         return self
 
     def __exit__(self, *_):
@@ -33,50 +34,40 @@ class StopRequest:
         for signum, handler in self.previous.items():
             signal.signal(signum, handler)
 
-    def _note(self, signum: int, _frame):
+    def _record(self, signum: int, _frame):
         if self.signum and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.signum = self.signum or signum
 
     def agreed(self) -> int:
-        """The signal that any process has got, 0 for none; all processes must ask at the same step."""
+        """Return a signal that any process received, 0 for none; all processes must call this method together."""
         return max_over_processes(self.signum)
 
 
 class WorkerSignals:
-    """For data-loading workers (`worker_init_fn`): leave signals to the main process, until that one exits.
+    """`worker_init_fn` of loading workers, which then ignore signals until the main process exits.
 
-    A cluster signals every process of a job; without its workers a run could not finish the step that it is at.
+    A cluster signals every process of a job; without its workers a run could not finish the current step.
     """
 
     def __init__(self):
         self.exiting = multiprocessing.Value('b', False, lock=False)  # shared with the workers
-        atexit.register(self._allow_termination)  # runs before multiprocessing's own, which terminates and joins them
-
-    def _allow_termination(self):
-        self.exiting.value = True
-
-    def _terminate(self, _signum: int, _frame):
-        if self.exiting.value:
-            os._exit(0)
+        # called before multiprocessing's own function, which terminates and joins the workers
+        atexit.register(lambda: setattr(self.exiting, 'value', True))
 
     def __call__(self, _worker_id: int):
         for signum in StopRequest.SIGNALS:
             signal.signal(signum, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, self._terminate)
-        if hasattr(signal, 'pthread_sigmask'):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, StopRequest.SIGNALS)
+        signal.signal(signal.SIGTERM, lambda *_: self.exiting.value and os._exit(0))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, StopRequest.SIGNALS)
 
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """A context in which signals that ask to stop have to wait; processes that are started in it inherit that.
+    """Block the signals of StopRequest within a context, also in processes that are started there.
 
-    Otherwise one that is for all processes of a job would kill a worker which has not come to ignore it.
+    Without the block, a signal to all processes of a job would kill a worker that does not ignore signals yet.
     """
-    if not hasattr(signal, 'pthread_sigmask'):  # Windows
-        yield
-        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, StopRequest.SIGNALS)
     try:
         yield

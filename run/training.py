@@ -1,16 +1,13 @@
-"""A training as it is stored: named parts, where it is, and how it goes on after whatever interrupted it.
+"""Training run with named parts and a position, which is stored and resumed after any interruption.
 
 The program keeps its loop:
 
     run = Run(args, Epochs(args.epochs), {'model': model, 'optimizer': parts.Optimizer(optimizer)})
-    with run.locked():
-        run.resume()
-        if run.is_over():
-            return
+    with run.resumed():
         with run.started(derived):
             for epoch in run.rounds(loader):
                 stats = engine.train_one_epoch(model, losses, loader, ..., **run.options(epoch, device))
-                run.finish(epoch, stats, best=..., summary=...)
+                run.finish(epoch, stats, keep=..., summary=...)
 """
 import contextlib
 import datetime
@@ -19,103 +16,101 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Iterable, Iterator, Optional, Union
+from typing import Iterable, Iterator, Optional
 
 import torch
 
 from run import checkpoints
 from run.descriptions import trained_with
-from run.flags import amp_dtype, images_per_batch, images_per_step
-from run.folder import BEST, CHECKPOINT, PREVIOUS, DirectoryLock, set_aside
-from run.logs import EpochLog, environment
-from run.position import Epochs, Iterations
-from run.processes import get_world_size, is_main_process, max_over_processes, notice, sum_over_processes, wait_for_all
-from run.progress import Table
-from run.resume import NOT_SHARED, goes_on_in_place, load_for_resume
+from run.devices import amp_dtype_of
+from run.folder import ARGS, CHECKPOINT, PREVIOUS, DirectoryLock, set_aside
+from run.logs import EpochLog, environment, log_values, write_result
+from run.output import log
+from run.position import Epochs
+from run.processes import get_world_size, is_main_process, max_over_processes, sum_over_processes, wait_for_all
+from run.progress import Table, map_leaves
+from run.resume import NOT_SHARED, continues_in_place, load_for_resume
 from run.signals import StopRequest
-from utils import InputError, Interrupted, first_line, write_json
+from utils import InputError, Interrupted, NonFiniteLoss, dashed, first_line
 
 
 class Run:
-    """A training, with everything that has to be stored for it to go on as if nothing had interrupted it.
+    """Training run; a resumed run continues as if without interruption.
 
     Args:
-        args: its flags, with those of run.flags.add_run_flags and add_checkpoint_flags, and `batch_size`.
-        position: what it is counted in.
-        parts: by name, which is its key in a checkpoint: anything with `state_dict` and `load_state_dict`, or None
-            where a training has no such part. They are loaded in this order.
-        optional: the parts that a checkpoint may lack; the others are needed to go on.
-        fixed: flags whose value may not change when a training goes on.
+        args: flags, including the flags of run.flags.add_run_flags, add_checkpoint_flags and add_batch_flags.
+        position: position in epochs or iterations.
+        parts: parts by their key in a checkpoint, in the order of loading: objects with `state_dict` and
+            `load_state_dict`, or None for a part that this run does not have.
+        optional: names of parts that a checkpoint may lack.
+        fixed: flags whose value may not change on resume.
+        files: patterns of files that only this task writes to --output-dir; a later run sets them aside.
 
     Attributes:
-        step: batches done of the round that is not finished.
-        sums: this process's totals over those batches, by name.
+        folder: --output-dir; None: nothing is written.
+        log: log of the rounds on the main process; None elsewhere, and without a folder.
+        first: first round of this process.
+        sums: sums of the current round's metrics on this process, by name.
     """
 
-    def __init__(self, args, position: Union[Epochs, Iterations], parts: dict, *, optional: tuple = (),
-                 fixed: tuple = ()):
-        self.args, self.position, self.parts, self.optional, self.fixed = args, position, parts, optional, fixed
-        if taken := parts.keys() & {*position.state_dict(), 'averages', 'batch', 'args'}:
-            raise ValueError(f'{", ".join(sorted(taken))}: a checkpoint has this key already; call the part otherwise')
-        self.sums, self.log, self.table, self.stop = {}, None, Table(), StopRequest()
+    def __init__(self, args, position: Epochs, parts: dict, *, optional: tuple = (), fixed: tuple = (),
+                 files: tuple = ()):
+        if reserved := parts.keys() & {*position.state_dict(), 'averages', 'batch', 'args'}:
+            raise ValueError(f'{", ".join(sorted(reserved))}: reserved keys of a checkpoint; rename the parts')
+        self.flags, self.position, self.parts, self.optional, self.files = vars(args), position, parts, optional, files
+        self.fixed = {name: self.flags[name] for name in (*fixed, *position.fixed)}
+        self.resume_from, self.save_every, self.stop_after = args.resume, args.save_every, args.stop_after_epochs
+        self.seed, self.accum_iter, self.amp = args.seed, args.accum_iter, args.amp
+        self.images_per_batch = args.batch_size * get_world_size()
         self.folder = Path(args.output_dir) if args.output_dir else None
-        self.untested = False  # whether the newest checkpoint is that of save_untested
+        self.sums, self.log, self.table, self.stop = {}, None, Table(), StopRequest()
+        self.unevaluated = False  # True if the newest checkpoint was stored before the round's evaluation
         self.writing: Optional[threading.Thread] = None
         self.error: Optional[Exception] = None
 
     @property
     def step(self) -> int:
+        """Batches done of the current round."""
         return self.position.step
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Order of things
+    @contextlib.contextmanager
+    def resumed(self) -> Iterator[set]:
+        """Lock --output-dir within a context, and load the checkpoint of --resume, if any.
 
-    def locked(self) -> DirectoryLock:
-        """A context in which no other run can write to --output-dir.
+        The lock precedes loading: with `auto`, no other run can store a newer checkpoint meanwhile.
+
+        Yields:
+            Names of the optional parts that the checkpoint lacks.
 
         Raises:
-            InputError: another one does.
+            InputError: another run writes to --output-dir, or the checkpoint can't be resumed.
         """
-        return DirectoryLock(self.folder)
-
-    def resume(self) -> set:
-        """Go on with what --resume names, if anything; under the lock, so that what is read now stays the newest.
-
-        Returns:
-            The optional parts that the checkpoint lacks.
-        """
-        checkpoint, source = load_for_resume(self.args)
-        if checkpoint is None:
-            return set()
-        lacking = self.load(checkpoint, source)
-        notice(f'{source}: goes on at {self.position}')
-        return lacking
+        with DirectoryLock(self.folder):
+            checkpoint, source = load_for_resume(self.resume_from, str(self.folder or ''))
+            missing = set() if checkpoint is None else self.load(checkpoint, source)
+            if checkpoint is not None:
+                log(f'{source}: resumes at {self.position}')
+            yield missing
 
     def is_over(self) -> bool:
-        """Whether nothing is left to do; says so."""
-        if not list(self.position.rounds_left()):
-            notice(f'--{self.position.flag} {getattr(self.args, self.position.flag)}: nothing is left to do')
-            return True
-        return False
-
-    @contextlib.contextmanager
-    def under_way(self, derived: dict) -> Iterator['Run']:
-        """A context for the loop of a program that has nothing to do between locking, resuming and starting."""
-        with self.locked():
-            self.resume()
-            with contextlib.nullcontext() if self.is_over() else self.started(derived):
-                yield self
+        """Return True, and log a line, if nothing is left to do."""
+        if self.position.remaining_rounds():
+            return False
+        name = f'{self.position.unit}s'
+        log(f'--{name} {self.flags[name]}: nothing is left to do')
+        return True
 
     @contextlib.contextmanager
     def started(self, derived: dict) -> Iterator['Run']:
-        """A context for the loop: its log is open, and a signal ends it between two steps, stored.
+        """Open the log within a context, in which a signal stores and stops the run.
 
-        Before this, nothing but the lock has been written.
-
-        Args:
-            derived: what follows from the flags and the data, for args.json.
+        No file except the lock is written earlier; a run that is over writes none at all. `derived`: values that follow
+        from flags and data, for args.json.
         """
-        self.begun, self.first = time.monotonic(), self.position.done + 1
+        if self.is_over():
+            yield self
+            return
+        self.start_time, self.first = time.monotonic(), self.position.done + 1
         self.log = self.open_log(derived)
         with self.stop:
             try:
@@ -124,227 +119,193 @@ class Run:
                 self.join()
 
     def rounds(self, loader) -> Iterator[int]:
-        """The numbers of the epochs, or rounds of iterations, that are left; each has to be finished.
-
-        Args:
-            loader: of `loaders.batches`; it is set to the position before each.
-        """
-        for number in self.position.rounds_left():
+        """Yield the numbers of the remaining rounds; set the position of the loader (of `loaders.batches`) before."""
+        for number in self.position.remaining_rounds():
             loader.set_position(number, self.step)
             yield number
 
-    def options(self, number: int, device: torch.device) -> dict:
-        """What engine.train_one_epoch has to know of the position and of the shared flags; and the part `scaler`."""
-        return dict(device=device, amp_dtype=amp_dtype(self.args, device), epoch=number, seed=self.args.seed,
-                    scaler=self.parts.get('scaler'),
-                    accum_iter=self.args.accum_iter, header=self.position.name(number),
+    def options(self, number: int, device: torch.device, scaler: Optional[torch.amp.GradScaler] = None) -> dict:
+        """Return the arguments of engine.train_one_epoch that are equal for all tasks; `scaler`: needed under fp16."""
+        return dict(device=device, amp_dtype=amp_dtype_of(self.amp, device), scaler=scaler, epoch=number,
+                    seed=self.seed, accum_iter=self.accum_iter, header=self.position.name(number),
                     first_update=self.position.updates_before(number), first_step=self.step, sums=self.sums,
                     after_update=self.after_update)
 
-    def finish(self, number: int, stats: dict, *, best: bool, summary: dict, keep: Iterable[str] = ()):
-        """A round is done and evaluated: log it, store it, and leave if that is asked for.
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Store the run before an evaluation; remove this checkpoint if the evaluation raises NonFiniteLoss.
+
+        The round is not finished yet: a run that is stopped within the context repeats the evaluation.
+        """
+        self.save(in_background=True)
+        self.unevaluated = True
+        try:
+            yield
+        except NonFiniteLoss:
+            self.join()
+            if self.folder is not None and is_main_process() and self.error is None:
+                if (self.folder / PREVIOUS).exists():
+                    os.replace(self.folder / PREVIOUS, self.folder / CHECKPOINT)
+                else:
+                    (self.folder / CHECKPOINT).unlink()
+            raise
+
+    def finish(self, number: int, stats: dict, *, summary: dict, keep: Iterable[str] = ()):
+        """Finish a round after its evaluation: log and store it; raise Interrupted after --stop-after-epochs rounds.
 
         Args:
-            stats: for the log.
-            best: whether this is the best so far, and to be kept as best_model.pth; the same on all processes.
-            summary: of the round, for the line that is printed: texts by the names of their columns.
-            keep: names of files in which this state stays, whatever comes later; the same on all processes.
-
-        Raises:
-            Interrupted: --stop-after-epochs.
+            stats: metrics for the log.
+            summary: row of the printed table: texts by column.
+            keep: names of further files for this state, e.g. of the best round; equal on all processes.
         """
         self.position.finish(number)
         self.sums = dict.fromkeys(self.sums, 0.)
         stats[self.position.unit] = self.position.count()
-        # In this order a crash between two of these lines only means that the epoch is done again.
+        # In this order, a crash between two of these lines only repeats the round.
         if self.log is not None:
             self.log.write(stats)
-        names = [*([BEST] if best else []), *keep]
-        if names and self.folder is not None:
-            checkpoints.save_checkpoint(self.state_dict(), self.folder / names[0])
-            for name in names[1:]:
-                checkpoints.copy_as(self.folder / names[0], self.folder / name)
+        files = [self.folder / name for name in keep] if self.folder is not None else []
+        if files:
+            checkpoints.save_checkpoint(self.state_dict(), files[0])
+        for file in files[1:]:
+            checkpoints.copy_file(files[0], file)
         self.save()
-        spent, done = time.monotonic() - self.begun, number + 1 - self.first
-        left = spent / done * (self.position.total - number - 1)
+        elapsed, done = time.monotonic() - self.start_time, number + 1 - self.first
+        remaining = elapsed / done * (self.position.total - number - 1)
         self.table.add({self.position.unit: str(stats[self.position.unit]), **summary,
-                        'time left': str(datetime.timedelta(seconds=int(left)))})
+                        'time left': str(datetime.timedelta(seconds=int(remaining)))})
         if number + 1 == self.position.total:
-            notice(f'Training time {datetime.timedelta(seconds=int(spent))}')
+            log(f'Training time {datetime.timedelta(seconds=int(elapsed))}')
             if self.log is not None:
                 self.log.close()
-        elif done == self.args.stop_after_epochs:
+        elif done == self.stop_after:
             wait_for_all()
             self.interrupt(signal.SIGTERM, f'--stop-after-epochs {done}')
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Storing
-
     def state_dict(self) -> dict:
-        """What a checkpoint holds; all processes must ask for it together."""
+        """Return the content of a checkpoint; all processes must call this method together."""
         totals = sum_over_processes(self.sums) if self.sums else {}
-        return {
-            **{name: None if part is None else part.state_dict() for name, part in self.parts.items()},
-            **self.position.state_dict(),
-            'averages': {k: total / max(self.step, 1) / get_world_size() for k, total in totals.items()},
-            'batch': images_per_batch(self.args),
-            'args': vars(self.args),
-        }
+        averages = {name: total / max(self.step, 1) / get_world_size() for name, total in totals.items()}
+        return {**{name: None if part is None else part.state_dict() for name, part in self.parts.items()},
+                **self.position.state_dict(), 'averages': averages, 'batch': self.images_per_batch, 'args': self.flags}
 
-    def save_untested(self):
-        """Store the training before a round that is done is evaluated, which may fail; the round is not over yet."""
-        self.save(beside=True)
-        self.untested = True
-
-    def take_back(self):
-        """Undo `save_untested`: the model has diverged, and the checkpoint before is the one to go on from."""
-        self.join()
-        if self.folder is not None and is_main_process() and self.error is None:
-            if (self.folder / PREVIOUS).exists():
-                os.replace(self.folder / PREVIOUS, self.folder / CHECKPOINT)
-            else:
-                (self.folder / CHECKPOINT).unlink()
-
-    def save(self, *, beside: bool = False):
-        """Store the training; `beside`: come back before it is written, once its state is copied to host memory."""
+    def save(self, *, in_background: bool = False):
+        """Store the run; `in_background`: return once the state is in host memory, while a thread writes the file."""
         if self.folder is None:
             return
         state = self.state_dict()
         self.wait()
-        # One that was not tested yet is of no use beside the same training after the test.
-        keep = None if self.untested else self.folder / PREVIOUS
-        self.untested = False
-        if not beside:
-            self.write(state, keep)
+        # A checkpoint of an unevaluated round is redundant once the round is evaluated.
+        keep = None if self.unevaluated else self.folder / PREVIOUS
+        self.unevaluated = False
+        if not in_background:
+            checkpoints.save_checkpoint(state, self.folder / CHECKPOINT, keep=keep)
         elif is_main_process():
-            self.writing = threading.Thread(target=self.note_error, args=(copy_to_host(state), keep))
+            host_state = map_leaves(state, torch.Tensor, lambda tensor: tensor.detach().to('cpu', copy=True))
+            self.writing = threading.Thread(target=self.write_in_background, args=(host_state, keep))
             self.writing.start()
 
-    def write(self, state: dict, keep: Optional[Path]):
-        checkpoints.save_checkpoint(state, self.folder / CHECKPOINT, keep=keep)
+    def save_weights(self, name: str, weights: dict, *, model: str):
+        """Write bare weights beside the checkpoint; a .safetensors file also contains the run's flags, and `model`."""
+        if self.folder is not None:
+            metadata = checkpoints.metadata_of({'args': {**self.flags, 'model': model}})
+            checkpoints.save_checkpoint(weights, self.folder / name, metadata=metadata)
 
-    def note_error(self, state: dict, keep: Optional[Path]):
+    def write_in_background(self, state: dict, keep: Optional[Path]):
         try:
-            self.write(state, keep)
-        except Exception as error:  # for wait() to raise where the training can be stopped
+            checkpoints.save_checkpoint(state, self.folder / CHECKPOINT, keep=keep)
+        except Exception as error:  # raised by wait(), where the run can be stopped
             self.error = error
 
     def join(self):
-        """Come back when the last checkpoint is written, or has failed."""
+        """Return when the last checkpoint is written, or has failed."""
         if self.writing is not None:
             self.writing.join()
             self.writing = None
 
     def wait(self):
-        """The same; raises what has kept it from being written."""
+        """Return when the last checkpoint is written; raise the error if it can't be written."""
         self.join()
         if self.error is not None:
             raise self.error
 
     def after_update(self, step: int, sums: dict):
-        """Between two steps of the optimizer; `step` batches of this round are done, and have these sums."""
+        """Store the run if --save-every is due after `step` batches, and stop the run after a signal."""
         self.position.step, self.sums = step, sums
-        update = -(-step // self.args.accum_iter)
-        self.look_up(save=bool(self.args.save_every) and update % self.args.save_every == 0)
+        update = -(-step // self.accum_iter)
+        self.check_signals(save=bool(self.save_every) and update % self.save_every == 0)
 
-    def look_up(self, *, save: bool = False):
-        """Store the training if asked to; stop, stored, if any process got a signal."""
+    def check_signals(self, *, save: bool = False):
+        """Store the run if `save`; store and stop the run if any process received a signal."""
         signum = self.stop.agreed()
         if save or signum:
-            self.save(beside=not signum)
+            self.save(in_background=not signum)
         if signum:
-            wait_for_all()  # a launcher may kill what is left when the first process ends
+            wait_for_all()  # a launcher may kill the other processes when the first process ends
             self.interrupt(signum, signal.Signals(signum).name)
 
     def interrupt(self, signum: int, reason: str):
-        kept = (f'stored in {self.folder}, to go on: --resume auto' if self.folder is not None else
-                'nothing is stored without --output-dir')
-        raise Interrupted(signum, f'{reason}: stopped at {self.position}; {kept}')
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Going on
+        remedy = (f'stored in {self.folder}, to resume: --resume auto' if self.folder is not None
+                  else 'nothing is stored without --output-dir')
+        raise Interrupted(signum, f'{reason}: stopped at {self.position}; {remedy}')
 
     def load(self, checkpoint: dict, source: str) -> set:
-        """Go on where `checkpoint` was stored; `source` is what to call it in messages. Returns what `resume` does.
+        """Load a checkpoint, named `source` in messages; return the names of the optional parts that it lacks.
 
         Raises:
-            InputError: it lacks something, or is of another training.
+            InputError: the checkpoint is incomplete, or does not match this run.
         """
         parts = {name: part for name, part in self.parts.items() if part is not None}
-        lacking = {name for name in parts if checkpoint.get(name) is None}
-        self.refuse_other_settings(checkpoint, source)
+        missing = {name for name in parts if checkpoint.get(name) is None}
+        self.check_settings(checkpoint, source)
         for name, part in parts.items():
-            if name not in lacking and checkpoint[name] != {}:  # a scaler that was not needed
+            if name not in missing and checkpoint[name] != {}:  # {}: a scaler that was not needed
                 try:
                     part.load_state_dict(checkpoint[name])
                 except InputError as error:
                     raise InputError(f'{source}: {error}') from None
                 except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise InputError(f'{source}: its {name} is of another training ({first_line(error)})') from None
+                    raise InputError(f'{source}: its {name} does not match this run ({first_line(error)})') from None
         needed = [name for name in (*parts, *self.position.required)
-                  if (name in lacking or name not in checkpoint) and name not in self.optional]
+                  if (name in missing or name not in checkpoint) and name not in self.optional]
         if needed:
-            raise InputError(f'{source}: has no {" and no ".join(needed)} to go on with; to start from its weights, '
+            raise InputError(f'{source}: has no {" and no ".join(needed)} to resume with; to start from its weights, '
                              f'use --pretrained')
         self.position.load_state_dict(checkpoint)
-        self.recount(checkpoint, source)
         self.sums = {k: average * self.step for k, average in checkpoint.get('averages', {}).items()}
-        self.refuse_disagreement(source)
-        return lacking
-
-    def refuse_other_settings(self, checkpoint: dict, source: str):
-        before = trained_with(checkpoint)
-        for name in (*self.fixed, *self.position.fixed):
-            now = getattr(self.args, name)
-            if before.get(name, now) != now:
-                raise InputError(f'{source}: was trained with --{name.replace("_", "-")} {before[name]}, not {now}')
-        images, now = checkpoint.get('batch', 0) * before.get('accum_iter', 1), images_per_step(self.args)
-        if images and images != now:
-            raise InputError(f'{source}: was trained with {images} images a step (--batch-size x --accum-iter x '
-                             f'processes), not {now}')
-
-    def recount(self, checkpoint: dict, source: str):
-        """Find the position within a round whose batches had another number of images."""
-        before = checkpoint.get('batch'), trained_with(checkpoint).get('accum_iter')
-        now = images_per_batch(self.args), self.args.accum_iter
-        if self.step and None not in before and before != now and isinstance(self.position, Epochs):
-            notice(f'{source}: was stored in the middle of an epoch with {before[0]} images a batch and --accum-iter '
-                   f'{before[1]}, now it is {now[0]} and {now[1]}: goes on with about the same images')
-            self.position.step = self.step * before[0] // now[0] // now[1] * now[1]
-
-    def refuse_disagreement(self, source: str):
-        """Raises InputError where the processes have read different checkpoints."""
         place = self.position.done * 2 ** 32 + self.step
         if max_over_processes(place) != -max_over_processes(-place):
-            raise InputError(f'{source}: is not the same file for all processes: {NOT_SHARED}')
+            raise InputError(f'{source}: the processes read different files: {NOT_SHARED}')
+        return missing
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Log
+    def check_settings(self, checkpoint: dict, source: str):
+        """Raise InputError if a fixed flag, or the number of images, differs from the checkpoint."""
+        before = trained_with(checkpoint)
+        for name, value in self.fixed.items():
+            if before.get(name, value) != value:
+                raise InputError(f'{source}: was trained with {dashed(name)} {before[name]}, not {value}')
+        batch, accum_iter = checkpoint.get('batch', 0), before.get('accum_iter', 1)
+        images, images_now = batch * accum_iter, self.images_per_batch * self.accum_iter
+        if images and images != images_now:
+            raise InputError(f'{source}: was trained with {images} images a step (--batch-size x --accum-iter x '
+                             f'processes), not {images_now}')
+        if batch and accum_iter != self.accum_iter and checkpoint.get('step'):
+            raise InputError(f'{source}: was stored within an epoch, with {batch} images a batch and --accum-iter '
+                             f'{accum_iter}, not {self.images_per_batch} and {self.accum_iter}; resume with these '
+                             f'values, or from the end of an epoch')
 
     def open_log(self, derived: dict) -> Optional[EpochLog]:
-        """Say what is run; prepare --output-dir."""
-        for description in (environment(), derived):
-            notice(', '.join(f'{name} {value}' for name, value in description.items()))
+        """Log versions and derived values; prepare --output-dir."""
+        log_values(environment())
+        log_values(derived)
         if self.folder is None:
             return None
-        if not goes_on_in_place(self.args):
-            set_aside(self.folder)
+        if not continues_in_place(self.resume_from, str(self.folder)):
+            set_aside(self.folder, self.files)
         if not is_main_process():
             return None
-        write_json(self.folder / 'args.json',
-                   {'args': vars(self.args), 'derived': derived, 'environment': environment()})
-        log = EpochLog(self.folder, unit=self.position.unit, start=self.position.first_to_log())
-        if self.first == 0:  # also when going on within it: the log starts anew there
-            log.tensorboard.do('add_text', 'args', '\n'.join(f'    {k}: {v}' for k, v in vars(self.args).items()))
-        return log
-
-
-def copy_to_host(state):
-    """A copy of nested dicts, lists and tuples whose tensors are in the host's memory, and change no more."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().to('cpu', copy=True)
-    if isinstance(state, dict):
-        return {key: copy_to_host(value) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(copy_to_host(value) for value in state)
-    return state
+        write_result(self.folder / ARGS, {'derived': derived, 'files': self.files}, self.flags)
+        epoch_log = EpochLog(self.folder, unit=self.position.unit, start=self.position.first_to_log())
+        if self.first == 0:  # also for a run that is resumed within its first round: the log starts again
+            epoch_log.tensorboard.do('add_text', 'args', '\n'.join(f'    {k}: {v}' for k, v in self.flags.items()))
+        return epoch_log

@@ -1,4 +1,4 @@
-"""Queries to the cluster, by the commands of SLURM."""
+"""Queries of the cluster by the commands of SLURM."""
 import re
 import subprocess
 import sys
@@ -14,11 +14,7 @@ ENDED = ('COMPLETED', 'FAILED', 'CANCELLED', 'TIMEOUT', 'NODE_FAIL', 'OUT_OF_MEM
 
 
 def query(*command: str) -> Tuple[bool, str]:
-    """Run a SLURM command.
-
-    Returns:
-        Whether the command succeeded, and its stdout (stderr if the command failed).
-    """
+    """Run a SLURM command; return whether the command succeeded, and its stdout (stderr if the command failed)."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S)
     except FileNotFoundError:
@@ -29,10 +25,8 @@ def query(*command: str) -> Tuple[bool, str]:
 
 
 def job_state(job_id: str) -> Tuple[str, str]:
-    """Return (state, reason) of a job, also for some minutes after its end; ('', '') if there is no answer.
-
-    squeue needs no accounting database, unlike sacct.
-    """
+    """Return (state, reason) of a job, also for some minutes after its end; ('', '') if there is no answer."""
+    # squeue needs no accounting database, unlike sacct
     succeeded, output = query('squeue', '--noheader', '--states=all', f'--jobs={job_id}', '--format=%T|%r')
     return tuple(output.split('|', 1)) if succeeded and output else ('', '')
 

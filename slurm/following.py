@@ -15,7 +15,7 @@ from slurm.submission import cancel_if_never_starts
 
 
 class Log:
-    """Log file of rank 0, printed as it grows."""
+    """Log file of rank 0, printed while the file grows."""
 
     def __init__(self, path: Path):
         self.path, self.file = path, None
@@ -29,10 +29,8 @@ class Log:
 
 
 def follow_slurm(job: submitit.Job) -> int:
-    """Print the log of a job on SLURM until its end, and return its exit code.
-
-    submitit.Job.wait would block for ever without sacct, which needs an accounting database.
-    """
+    """Print the log of a job on SLURM until its end, and return its exit code."""
+    # Not by submitit.Job.wait, which blocks for ever if there is no accounting database
     log, start, printed, failed_queries = Log(job.paths.stdout), time.monotonic(), None, 0
     while True:
         state, reason = cluster.job_state(job.job_id)
@@ -46,7 +44,7 @@ def follow_slurm(job: submitit.Job) -> int:
             if reason not in ('None', printed):
                 print(f'Job {job.job_id} is pending: {reason}', flush=True)
             printed = reason
-        # Fewer queries after the first minutes: a busy cluster should not serve one each second for days
+        # Fewer queries after the first minutes: a busy cluster should not serve a query each second for days
         for _ in range(min(30, 1 + int(time.monotonic() - start) // 60)):
             log.print_new_lines()
             time.sleep(1)
@@ -74,7 +72,7 @@ def follow_locally(job: submitit.Job) -> int:
         signal.signal(signal.SIGINT, handler)
     log.print_new_lines()
     succeeded = all(has_succeeded(job.task(rank)) for rank in range(job.num_tasks))
-    return report_end(job, 'COMPLETED' if succeeded else 'FAILED', 0 if succeeded else 1)
+    return report_end(job, *(('COMPLETED', 0) if succeeded else ('FAILED', 1)))
 
 
 def has_succeeded(task: submitit.Job) -> bool:
@@ -89,10 +87,9 @@ def has_succeeded(task: submitit.Job) -> bool:
 def report_end(job: submitit.Job, state: str, code: int) -> int:
     """Print the state of an ended job and the last log lines of the failed rank; return the exit code of the job."""
     print(f'Job {job.job_id}: {state}', flush=True)
-    path = failure_path(job.paths.folder, job.job_id)
     if code == 0:
         return 0
-    if path.exists():
+    if (path := failure_path(job.paths.folder, job.job_id)).exists():
         failure = json.loads(path.read_text())
         code, log = failure['code'], job.task(failure['rank']).paths.stdout
         if failure['rank'] > 0 and log.exists():

@@ -40,7 +40,7 @@ class Task:
         argv: command line of the program.
         output_dir: --output-dir of the program; %j is replaced by the id of the job.
         stop_timeout_s: time for the program to store its state after a signal.
-        resumes: whether a requeued job resumes from its newest checkpoint.
+        resumes: a requeued job resumes from its newest checkpoint.
         environment: variables to set for the program (None: to remove).
         submission: command line that submitted the job.
         restarts: number of requeues so far, for a job without a cluster.
@@ -57,6 +57,10 @@ class Task:
     def __post_init__(self):
         self.child = None
         self.stopping = False
+
+    def __setstate__(self, state: dict):
+        """Restore a pickled task; jobs that earlier versions submitted call the timeout `patience_s`."""
+        self.__dict__.update({'stop_timeout_s': state.get('patience_s'), **state})
 
     def __call__(self) -> int:
         """Run the program to its end; return 0, or exit with the exit code of the program."""
@@ -78,7 +82,7 @@ class Task:
             self.print_resume_command(job)
             self.fail(job, 128 + REQUEUE_SIGNAL)
         finally:
-            signal.signal(REQUEUE_SIGNAL, signal.SIG_IGN)  # nothing is left to stop
+            signal.signal(REQUEUE_SIGNAL, signal.SIG_IGN)  # too late to stop the program
             self.child.kill()
             self.child.wait()
 
@@ -91,7 +95,7 @@ class Task:
                 time.sleep(.1)
             if code == 0:
                 raise TrainingEnded
-            print('The run did not stop in time: it will resume from its last checkpoint' if code is None else
+            print('The run did not stop in time, and will resume from its last checkpoint' if code is None else
                   f'The run has stopped, exit code {code}', flush=True)
         return submitit.helpers.DelayedSubmission(dataclasses.replace(self, restarts=self.restarts + 1))
 
@@ -131,13 +135,12 @@ class Task:
             signal.signal(signal.SIGINT, lambda *_: sys.exit(128 + signal.SIGINT))  # submitit's last before SIGKILL
 
     def start(self, job):
-        """Start the program, and a thread that waits for its end.
-
-        Popen.wait takes a lock. A signal handler that interrupts Popen.wait and calls it again would block for ever.
-        """
+        """Start the program, and a thread that waits for its end."""
         self.child = subprocess.Popen(self.command(), env=self.child_environment(job),
                                       preexec_fn=kill_with_parent if sys.platform == 'linux' else None)
         self.ended = threading.Event()
+        # Not Popen.wait here, which takes a lock: a signal handler that interrupts Popen.wait and calls Popen.wait
+        # again would block for ever
         threading.Thread(target=lambda: (self.child.wait(), self.ended.set()), daemon=True).start()
 
     def exit_code(self) -> Optional[int]:
@@ -148,8 +151,7 @@ class Task:
     def wait(self) -> int:
         """Return the exit code of the program without delay: the first failure reported is the cause of the others."""
         while (code := self.exit_code()) is None:
-            failed = self.failure.code()
-            if failed is not None:
+            if (failed := self.failure.code()) is not None:
                 print(f'Another process of the job has failed (exit code {failed})', flush=True)
                 sys.exit(failed)
             self.ended.wait(POLL_S)
@@ -161,12 +163,11 @@ class Task:
             return 0
         stopped = code - 128 in STOP_SIGNALS
         if job.global_rank > 0 and (stopped or self.stopping):
-            # Any error of this rank follows from the stop of the others, and rank 0 decides about the requeue. Without
-            # a result file of this rank, submitit does not count the job as failed.
+            # Any error of this rank follows from the stop of the other ranks, and rank 0 decides about the requeue.
+            # submitit counts the job as failed only if this rank has a result file.
             sys.exit(0)
         if stopped and job.name() == 'slurm' and cluster.job_state(job.job_id)[0] == 'RUNNING':
-            # The job is neither cancelled nor requeued. Some clusters announce preemption by SIGTERM only: handle
-            # SIGTERM like the requested signal.
+            # Neither a cancelled nor a requeued job: some clusters announce preemption by SIGTERM only
             signal.raise_signal(REQUEUE_SIGNAL)
         name = f'python -m {self.program}' if '.' in self.program else f'{self.program}.py'
         print(f'Rank {job.global_rank}: {name} ended with exit code {code}', flush=True)
@@ -175,16 +176,11 @@ class Task:
         self.fail(job, code)
 
     def print_resume_command(self, job):
-        """Print the command that resumes the run as the last line of the log.
-
-        On SLURM the batch script prints the line from a file, because srun still writes to the log.
-        """
-        if not self.resumes:
-            return
+        """Print the command that resumes the run as the last line of the log."""
         line = f'To resume: {self.submission} --output-dir {shlex.quote(self.output_dir)} --resume auto'
-        if job.name() == 'slurm':
+        if self.resumes and job.name() == 'slurm':  # the batch script prints the file after the last output of srun
             resume_command_path(job.paths.folder, job.job_id).write_text(f'{line}\n')
-        else:
+        elif self.resumes:
             print(line, flush=True)
 
     def fail(self, job, code: int):
@@ -246,5 +242,4 @@ def has_checkpoint(output_dir: str) -> bool:
 
 def kill_with_parent():
     """Make the kernel kill this process when its parent dies, even by SIGKILL; for preexec_fn, on Linux."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG

@@ -58,14 +58,13 @@ def slurm_parameters(request: Request) -> dict:
     path = '"$SLURM_JOB_ID"'.join(map(
         shlex.quote, str(resume_command_path(JobPaths(request.job_dir).folder, '%j')).split('%j')))
     print_resume_command = f'at_end() {{ [ ! -e {path} ] || echo "$(<{path})"; }}; trap at_end EXIT'
-    # srun doesn't inherit --cpus-per-task from sbatch since SLURM 22.05
+    # Since SLURM 22.05, srun does not inherit --cpus-per-task from sbatch
     srun_args = [f'--cpus-per-task={request.cpus_per_task}', '--kill-on-bad-exit=1']
     return dict(
-        job_name=request.name, nodes=request.nodes, ntasks_per_node=request.tasks_per_node,
-        cpus_per_task=request.cpus_per_task, gpus_per_node=request.gpus_per_node or None,
-        mem=f'{round(request.mem_gb * 1024)}M' if request.mem_gb else None, time=request.timeout_min,
-        signal_delay_s=request.signal_delay_s, **request.options, wckey=None, srun_args=srun_args,
-        setup=[*request.setup, PYTHON_PATH, print_resume_command], stderr_to_stdout=True,
+        job_name=request.name, nodes=request.nodes, ntasks_per_node=request.tasks_per_node, time=request.timeout_min,
+        cpus_per_task=request.cpus_per_task, gpus_per_node=request.gpus_per_node or None, **request.options, wckey=None,
+        mem=f'{round(request.mem_gb * 1024)}M' if request.mem_gb else None, signal_delay_s=request.signal_delay_s,
+        setup=[*request.setup, PYTHON_PATH, print_resume_command], srun_args=srun_args, stderr_to_stdout=True,
         additional_parameters={'requeue': True})
 
 
@@ -129,13 +128,10 @@ def outside_any_job():
 
 
 def cancel_if_never_starts(job: submitit.Job, seconds: float = 0):
-    """Cancel a pending job, and remove its files, if SLURM's reason for pending excludes any start.
+    """Cancel a pending job that can never start, remove its files and raise InputError.
 
     Args:
-        seconds: time to wait for a reason.
-
-    Raises:
-        InputError: the job is cancelled.
+        seconds: time to wait for the reason that the job is pending.
     """
     deadline, confirmations = time.monotonic() + seconds, 0
     while confirmations < 2:  # the scheduler may replace its first reason
@@ -159,7 +155,7 @@ def cancel_if_never_starts(job: submitit.Job, seconds: float = 0):
 
 @contextlib.contextmanager
 def detached():
-    """Start processes that outlive this program and its terminal, and don't keep its output open."""
+    """Let the processes that the context starts outlive this program and its terminal; they have no output."""
     sys.stdout.flush()
     sys.stderr.flush()
     copies = [os.dup(fd) for fd in range(3)]
@@ -179,16 +175,12 @@ def detached():
 
 
 def submit_locally(request: Request, task: Task) -> submitit.Job:
-    """Start the processes of all nodes of the request on this machine.
-
-    Raises:
-        InputError: this machine has fewer GPUs than processes.
-    """
+    """Start the processes of all nodes on this machine; raise InputError for fewer GPUs than processes."""
     processes = request.nodes * request.tasks_per_node
     if request.gpus_per_node and torch.cuda.device_count() < processes:
         raise InputError(f'--nodes {request.nodes} --ngpus {request.gpus_per_node}: the job runs without a cluster, '
                          f'and this machine has {torch.cuda.device_count()} GPU(s); --ngpus 0 selects CPUs')
-    # `setup` of submitit would start its controller through a shell, whose process id could be taken for the job's
+    # Not by submitit's `setup`, which would start its controller through a shell with another process id
     python = ['bash', '-c', '\n'.join([*request.setup, PYTHON_PATH, 'exec "$0" "$@"']), sys.executable]
     executor = submitit.LocalExecutor(request.job_dir, max_num_timeout=min(request.max_restarts, LOCAL_RESTARTS),
                                       python=shlex.join(python))

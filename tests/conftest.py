@@ -1,4 +1,4 @@
-"""What the tests share: reference numbers of the original, seeded weights and tiny data sets."""
+"""Shared parts of the tests: reference numbers of the original, seeded weights and tiny data sets."""
 import json
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ REFERENCE = Path(__file__).parent / 'reference'
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Two more than there are cores: many tests wait for other processes."""
+    """Return two more than the number of cores: many tests wait for other processes."""
     return (os.cpu_count() or 1) + 2
 
 
@@ -38,8 +38,8 @@ def reference() -> dict:
 
 
 def seeded_model(name: str, **kwargs) -> torch.nn.Module:
-    """A model whose every weight is the reference's."""
-    with torch.device('meta'):  # without weights of its own, which take a third of the time
+    """Build a model with all weights of the reference."""
+    with torch.device('meta'):  # no initial weights, which take a third of the time
         model = timm.create_model(name, **kwargs)
     state = model.state_dict()
     model.load_state_dict({key: torch.from_numpy(np.asarray(seeded_tensor(key, tuple(value.shape))))
@@ -48,7 +48,7 @@ def seeded_model(name: str, **kwargs) -> torch.nn.Module:
 
 
 def shallow_xcit() -> xcit.Xcit:
-    """Of two blocks and 32 channels, for evaluation: from 80 patches of 8 pixels on it takes the Gram form."""
+    """Build a model of two blocks and 32 channels in eval mode, with the Gram form from 80 patches on."""
     torch.manual_seed(0)
     return xcit.Xcit(patch_size=8, embed_dim=32, num_heads=4, depth=2, num_classes=10).eval()
 
@@ -58,14 +58,14 @@ def seeded_images(*shape: int) -> torch.Tensor:
 
 
 def write_image(path: Path, *, size=(32, 32), seed: int = 0):
-    """A picture of smooth random colours, (width, height) pixels."""
+    """Write a picture of smooth random colours; `size` is (width, height) in pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     Image.fromarray(coarse).resize(size, Image.BICUBIC).save(path)
 
 
 def write_folders(root: Path, *, classes=('cat', 'dog'), per_class: int = 8, size=(32, 32), suffix='.png') -> Path:
-    """train/ and val/ with class folders; returns `root`."""
+    """Write train/ and val/ with class folders; return `root`."""
     for split, count in (('train', per_class), ('val', max(1, per_class // 2))):
         for label, name in enumerate(classes):
             for i in range(count):
@@ -84,10 +84,10 @@ TINY = ['--model', 'xcit_nano_12_p16', '--input-size', '32', '--device', 'cpu', 
 
 
 def tiny(data: Path, *more: str) -> list:
-    """Command line of a training that takes two seconds: nano, on class folders of 32 x 32 pixels."""
+    """Return the command line of a run that takes two seconds: nano, on class folders of 32 x 32 pixels."""
     return [*TINY, '--data-set', 'FOLDER', '--data-path', str(data), *more]
 
 
 def tiniest(data: Path, *more: str) -> list:
-    """The same with a model that only this process, and those of processes.py, know; it takes half a second."""
+    """Return the command line of a run that takes half a second, for this process and those of processes.py."""
     return tiny(data, '--model', 'xcit_test', *more)

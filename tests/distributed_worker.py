@@ -1,4 +1,4 @@
-"""One rank of test_distributed.py: prints what it finds as one line of JSON."""
+"""One rank of test_distributed.py, which prints its results as one line of JSON."""
 import json
 import os
 import signal
@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import xcit
 from engine import evaluate, train_one_epoch
 from loaders.batches import Batches
-from run import processes, signals
+from run import assembly, processes, session, signals
 from samplers import evaluation_indices
 
 CPU = torch.device('cpu')
@@ -21,7 +21,7 @@ def model() -> torch.nn.Module:
 
 
 def without_batch_statistics(model: torch.nn.Module) -> torch.nn.Module:
-    """BatchNorm in eval mode, so that an image's gradient does not depend on the rest of its batch."""
+    """Keep BatchNorm in eval mode, so that an image's gradient does not depend on the rest of its batch."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.train = lambda mode=True: None
@@ -33,30 +33,28 @@ def losses_of(wrapped: torch.nn.Module):
     return lambda batch: {'loss': torch.nn.functional.cross_entropy(wrapped(batch[0]), batch[1])}
 
 
-def train(inner: torch.nn.Module, images, targets, *, batch_size: int, accum_iter: int = 1) -> dict:
-    """One step of plain SGD on this process's share."""
-    wrapped = processes.wrap_for_distributed(inner, CPU, sync_bn=True)
+def train(inner: torch.nn.Module, images, targets, *, batch_size: int, accum_iter: int = 1, **preparation) -> dict:
+    """Take one step of plain SGD on this process's share."""
+    wrapped = assembly.prepare(inner, CPU, **preparation)
     return train_one_epoch(
         wrapped, losses_of(wrapped), DataLoader(TensorDataset(images, targets), batch_size=batch_size),
-        optimizer=torch.optim.SGD(inner.parameters(), lr=1.), scaler=torch.amp.GradScaler('cpu', enabled=False),
-        device=CPU, epoch=0, seed=0, accum_iter=accum_iter)
+        optimizer=torch.optim.SGD(inner.parameters(), lr=1.), device=CPU, epoch=0, seed=0, accum_iter=accum_iter)
 
 
-def main():
-    processes.init_distributed(CPU, world_size=1, dist_url='env://', timeout_minutes=1)
+def results() -> dict:
     rank, world = processes.get_rank(), processes.get_world_size()
     generator = torch.Generator().manual_seed(0)
     images, targets = torch.randn(17, 3, 32, 32, generator=generator), torch.arange(17) % 7
     facts = {'evaluation': {}}
 
-    own = model()
-    if rank:  # what unsynchronised BatchNorms come to
-        for buffer in own.buffers():
+    evaluated = model()
+    if rank:  # as BatchNorms without synchronisation would be
+        for buffer in evaluated.buffers():
             buffer.add_(1)
     for size in range(1, 18):
         loader = DataLoader(TensorDataset(images[:size], targets[:size]), batch_size=2,
                             sampler=evaluation_indices(range(size), num_replicas=world, rank=rank))
-        stats = evaluate(own, Batches(loader), device=CPU)
+        stats = evaluate(evaluated, Batches(loader), device=CPU)
         facts['evaluation'][size] = [stats['acc1'], stats['acc5'], stats['loss']]
 
     if world <= 2:
@@ -71,12 +69,11 @@ def main():
     if world == 2:
         for key in ('plain', 'compiled', 'checkpointed'):
             inner = model()
-            if key == 'compiled':
-                inner.compile(backend='aot_eager')
-            inner.set_grad_checkpointing(key == 'checkpointed')
-            facts[key] = train(inner, images[:4], targets[:4], batch_size=4)['grad_norm']
+            preparation = {'compiled': dict(compiled=[(inner, dict(backend='aot_eager'))]),
+                           'checkpointed': dict(checkpointed=inner)}.get(key, {})
+            facts[key] = train(inner, images[:4], targets[:4], batch_size=4, **preparation)['grad_norm']
 
-        counted = processes.wrap_for_distributed(model(), CPU, sync_bn=True)
+        counted = assembly.prepare(model(), CPU)
         facts['exchanges'] = 0
 
         def count(state, bucket):
@@ -88,16 +85,15 @@ def main():
         counted.register_comm_hook(None, count)
         train_one_epoch(counted, losses_of(counted), DataLoader(TensorDataset(images[:4], targets[:4]), batch_size=2),
                         optimizer=torch.optim.SGD(counted.parameters(), lr=1.), device=CPU, epoch=0, seed=0,
-                        scaler=torch.amp.GradScaler('cpu', enabled=False), accum_iter=2)
+                        accum_iter=2)
 
     with signals.StopRequest() as stop:
         if rank == world - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         facts['agreed'] = stop.agreed()
-
-    print(json.dumps(facts))
-    processes.end_distributed()
+    return facts
 
 
 if __name__ == '__main__':
-    main()
+    with session.joined('cpu', timeout_minutes=1):
+        print(json.dumps(results()))

@@ -1,6 +1,6 @@
-"""Start a command as one or several real processes that find each other, and collect what they print.
+"""Real processes that run a command together, and their output.
 
-They are forked from a server that has imported the libraries, which takes longer than what most tests have them do.
+They are forked from a server that has imported the libraries: the imports take longer than most tests.
 """
 import atexit
 import multiprocessing
@@ -14,7 +14,7 @@ import tempfile
 import types
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent  # not from conftest, which a program that is started does not see
+ROOT = Path(__file__).parent.parent  # not from conftest, which started programs can't import
 SERVER = multiprocessing.get_context('forkserver')
 SERVER.set_forkserver_preload(['torch', 'torchvision', 'timm', 'torch.utils.tensorboard'])
 
@@ -26,16 +26,16 @@ def free_port() -> int:
 
 
 class Started:
-    """`python COMMAND` as a process, with what the tests need of subprocess.Popen.
+    """`python COMMAND` as a process, with the methods of subprocess.Popen that the tests need.
 
     Args:
-        command: a script, or -c and code; then its arguments.
-        environment: all of its variables.
+        command: a script, or -c and code, and arguments.
+        environment: all environment variables.
     """
 
     def __init__(self, command: list, environment: dict):
         self.out, self.err = (tempfile.NamedTemporaryFile('r') for _ in range(2))
-        self.process = SERVER.Process(target=become, args=(command, environment, self.out.name, self.err.name))
+        self.process = SERVER.Process(target=run_command, args=(command, environment, self.out.name, self.err.name))
         self.process.start()
 
     def poll(self):
@@ -46,7 +46,7 @@ class Started:
             os.kill(self.process.pid, signum)
 
     def finish(self, timeout: float) -> tuple:
-        """Exit code, stdout and stderr."""
+        """Return exit code, stdout and stderr."""
         self.process.join(timeout)
         if self.poll() is None:
             self.send_signal(signal.SIGKILL)
@@ -54,8 +54,8 @@ class Started:
         return self.poll(), self.out.read(), self.err.read()
 
 
-def become(command: list, environment: dict, out: str, err: str):
-    """Make a process that the server has forked one that was started by a command line."""
+def run_command(command: list, environment: dict, out: str, err: str):
+    """Run a command in a forked process as if a shell had started it."""
     multiprocessing.set_start_method(None, force=True)  # back to Python's default
     for name, stream in ((out, sys.stdout), (err, sys.stderr)):
         with open(name, 'w') as file:
@@ -80,24 +80,24 @@ def become(command: list, environment: dict, out: str, err: str):
 
 
 def torch_variables(rank: int, world: int, port: int) -> dict:
-    """What torchrun sets."""
+    """Return the variables that torchrun sets."""
     return {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(world), 'MASTER_ADDR': '127.0.0.1',
             'MASTER_PORT': str(port)}
 
 
 def start(command: list, world: int, variables=torch_variables) -> list:
-    """The processes of ranks 0 to world - 1 that run `command`, each with the variables of a launcher."""
+    """Start the processes of ranks 0 to world - 1, each with the variables of a launcher."""
     common, port = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}, free_port()
     return [Started(list(map(str, command)), {**common, **variables(rank, world, port)}) for rank in range(world)]
 
 
 def finish(processes: list, *, timeout: float = 120) -> list:
-    """(exit code, stdout, stderr) of each."""
+    """Return (exit code, stdout, stderr) of each process."""
     return [process.finish(timeout) for process in processes]
 
 
 def run(command: list, world: int) -> list:
-    """Standard outputs of all ranks of a command that succeeds."""
+    """Run a command that succeeds, and return the standard outputs of all ranks."""
     results = finish(start(command, world))
     assert [code for code, _, _ in results] == [0] * world, results
     return [out for _, out, _ in results]

@@ -1,4 +1,4 @@
-"""HTTP servers on loopback that behave, and misbehave, as those that weights come from."""
+"""HTTP servers on loopback that behave, and misbehave, like servers of weights."""
 import contextlib
 import hashlib
 import threading
@@ -9,9 +9,9 @@ COMMIT = '0123456789abcdef0123456789abcdef01234567'
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves the files of the server's `files`, with the headers that the Hugging Face hub's clients ask for.
+    """Handler that serves `server.files`, with the headers that clients of the Hugging Face hub need.
 
-    While `server.cut` is above 0, a download ends half way: the connection closes before Content-Length bytes.
+    While `server.cut` is above 0, the connection closes after half of the Content-Length bytes.
     """
 
     def do_HEAD(self):
@@ -49,10 +49,10 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve(files: dict, *, cut: int = 0, port: int = 0):
-    """A server of `files` (path on the server -> file), at `port` or any free one.
+    """Serve `files` (path on the server -> file), at `port` or any free port.
 
     Yields:
-        It, with `url`, `requests` (those it got) and `cut`.
+        The server, with `url`, `requests` (all received) and `cut`.
     """
     server = ThreadingHTTPServer(('127.0.0.1', port), Handler)
     server.files, server.cut, server.requests = {name: Path(path) for name, path in files.items()}, cut, []
@@ -68,5 +68,5 @@ def serve(files: dict, *, cut: int = 0, port: int = 0):
 
 
 def downloads(server) -> list:
-    """The files that were fetched, in order."""
+    """Return the paths of the downloaded files, in order."""
     return [path for command, path in server.requests if command == 'GET' and path.lstrip('/') in server.files]

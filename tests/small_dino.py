@@ -1,4 +1,4 @@
-"""dino.train with a narrow head, so that its checkpoints are small."""
+"""dino.train with a narrow head, for small checkpoints."""
 from unittest import mock
 
 from dino import networks, train

@@ -1,15 +1,15 @@
-"""tools/benchmark.py: every command, in a tiny form, and what its figures mean."""
+"""tools.benchmark: every command, in a tiny form, and the meaning of its measurements."""
 import csv
 import re
+from unittest import mock
 
 import pytest
-import small_dino
 import torch
 from PIL import Image
 from processes import run
 
-import xcit_linear
-from tools import benchmark, measuring
+from dino import networks
+from tools import benchmark_models, measuring
 from tools.benchmark import main
 from utils import InputError
 
@@ -19,7 +19,7 @@ QUICK = ['--rounds', '1', '--device', 'cpu']
 
 
 def test_speed(capsys):
-    """Time, memory, operations and the share of the machine's peak, which is a share."""
+    """`speed` prints time, memory, operations and a plausible share of the machine's peak."""
     result = main(['speed', '--model', NANO, '--resolution', '64', '--batch-size', '2', *QUICK])
     assert result['images_per_s'] == pytest.approx(1e3 / result['ms_per_image'])
     assert 0 < result['share_of_peak'] < 1.5
@@ -28,19 +28,19 @@ def test_speed(capsys):
 
 
 def test_speed_of_compiled_training():
-    """A step with AdamW, compiled, is more work than a forward pass."""
+    """A compiled training step has more operations than a forward pass."""
     arguments = ['speed', '--model', 'resnet10t', '--resolution', '32', '--batch-size', '2', *QUICK]  # soon compiled
     assert main([*arguments, '--training', '--compile'])['gflops_per_image'] > 2 * main(arguments)['gflops_per_image']
 
 
 def test_operations_are_the_published_ones():
-    """In its plain form nano has the 0.56 GMAC of the paper, two operations each, less what class attention saves."""
-    step = benchmark.build_step(NANO, (224, 224), 1, training=False, precision='fp32', device=CPU, form='plain')
+    """In plain form nano has the 0.56 GMAC of the paper, with two operations each."""
+    step = benchmark_models.build_step(NANO, (224, 224), 1, benchmark_models.StepSettings(CPU, form='plain'))
     assert measuring.operations(step) / 2e9 == pytest.approx(.56, rel=.05)
 
 
 def test_scaling(tmp_path, capsys):
-    """A row for each model and resolution, two plots with something in them, and the exponents."""
+    """`scaling` writes a row per model and resolution and two plots, and prints the exponents."""
     main(['scaling', '--models', NANO, f'timm:{NANO}', '--resolutions', '64', '96x128', '--rounds', '1',
           '--output-dir', str(tmp_path), '--device', 'cpu'])
     rows = list(csv.DictReader(open(tmp_path / 'scaling.csv')))
@@ -52,14 +52,14 @@ def test_scaling(tmp_path, capsys):
 
 
 def test_exponent():
-    """Of a quadratic law it is 2, with a resolution that ran out of memory left out."""
+    """The exponent of a quadratic law is 2, and missing values are left out."""
     resolutions = [(10, 10), (20, 20), (40, 40)]
-    assert benchmark.exponent(resolutions, [1., 16., None]) == pytest.approx(2)
-    assert benchmark.exponent(resolutions, [1., None, None]) is None
+    assert benchmark_models.exponent(resolutions, [1., 16., None]) == pytest.approx(2)
+    assert benchmark_models.exponent(resolutions, [1., None, None]) is None
 
 
 def test_compare(capsys):
-    """Models side by side, one that has to be told the resolution among them; ratios are to the second."""
+    """`compare` measures any models side by side, with ratios to the second."""
     names = [NANO, f'timm:{NANO}', 'deit_tiny_patch16_224', 'resnet18']
     results = main(['compare', '--models', *names, '--resolution', '64', '--batch-size', '2', '--rounds', '1',
                     '--device', 'cpu'])
@@ -69,8 +69,8 @@ def test_compare(capsys):
 
 
 def test_suite(monkeypatch, capsys):
-    """Eager and compiled, here and by timm: the ratios are of the better ones."""
-    monkeypatch.setattr(benchmark, 'SUITE', (('inference', NANO, 32, 48, 1, 1),))
+    """The ratios of the suite are those of the better of eager and compiled."""
+    monkeypatch.setattr(benchmark_models, 'SUITE', (('inference', NANO, 32, 48, 1, 1),))
     result, = main(['compare', '--suite', '--rounds', '1', '--device', 'cpu'])
     row = re.search(r'^\| inference xcit_nano_12_p16 at 32x48, batch 1 \| (.*) \|$', capsys.readouterr().out, re.M)
     here, here_compiled, theirs, theirs_compiled, speed, *memory = row[1].split(' | ')
@@ -82,34 +82,35 @@ def test_suite(monkeypatch, capsys):
 
 @pytest.mark.parametrize(('names', 'all_names'), [([], [NANO]), ([NANO], [NANO, 'xcit_nano_12_p8'])])
 def test_against_timm(monkeypatch, names, all_names):
-    """The models that are named, or all of them, where it is told to."""
-    monkeypatch.setattr(benchmark.xcit, 'MODELS', all_names)
+    """--against-timm measures the named models, or all if none is named."""
+    monkeypatch.setattr(benchmark_models.xcit, 'MODELS', all_names)
     results = main(['compare', '--against-timm', *names, '--resolution', '32x48', '--batch-size', '1', '--rounds', '1',
                     '--device', 'cpu'])
     assert [(r['model'], r['height'], r['width']) for r in results] == [(NANO, 32, 48)]
 
 
-@pytest.mark.parametrize(('flags', 'said'), [
+@pytest.mark.parametrize(('flags', 'message'), [
     (['--suite', '--resolution', '64'], '--resolution: has no effect with --suite'),
     (['--against-timm', '--compile'], '--compile: has no effect with --against-timm'),
     (['--compile-mode', 'max-autotune'], '--compile-mode max-autotune: has no effect without --compile'),
     (['--models', 'resnet50', '--xca', 'gram'], '--xca gram: has no effect on resnet50')])
-def test_options_without_effect_are_refused(flags, said):
-    """Rather than measured with other settings than asked for."""
-    with pytest.raises(InputError, match=said):
+def test_options_without_effect_are_refused(flags, message):
+    """`compare` refuses flags that have no effect on the chosen models."""
+    with pytest.raises(InputError, match=message):
         main(['compare', *flags])
 
 
 @torch.no_grad()
 def test_both_sides_have_the_same_weights():
-    """And so the same outputs."""
-    ours, theirs = (benchmark.build(name, (64, 64), training=False, form='auto') for name in (NANO, f'timm:{NANO}'))
+    """Both implementations are built with the same weights, so their outputs are equal."""
+    ours, theirs = (benchmark_models.build(name, (64, 64), training=False, form='auto')
+                    for name in (NANO, f'timm:{NANO}'))
     images = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
 
 
 def test_xca(capsys):
-    """Both forms against timm's, forward and backward, eager and compiled."""
+    """`xca` measures both forms against timm's, forward and backward, eager and compiled."""
     results = main(['xca', '--dim', '128', '--tokens', '50', '--rounds', '1', '--device', 'cpu'])
     assert [(r['tokens'], r['backward']) for r in results] == [(50, False), (50, True)]
     rows = re.findall(r'^\| 128 \| .*', capsys.readouterr().out, re.MULTILINE)
@@ -119,26 +120,8 @@ def test_xca(capsys):
         assert min(timm_eager, timm_compiled) == pytest.approx(1e3 * result['timm'], abs=.006)
 
 
-@pytest.mark.skipif(not xcit_linear.has_onednn(), reason='needs oneDNN')
-def test_linear(capsys):
-    """The four layers of a block by both libraries: the ratio is that of their speeds."""
-    results = main(['linear', '--dim', '16', '--tokens', '32', '--rounds', '1'])
-    rows = re.findall(r'^\| 16 \| 32 \| (.*) \| .* \| .* \| ([\d.]+) \|$', capsys.readouterr().out, re.MULTILINE)
-    assert [what for what, _ in rows] == ['qkv', 'proj, residual', 'fc1, GELU', 'fc2, residual']
-    for (_, speed), result in zip(rows, results):
-        assert float(speed) == pytest.approx(result['mkl'] / result['onednn'], abs=.006)
-    assert results[2]['operations'] == 2 * 32 * 16 * 64
-
-
-def test_linear_without_onednn(monkeypatch):
-    """It is refused, with the reason."""
-    monkeypatch.setattr(xcit_linear, 'has_onednn', lambda: False)
-    with pytest.raises(InputError, match='no oneDNN'):
-        main(['linear'])
-
-
 def test_data(capsys):
-    """Both loaders on pictures made for the run, and where the time goes."""
+    """`data` measures both loaders on synthetic pictures, and the stages of a sample."""
     result = main(['data', '--images', '40', '--rounds', '1'])
     assert result['here'] > 0
     assert result['timm'] > 0
@@ -151,7 +134,7 @@ def test_medians_of_alternating_rounds(monkeypatch):
     calls = []
     durations = iter([1., 1., 5., 5., 1., 5., 9., 5., 1., 7.])  # two for warm-up of each, then three rounds of both
 
-    def seconds(step, device):
+    def seconds(step, device, repeats=1):
         step()
         return next(durations)
 
@@ -162,7 +145,7 @@ def test_medians_of_alternating_rounds(monkeypatch):
 
 
 def test_out_of_memory_is_shown(capsys):
-    """It ends one candidate, not the run."""
+    """A step out of memory is shown as such, and the other steps are measured."""
     def too_much():
         torch.empty(2 ** 60)
 
@@ -174,22 +157,22 @@ def test_out_of_memory_is_shown(capsys):
 
 
 def test_a_model_that_does_not_fit_is_shown(monkeypatch, capsys):
-    """As one whose step does not."""
+    """A model that does not fit into memory is shown as out of memory."""
     def build(*args, **kwargs):
         torch.empty(2 ** 60)
 
-    monkeypatch.setattr(benchmark, 'build', build)
+    monkeypatch.setattr(benchmark_models, 'build', build)
     result, = main(['compare', '--models', NANO, '--resolution', '32', *QUICK])
     assert (result['seconds'], result['memory_mb']) == (None, None)
     assert f'| {NANO} | out of memory | out of memory | - | - |' in capsys.readouterr().out
 
 
 def test_peak_memory_is_of_the_step():
-    """64 MB that are held twice for a moment count twice, whatever was in use before, and however it was."""
+    """The peak counts all memory that a step holds at once, independently of the memory in use before."""
     peak, = run(['-c', """if True:
         import torch
-        from run import processes
-        from tools import benchmark, measuring
+        from run import cpu
+        from tools import measuring
 
         def step():
             for n in (2 ** 22, 2 ** 24):
@@ -197,7 +180,7 @@ def test_peak_memory_is_of_the_step():
                 a + 1
                 del a
 
-        processes.keep_freed_memory()
+        cpu.keep_freed_memory()
         held = [torch.ones(2 ** 22) for _ in range(9)]
         del held[::2]  # leaves holes in the heap
         print(measuring.peak_memory(step, torch.device('cpu')))"""], 1)
@@ -215,11 +198,11 @@ def test_peak_memory_is_of_the_step():
     (['data', '--data-path', '/nowhere'], ['--data-path /nowhere', 'no such folder']),
     (['xca', '--dim', '100', '--device', 'cpu'], ['--dim 100', 'multiple of 8']),
     (['scaling', '--output-dir', '/etc/hostname/x', '--device', 'cpu'],
-     ['--output-dir /etc/hostname/x', 'not a directory']),
+     ['--output-dir /etc/hostname/x', 'not a writable directory']),
     (['race'], ['race', 'speed']),
 ])
 def test_bad_input(arguments, words):
-    """One line that says what and what is allowed."""
+    """Bad input is refused in one line with the allowed values."""
     with pytest.raises(InputError) as error:
         main(arguments)
     assert all(word in str(error.value) for word in words), str(error.value)
@@ -227,8 +210,8 @@ def test_bad_input(arguments, words):
 
 
 def test_dino(capsys):
-    """Teacher, student and both, here and by timm; the whole step takes the longest."""
-    with small_dino.mock.patch.object(small_dino.networks, 'HIDDEN', 16):
+    """`dino` measures teacher, student and the whole step, which takes the longest, here and with timm's model."""
+    with mock.patch.object(networks, 'HIDDEN', 16):
         rows = main(['dino', '--model', NANO, '--batch-size', '2', '--global-crops-size', '64', '--local-crops-size',
                      '32', '--local-crops-number', '1', '--out-dim', '64', '--no-compile', *QUICK])
     assert [row['step'] for row in rows] == ['teacher', 'student', 'whole step']

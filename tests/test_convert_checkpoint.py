@@ -1,4 +1,4 @@
-"""tools.convert_checkpoint: both ways, bitwise, and into timm's own models."""
+"""tools.convert_checkpoint: bitwise conversion in both directions, and into timm's own models."""
 import json
 import subprocess
 import sys
@@ -23,14 +23,14 @@ NAME, CLASSES = 'xcit_nano_12_p16', 3
 
 @pytest.fixture
 def original(tmp_path) -> Path:
-    """A file as the published ones, for 3 classes."""
+    """A file in the published layout, for 3 classes."""
     torch.save({'model': seeded_model(NAME, num_classes=CLASSES).state_dict()}, tmp_path / 'original.pth')
     return tmp_path / 'original.pth'
 
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory) -> Path:
-    """The checkpoint of a real training on 3 classes."""
+    """A checkpoint of a real run with 3 classes."""
     data = write_folders(tmp_path_factory.mktemp('data'), classes=('a', 'b', 'c'), per_class=4)
     run = tmp_path_factory.mktemp('run')
     training.main(tiny(data, '--epochs', '1', '--output-dir', str(run)))
@@ -38,7 +38,7 @@ def trained(tmp_path_factory) -> Path:
 
 
 def convert(source, target, to: str, *more: str) -> dict:
-    """Run the program; returns what the file then holds."""
+    """Run the program, and return the content of the file."""
     main([str(source), str(target), '--to', to, *more])
     return load(target)
 
@@ -48,7 +48,7 @@ def load(path) -> dict:
 
 
 def assert_same(own: dict, other: dict):
-    """The same names, and bitwise the same tensors of the same types."""
+    """Assert that names, types and bits of the tensors are equal."""
     assert own.keys() == other.keys()
     assert all(torch.equal(own[key], other[key]) and own[key].dtype == other[key].dtype for key in own)
 
@@ -63,14 +63,14 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize('there', ['timm.pth', 'timm.safetensors'])
 @pytest.mark.parametrize('back', ['back.pth', 'back.safetensors'])
 def test_round_trip_is_bitwise(original, tmp_path, there, back):
-    """original -> timm -> original, through either kind of file."""
+    """The conversion original -> timm -> original is bitwise, through either kind of file."""
     convert(original, tmp_path / there, 'timm')
     content = convert(tmp_path / there, tmp_path / back, 'original')
     assert_same(content.get('model', content), load(original)['model'])
 
 
 def test_round_trip_from_timm_is_bitwise(tmp_path):
-    """timm's own weights -> original -> timm, half precision included."""
+    """The conversion timm -> original -> timm is bitwise, also in half precision."""
     theirs = timm.create_model('xcit_tiny_12_p8_224').half().state_dict()
     safetensors.torch.save_file(theirs, tmp_path / 'theirs.safetensors')
     convert(tmp_path / 'theirs.safetensors', tmp_path / 'original.pth', 'original')
@@ -81,7 +81,7 @@ def test_round_trip_from_timm_is_bitwise(tmp_path):
     ('original', '.pth', 'model'), ('timm', '.pth', None), ('original', '.safetensors', None),
     ('timm', '.safetensors', None)])
 def test_file_has_the_layout_of_its_kind(original, tmp_path, to, suffix, entry):
-    """{'model': ..., 'args': ...} in the original's .pth, else the weights alone; in the naming that was asked for."""
+    """A .pth file in the original's naming has `model` and `args`; other files only have the weights."""
     content = convert(original, tmp_path / f'out{suffix}', to)
     assert set(content) == {'model', 'args'} if entry else len(content) > 100
     tensors = content[entry] if entry else content
@@ -90,14 +90,14 @@ def test_file_has_the_layout_of_its_kind(original, tmp_path, to, suffix, entry):
 
 
 def test_safetensors_say_whose_tensors_they_are(original, tmp_path):
-    """The metadata that other libraries ask for, and the model's name."""
+    """The metadata have the format, for other libraries, and the model's name."""
     convert(original, tmp_path / 'out.safetensors', 'timm')
     with safetensors.safe_open(tmp_path / 'out.safetensors', 'pt') as file:
         assert file.metadata() == {'format': 'pt', 'args': json.dumps({'model': NAME})}
 
 
 def test_odd_layouts_in_memory_are_written(tmp_path):
-    """Tensors that share memory, or are not in one piece, which .safetensors does not allow."""
+    """Tensors that share memory, or are not contiguous, are written to .safetensors."""
     state = seeded_model(NAME).state_dict()
     shared = torch.stack([state['norm.weight'], state['norm.bias']])
     odd = {**state, 'norm.weight': shared[0], 'norm.bias': shared[1],
@@ -108,7 +108,7 @@ def test_odd_layouts_in_memory_are_written(tmp_path):
 
 @pytest.mark.parametrize('name', xcit.MODELS)
 def test_model_is_known_by_its_sizes(name):
-    """Each of the 14."""
+    """Each of the 14 models is recognised by the shapes of its weights."""
     with torch.device('meta'):
         state = timm.create_model(name).state_dict()
     assert model_of(weights.Weights(state, '', '', {})) == name
@@ -119,7 +119,7 @@ def test_model_is_known_by_its_sizes(name):
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
 @pytest.mark.parametrize('name', ['xcit_nano_12_p16', 'xcit_tiny_12_p16'])
 def test_timms_own_models_open_it(tmp_path, name, suffix):
-    """timm's class gives the same logits, from checkpoint_path and from pretrained_cfg."""
+    """timm's model opens the file by checkpoint_path and by pretrained_cfg, with the same logits."""
     expected = seeded_model(name, num_classes=CLASSES)
     torch.save({'model': expected.state_dict()}, tmp_path / 'in.pth')
     path = tmp_path / f'out{suffix}'
@@ -134,7 +134,7 @@ def test_timms_own_models_open_it(tmp_path, name, suffix):
 
 @pytest.mark.parametrize(('flags', 'entry'), [([], 'model'), (['--use-ema'], 'model_ema')])
 def test_training_opens_in_timm(trained, tmp_path, flags, entry):
-    """A model trained here, and its moving average."""
+    """timm opens the model and the EMA of a training checkpoint."""
     convert(trained, tmp_path / 'out.safetensors', 'timm', *flags)
     theirs = timm.create_model('xcit_nano_12_p16_224', num_classes=CLASSES,
                                checkpoint_path=str(tmp_path / 'out.safetensors'))
@@ -145,7 +145,7 @@ def test_training_opens_in_timm(trained, tmp_path, flags, entry):
 
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
 def test_timms_model_opens_here(tmp_path, suffix):
-    """timm's class -> a file that loads strictly into ours, as into the original's, with the same logits."""
+    """Weights of timm's model load strictly into ours, with the same logits."""
     theirs = timm.create_model('xcit_nano_12_p16_224', num_classes=CLASSES)
     torch.save(theirs.state_dict(), tmp_path / 'theirs.pth')
     content = convert(tmp_path / 'theirs.pth', tmp_path / f'out{suffix}', 'original')
@@ -157,7 +157,7 @@ def test_timms_model_opens_here(tmp_path, suffix):
 # ----- where weights come from
 
 def test_tag_and_url_are_read(tmp_path, monkeypatch):
-    """A tag with --model from torch.hub's cache, and a URL."""
+    """A tag with --model is read from torch.hub's cache, and a URL is read."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     cached = checkpoints.cache_path(xcit_zoo.ZOO[f'{NAME}.fb_in1k'].url)
     cached.parent.mkdir(parents=True)
@@ -167,7 +167,7 @@ def test_tag_and_url_are_read(tmp_path, monkeypatch):
 
 
 def test_program_says_what_it_did(original, tmp_path):
-    """As a user runs it: what was read, and the model that was written."""
+    """The program prints the weights that it read and the files that it wrote."""
     result = subprocess.run([sys.executable, '-m', 'tools.convert_checkpoint', original, tmp_path / 'out.pth', '--to',
                              'timm'], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.splitlines() == [
@@ -189,7 +189,7 @@ def refused(argv: list, *words: str):
 
 
 def test_program_exits_with_2(original, tmp_path):
-    """One line on stderr, no traceback."""
+    """A bad argument is one line on stderr and exit code 2."""
     result = subprocess.run([sys.executable, '-m', 'tools.convert_checkpoint', original, tmp_path / 'out.bin', '--to',
                              'timm'], cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, '')
@@ -197,7 +197,7 @@ def test_program_exits_with_2(original, tmp_path):
 
 
 def test_out_must_not_be_in(original, tmp_path, monkeypatch):
-    """Under any of its names."""
+    """OUT is refused if it is IN under any name."""
     before = original.read_bytes()
     (tmp_path / 'link.pth').symlink_to(original)
     monkeypatch.chdir(tmp_path)
@@ -207,7 +207,7 @@ def test_out_must_not_be_in(original, tmp_path, monkeypatch):
 
 
 def test_out_must_be_a_file_in_a_directory(original, tmp_path):
-    """A directory, and a name in none."""
+    """A directory as OUT, and a missing directory, are refused."""
     (tmp_path / 'folder.pth').mkdir()
     refused([original, tmp_path / 'folder.pth', '--to', 'timm'], 'is a directory')
     refused([original, tmp_path / 'none' / 'out.pth', '--to', 'timm'], 'no such directory')
@@ -223,7 +223,7 @@ def test_out_must_be_a_file_in_a_directory(original, tmp_path):
     (lambda: {**seeded_model(NAME).state_dict(), 'norm.odd': torch.ones(1)}, ['unexpected keys: norm.odd']),
 ], ids=['resnet', 'vit', 'cait', 'nothing', 'missing', 'left over'])
 def test_other_weights_are_refused(tmp_path, content, words):
-    """What is no XCiT's, or not all of it; an existing OUT stays as it was."""
+    """Weights of other models, or incomplete ones, are refused, and an existing OUT is unchanged."""
     torch.save(content(), tmp_path / 'in.pth')
     (tmp_path / 'out.pth').write_bytes(b'mine')
     refused([tmp_path / 'in.pth', tmp_path / 'out.pth', '--to', 'timm'], 'in.pth', *words)
@@ -241,7 +241,7 @@ def test_other_weights_are_refused(tmp_path, content, words):
     (['in.pth'], ['OUT']),
 ], ids=str)
 def test_bad_arguments_are_refused(tmp_path, monkeypatch, argv, words):
-    """Each names what is wrong, and what is allowed."""
+    """A bad argument is refused with the allowed values."""
     monkeypatch.chdir(tmp_path)
     refused(argv, *words)
 

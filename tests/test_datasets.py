@@ -1,4 +1,4 @@
-"""Every data set in its own format on disk, both transforms, and how samples become batches."""
+"""Data sets in their own formats on disk, both transforms, and the way from samples to batches."""
 import gzip
 import hashlib
 import itertools
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import REFERENCE, write_image
+from conftest import REFERENCE, tiny, write_image
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader
@@ -21,39 +21,46 @@ from torchvision import transforms
 import datasets
 import main
 import utils
-from loaders import pictures
-from utils import InputError
+from classification import recipe
+from loaders import pictures, samples
+from loaders.batches import build_eval_loader, build_train_loader
+from loaders.class_folders import ClassFolders
+from loaders.samples import CleanHalfErasing, SeededSamples, collate
+from loaders.source import Source
+from loaders.transforms import SMALL, ToNormalizedTensor, augment_ops, eval_transform
+from run.settings import Loading
+from utils import InputError, UnreadableImage
 
 CPU = torch.device('cpu')
 
 
-def arguments(data_set: str, path='', *more: str):
-    return main.parse_args(['--data-set', data_set, '--data-path', str(path), '--input-size', '32', '--device', 'cpu',
-                            *more])
+def build(data_set: str, path='', *, is_train: bool = True, **options):
+    return datasets.load(Source(data_set, str(path), **options), is_train)
 
 
-def build(data_set: str, path='', *more: str, is_train: bool = True):
-    return datasets.build_dataset(arguments(data_set, path, *more), is_train)
-
-
-def refusal(data_set: str, path, *more: str, is_train: bool = True) -> str:
-    """The one line that a data set is refused with."""
+def refusal(data_set: str, path, *, is_train: bool = True) -> str:
+    """Return the line that a data set is refused with."""
     with pytest.raises(InputError) as caught:
-        build(data_set, path, *more, is_train=is_train)
+        build(data_set, path, is_train=is_train)
     message, = str(caught.value).splitlines()
     return message
 
 
+def train_transform(*flags: str, size: int = 32):
+    """Build the training transform of main.py's flags."""
+    args = main.parse_args(['--data-set', 'SAMPLE', '--input-size', str(size), '--device', 'cpu', *flags])
+    return recipe.build_transform(args, resize=size > SMALL)
+
+
 def undecorated(dataset) -> list:
-    """(bytes (img_h, img_w, 3), target) of every sample, before the transform."""
-    dataset.transform = None
+    """Return (bytes (img_h, img_w, 3), target) of every sample, without a transform."""
     samples = list(map(dataset.__getitem__, range(len(dataset))))
     assert {image.mode for image, _ in samples} == {'RGB'}
     return [(np.asarray(image), target) for image, target in samples]
 
 
 def write_classes(folder: Path, names: list):
-    """A class folder for each name, all with the same image of 4 x 4 pixels."""
+    """Write a class folder for each name, all with the same image of 4 x 4 pixels."""
     write_image(folder / names[0] / '0.png', size=(4, 4))
     content = (folder / names[0] / '0.png').read_bytes()
     for name in names[1:]:
@@ -66,16 +73,16 @@ def targets_by_folder(dataset) -> dict:
 
 
 def test_missing_data_path(tmp_path):
-    """A data path that is not there is refused, and named."""
+    """A data path that does not exist is refused with its name."""
     assert f'{tmp_path}/nowhere' in refusal('FOLDER', tmp_path / 'nowhere')
 
 
 def test_split_decides_transform(folders):
-    """The training split comes with the training transform, the other one with the evaluation transform."""
-    args = arguments('FOLDER', folders)
-    train, held_out = (datasets.build_dataset(args, is_train)[0].transform for is_train in (True, False))
-    assert str(train) == str(datasets.build_train_transform(args))
-    assert str(held_out) == str(datasets.build_eval_transform(args))
+    """The training split gets the training transform, the other one the evaluation transform."""
+    args = main.parse_args(tiny(folders))
+    train, held_out = (dataset.transform for dataset in main.build_datasets(args)[:2])
+    assert str(train) == str(recipe.build_transform(args, resize=False))
+    assert str(held_out) == str(main.build_view(args).transform())
     assert str(train) != str(held_out)
 
 
@@ -100,7 +107,7 @@ def test_imagenet_subset(tmp_path, data_set, is_train):
 
 
 def test_imagenet_own_names(tmp_path):
-    """As many folders as ImageNet has classes, none named by a WordNet id, are numbered in sorted order."""
+    """1000 folders, none named by a WordNet id, are numbered in sorted order."""
     names = [f'class {i:03}' for i in range(1000)]
     write_classes(tmp_path / 'train', names[::-1])
     dataset, num_classes = build('IMNET', tmp_path)
@@ -128,7 +135,7 @@ CIFAR = {
 
 
 def write_cifar(root: Path, data_set: str) -> dict:
-    """The pickles that the data set comes as, with two random images in each; returns their content by file name."""
+    """Write the pickles of the data set with two random images in each; return their content by file name."""
     cls, num_classes, labels = CIFAR[data_set]
     rng = np.random.default_rng(0)
     contents = {cls.meta['filename']: {cls.meta['key']: [f'class {i}' for i in range(num_classes)]}}
@@ -142,7 +149,7 @@ def write_cifar(root: Path, data_set: str) -> dict:
 
 
 def accept_files(monkeypatch, root: Path, cls: type):
-    """Have torchvision take the files in `root` for the real ones, whose MD5 sums it knows."""
+    """Make torchvision accept the files in `root` instead of those with the published MD5 sums."""
     def md5(name: str) -> str:
         return hashlib.md5((root / cls.base_folder / name).read_bytes()).hexdigest()
 
@@ -189,7 +196,7 @@ def write_idx(path: Path, array: np.ndarray):
 
 
 def write_fashion(folder: Path, suffix: str) -> dict:
-    """The four files with random images, six and three of them; returns (images, labels) by split."""
+    """Write the four files with six and three random images; return (images, labels) by split."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     splits = {split: (rng.integers(0, 256, (count, 28, 28), dtype=np.uint8),
@@ -217,7 +224,7 @@ def test_fashion(tmp_path, folder, suffix, is_train):
 @pytest.mark.parametrize('kind', ['images-idx3', 'labels-idx1'])
 @pytest.mark.parametrize('left', [0, .5], ids=['empty', 'half'])
 def test_fashion_truncated(tmp_path, kind, suffix, left):
-    """A file that was cut short is refused, and named."""
+    """A truncated file is refused with its name."""
     write_fashion(tmp_path, suffix)
     path = tmp_path / f't10k-{kind}-ubyte{suffix}'
     content = path.read_bytes()
@@ -226,7 +233,7 @@ def test_fashion_truncated(tmp_path, kind, suffix, left):
 
 
 def test_fashion_missing(tmp_path):
-    """A file that is not there is named."""
+    """A missing file is refused with its name."""
     write_fashion(tmp_path, '.gz')
     (tmp_path / 'train-labels-idx1-ubyte.gz').unlink()
     assert 'train-labels-idx1-ubyte' in refusal('FASHION', tmp_path)
@@ -274,7 +281,7 @@ NUMBERED = {  # target of each category id, numbered as the training annotations
 
 
 def write_inat(root: Path, year: int, *, supercategory_folders: bool = True) -> Path:
-    """One image of each annotated category; images are listed in another order than annotations."""
+    """Write one image of each annotated category; images are listed in another order than annotations."""
     categories = [{'id': i, 'supercategory': SUPERCATEGORIES[taxa[0]], **dict(zip(LEVELS, taxa))}
                   for i, taxa in enumerate(TAXA)]
     root.mkdir(parents=True, exist_ok=True)
@@ -294,8 +301,8 @@ def write_inat(root: Path, year: int, *, supercategory_folders: bool = True) -> 
 @pytest.mark.parametrize(('data_set', 'year'), [('INAT', 2018), ('INAT19', 2019)])
 @pytest.mark.parametrize('category', NUMBERED)
 def test_inat_classes(tmp_path, data_set, year, category):
-    """Classes of the chosen level are numbered as the training annotations first name them."""
-    dataset, num_classes = build(data_set, write_inat(tmp_path, year), '--inat-category', category)
+    """Classes of the chosen level are numbered in the order of the training annotations."""
+    dataset, num_classes = build(data_set, write_inat(tmp_path, year), inat_category=category)
     assert num_classes == len(set(NUMBERED[category].values()))
     assert targets_by_folder(dataset) == NUMBERED[category]
 
@@ -303,7 +310,7 @@ def test_inat_classes(tmp_path, data_set, year, category):
 @pytest.mark.parametrize('category', NUMBERED)
 def test_inat_evaluation_classes(tmp_path, category):
     """Evaluation images have the class numbers of the training, and its number of classes."""
-    dataset, num_classes = build('INAT', write_inat(tmp_path, 2018), '--inat-category', category, is_train=False)
+    dataset, num_classes = build('INAT', write_inat(tmp_path, 2018), inat_category=category, is_train=False)
     assert num_classes == len(set(NUMBERED[category].values()))
     assert targets_by_folder(dataset) == {str(i): NUMBERED[category][str(i)] for i in ANNOTATED['val']}
 
@@ -320,14 +327,14 @@ def test_inat_layouts(tmp_path, supercategory_folders):
 
 @pytest.mark.parametrize('name', ['categories.json', 'train2018.json', 'val2018.json'])
 def test_inat_missing_json(tmp_path, name):
-    """An annotation file that is not there is named."""
+    """A missing annotation file is refused with its name."""
     (write_inat(tmp_path, 2018) / name).unlink()
     assert f'{tmp_path / name} is missing' in refusal('INAT', tmp_path, is_train=False)
 
 
 @pytest.mark.parametrize('content', ['{"images": [', '{"images": []}', '[]'])
 def test_inat_wrong_json(tmp_path, content):
-    """Annotations that are cut short or of another format are refused, with their folder."""
+    """Annotations that are truncated or of another format are refused with their folder."""
     (write_inat(tmp_path, 2018) / 'train2018.json').write_text(content)
     assert str(tmp_path) in refusal('INAT', tmp_path)
 
@@ -370,7 +377,7 @@ def test_folder(folders, held_out):
 @pytest.mark.parametrize('is_train', [True, False])
 @pytest.mark.parametrize(('here', 'there'), [('train', 'val'), ('val', 'train')])
 def test_folder_lonely_class(folders, here, there, is_train):
-    """A class in one split and not in the other is named, with both folders."""
+    """A class that only one split has is refused with both folders."""
     write_classes(folders / here, ['emu'])
     message = refusal('FOLDER', folders, is_train=is_train)
     assert f'in {folders / here}, but not in {folders / there}: emu' in message
@@ -378,7 +385,7 @@ def test_folder_lonely_class(folders, here, there, is_train):
 
 @pytest.mark.parametrize('file', [None, 'notes.txt'])
 def test_folder_empty_class(folders, file):
-    """A class folder without images is named."""
+    """A class folder without images is refused with its name."""
     for split in ('train', 'val'):
         (folders / split / 'emu').mkdir()
         if file:
@@ -389,7 +396,7 @@ def test_folder_empty_class(folders, file):
 
 
 def test_folder_evaluation_alone(folders):
-    """Evaluation needs no train/."""
+    """The evaluation split of a FOLDER data set can be built without train/."""
     (folders / 'train').rename(folders.parent / 'elsewhere')
     dataset, num_classes = build('FOLDER', folders, is_train=False)
     assert (len(dataset), num_classes) == (8, 2)
@@ -397,7 +404,7 @@ def test_folder_evaluation_alone(folders):
 
 @pytest.mark.parametrize('is_train', [True, False])
 def test_folder_wrong_folders(tmp_path, is_train):
-    """Where the folders have other names, the refusal tells those and the ones that are looked for."""
+    """Folders of other names are refused with their names and the expected ones."""
     for name in ('training', 'validation'):
         (tmp_path / name).mkdir()
     message = refusal('FOLDER', tmp_path, is_train=is_train)
@@ -418,32 +425,32 @@ def write_truncated(path: Path):
 
 @pytest.fixture(params=[write_text, write_truncated])
 def unreadable(request, folders) -> Path:
-    """A file named .jpg among the evaluation images that can't be decoded."""
+    """An evaluation image named .jpg that can't be decoded."""
     path = folders / 'val' / 'dog' / 'bad.jpg'
     request.param(path)
     return path
 
 
 def test_unreadable_image(unreadable):
-    """An image that can't be decoded is named."""
-    with pytest.raises(datasets.UnreadableImage, match=f'^unreadable image {re.escape(str(unreadable))}: '):
-        datasets.load_rgb(unreadable)
+    """An image that can't be decoded raises an error with its name."""
+    with pytest.raises(UnreadableImage, match=f'^unreadable image {re.escape(str(unreadable))}: '):
+        pictures.load_rgb(unreadable)
 
 
-def test_probe_unreadable_image(unreadable, folders):
-    """Probing a data set finds the image that can't be decoded, and names it."""
+def test_inspection_finds_unreadable_image(unreadable, folders):
+    """The inspection of a data set finds the image that can't be decoded, and names it with a remedy."""
     dataset, _ = build('FOLDER', folders, is_train=False)
-    with pytest.raises(datasets.UnreadableImage, match=f'^unreadable image {re.escape(str(unreadable))}: '):
-        datasets.probe_images(dataset)
+    with pytest.raises(UnreadableImage, match=f'^unreadable image {re.escape(str(unreadable))}: .*; repair or remove'):
+        samples.inspect(None, dataset)
 
 
 def test_unreadable_image_in_worker(unreadable, folders):
-    """From a worker process, too, the error is of its own type and one line that names the image."""
+    """The error is of its own type and one line from a worker too."""
     dataset, _ = build('FOLDER', folders, is_train=False)
-    batches = iter(DataLoader(dataset, batch_size=len(dataset), num_workers=1, collate_fn=datasets.collate))
-    with pytest.raises(datasets.UnreadableImage) as caught:
+    batches = iter(DataLoader(dataset, batch_size=len(dataset), num_workers=1, collate_fn=collate))
+    with pytest.raises(UnreadableImage) as caught:
         next(batches)
-    assert list(batches) == []  # ends the worker, which torch waits for in vain where garbage collection does it
+    assert list(batches) == []  # ends the worker; torch waits for it in vain during garbage collection
     message, = str(caught.value).splitlines()
     assert message.startswith(f'unreadable image {unreadable}: ')
 
@@ -455,7 +462,7 @@ def test_load_rgb(tmp_path, mode, color, expected):
     image = Image.new('RGB', (4, 4), color).quantize() if mode == 'P' else Image.new(mode, (4, 4), color)
     image.save(tmp_path / 'image.png')
     assert Image.open(tmp_path / 'image.png').mode == mode
-    loaded = datasets.load_rgb(tmp_path / 'image.png')
+    loaded = pictures.load_rgb(tmp_path / 'image.png')
     assert loaded.mode == 'RGB'
     assert loaded.getcolors() == [(16, expected)]
 
@@ -466,9 +473,8 @@ def test_load_rgb(tmp_path, mode, color, expected):
 @pytest.mark.parametrize('size', [224, 384, 32])
 def test_eval_transform(reference, crop, size):
     """Agrees with the original's: shape, mean, standard deviation, and the values of a grid, to 1e-6."""
-    flag = '--full-crop' if crop == 'full_crop' else '--no-full-crop'
-    transform = datasets.build_eval_transform(arguments('SAMPLE', '', '--input-size', str(size), flag))
-    image = transform(datasets.load_rgb(REFERENCE / 'pattern.png'))
+    transform = eval_transform(input_size=size, full_crop=crop == 'full_crop', resize=size > SMALL)
+    image = transform(pictures.load_rgb(REFERENCE / 'pattern.png'))
     key, step = f'eval_transform/{crop}/{size}', max(1, size // 16)
     assert list(image.shape) == reference[key]['shape']
     assert image.mean().item() == pytest.approx(reference[key]['mean'], rel=0, abs=1e-6)
@@ -478,7 +484,7 @@ def test_eval_transform(reference, crop, size):
 
 
 def plain(step: str) -> str:
-    """A printed step, free of addresses and of what timm prints otherwise since 0.4.9."""
+    """Return a printed step without addresses and without changes of timm's since 0.4.9."""
     step = re.sub(r'^<.*\.(\w+) object at 0x\w+>$', r'\1', step)
     step = re.sub(r'^(RandAugment|RandomErasing)\(.*', r'\1', step, flags=re.DOTALL)
     return step.replace('MaybeToTensor', 'ToTensor').replace('PIL.Image.BICUBIC', 'bicubic')
@@ -487,7 +493,7 @@ def plain(step: str) -> str:
 @pytest.mark.parametrize('size', [224, 32])
 def test_train_transform(reference, size):
     """The steps, in order, and all the parameters that the original's prints: of crop, flip and normalisation."""
-    transform = datasets.build_train_transform(arguments('SAMPLE', '', '--input-size', str(size)))
+    transform = train_transform(size=size)
     place = [type(step).__name__ for step in transform.transforms].index('ToNormalizedTensor')
     transform.transforms[place:place + 1] = [transforms.ToTensor(), transforms.Normalize(
         torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD))]  # which it is, by the next test
@@ -499,12 +505,12 @@ def test_normalized_tensor_is_torchvisions():
     """Bit by bit what ToTensor and Normalize give, for each of the 256 values of a channel."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 50, 3), dtype=np.uint8))
     expected = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)(transforms.ToTensor()(image))
-    assert torch.equal(datasets.ToNormalizedTensor()(image), expected)
+    assert torch.equal(ToNormalizedTensor()(image), expected)
 
 
 def test_train_transform_augmentation():
     """By default two operations of magnitude 9 +- 0.5 are drawn, and a quarter of the images gets one noisy patch."""
-    *_, augment, _, erase = datasets.build_train_transform(arguments('SAMPLE')).transforms
+    *_, augment, _, erase = train_transform().transforms
     assert augment.num_layers == 2
     assert {(op.magnitude, op.magnitude_std, op.prob) for op in augment.ops} == {(9, .5, .5)}
     assert (erase.probability, erase.mode, erase.min_count, erase.max_count) == (.25, 'pixel', 1, 1)
@@ -513,7 +519,7 @@ def test_train_transform_augmentation():
 @pytest.mark.parametrize('aa', ['', 'none'])
 def test_train_transform_without_policy(aa):
     """Without a policy the colours are jittered instead, by --color-jitter."""
-    transform = datasets.build_train_transform(arguments('SAMPLE', '', '--aa', aa, '--color-jitter', '.3'))
+    transform = train_transform('--aa', aa, '--color-jitter', '.3')
     names = [type(step).__name__ for step in transform.transforms]
     assert names == ['RandomCrop', 'RandomHorizontalFlip', 'ColorJitter', 'ToNormalizedTensor', 'RandomErasing']
     assert transform.transforms[2].brightness == pytest.approx((.7, 1.3))
@@ -522,8 +528,8 @@ def test_train_transform_without_policy(aa):
 @pytest.mark.parametrize('aa', ['rand-m9-mstd0.5-inc1', 'rand-m9', 'v0', 'original', '3a', 'augmix-m3'])
 @pytest.mark.parametrize('magnitude', [0, 10])
 def test_policy_operations(aa, magnitude):
-    """Every operation of a policy works at both ends of the magnitudes, which random ones reach now and then."""
-    operations = list(datasets.augment_ops(datasets.build_train_transform(arguments('SAMPLE', '', '--aa', aa))))
+    """Every operation of a policy works at both ends of the magnitudes, which random magnitudes can reach."""
+    operations = list(augment_ops(train_transform('--aa', aa)))
     assert operations
     for operation in operations:
         operation.magnitude, operation.magnitude_std, operation.prob = magnitude, 0, 1
@@ -532,8 +538,8 @@ def test_policy_operations(aa, magnitude):
 
 def test_posterize_to_no_bits():
     """PosterizeIncreasing at magnitude 10 leaves no bits: a black image, as the original's Pillow made it."""
-    transform = datasets.build_train_transform(arguments('SAMPLE', '', '--aa', 'rand-m10-inc1'))
-    operation, = (op for op in datasets.augment_ops(transform) if op.name == 'PosterizeIncreasing')
+    transform = train_transform('--aa', 'rand-m10-inc1')
+    operation, = (op for op in augment_ops(transform) if op.name == 'PosterizeIncreasing')
     operation.prob = 1
     assert operation(Image.new('RGB', (8, 8), 'white')).getcolors() == [(64, (0, 0, 0))]
 
@@ -541,15 +547,14 @@ def test_posterize_to_no_bits():
 @pytest.mark.parametrize('size', [(20, 20), (28, 28), (300, 420)])
 def test_train_transform_small_input(size):
     """Up to 32 pixels, images of any size give crops of the input size."""
-    transform = datasets.build_train_transform(arguments('SAMPLE'))
-    assert transform(Image.new('RGB', size)).shape == (3, 32, 32)
+    assert train_transform()(Image.new('RGB', size)).shape == (3, 32, 32)
 
 
 # ----- From samples to batches
 
 def test_seeded_sample_is_function_of_key(folders):
-    """The same key gives bitwise the same sample, whatever was drawn and loaded before."""
-    samples = datasets.SeededSamples(build('FOLDER', folders)[0])
+    """A key determines its sample bitwise, whatever was drawn and loaded before."""
+    samples = SeededSamples(build('FOLDER', folders)[0].with_transform(train_transform()))
     keys = [(3, seed) for seed in range(8)]
     first = [samples[key][0] for key in keys]
     utils.seed_everything(1)
@@ -560,7 +565,7 @@ def test_seeded_sample_is_function_of_key(folders):
 
 def test_seeds_give_other_samples(folders):
     """Each seed gives another version of an image."""
-    samples = datasets.SeededSamples(build('FOLDER', folders)[0])
+    samples = SeededSamples(build('FOLDER', folders)[0].with_transform(train_transform()))
     versions = [samples[3, seed][0] for seed in range(4)]
     assert not any(torch.equal(versions[i], versions[j]) for i in range(4) for j in range(i))
 
@@ -569,10 +574,10 @@ def test_seeds_give_other_samples(folders):
 def test_batches_do_not_depend_on_workers(folders, flag):
     """Loaders with 0 and with 2 workers give bitwise equal batches of an epoch, under both ways of erasing."""
     epochs = []
-    for workers in ('0', '2'):
-        args = arguments('FOLDER', folders, '--num-workers', workers, '--batch-size', '4', '--reprob', '1', flag)
-        loader = main.build_train_loader(datasets.build_dataset(args, True)[0], args, CPU,
-                                         collate_fn=datasets.build_train_collate(args))
+    for workers in (0, 2):
+        args = main.parse_args(tiny(folders, '--reprob', '1', flag))
+        loader = build_train_loader(main.build_datasets(args)[0], Loading(4, CPU, num_workers=workers),
+                                    collate_fn=recipe.build_collate(args), repeated_aug=True)
         loader.set_position(1, 0)
         epochs.append(list(loader))
     assert [len(epoch) for epoch in epochs] == [4, 4]
@@ -587,29 +592,29 @@ def mixed_sizes(folders) -> Path:
     return folders
 
 
-def first_eval_batch(*argv):
-    args = arguments('FOLDER', *argv, '--num-workers', '0', '--batch-size', '8')
-    return next(iter(main.build_eval_loader(datasets.build_dataset(args, False)[0], args, CPU)))
+def first_eval_batch(folders: Path, *, full_crop: bool):
+    dataset, _ = build('FOLDER', folders, is_train=False)
+    transform = eval_transform(input_size=32, full_crop=full_crop, resize=False)
+    return next(iter(build_eval_loader(dataset.with_transform(transform), Loading(8, CPU))))
 
 
 def test_collate_mixed_sizes(mixed_sizes):
-    """Images of several sizes can't make a batch as they are; the one line that says so tells sizes and remedy."""
+    """Images of several sizes can't be stacked; the error contains the sizes and a remedy."""
     with pytest.raises(InputError, match=r'sizes \(\(32, 32\), \(40, 48\) pixels\): add --resize$'):
-        first_eval_batch(mixed_sizes, '--no-resize')
+        first_eval_batch(mixed_sizes, full_crop=False)
 
 
 def test_full_crop_mixed_sizes(mixed_sizes):
     """With --full_crop images of several sizes make a batch."""
-    images, targets = first_eval_batch(mixed_sizes, '--full_crop')
+    images, targets = first_eval_batch(mixed_sizes, full_crop=True)
     assert images.shape == (9, 3, 32, 32)
     assert targets.tolist() == [0] * 5 + [1] * 4
 
 
 def test_clean_half_erasing():
     """--resplit leaves the first half of a batch as it is, and with probability 1 erases in each of the other half."""
-    collate = datasets.CleanHalfErasing(arguments('SAMPLE', '', '--resplit', '--reprob', '1'))
     utils.seed_everything(0)
-    images, targets = collate([(torch.full((3, 32, 32), 7.), i) for i in range(8)])
+    images, targets = CleanHalfErasing(1., 'pixel', 1)([(torch.full((3, 32, 32), 7.), i) for i in range(8)])
     touched = (images != 7).flatten(1).any(dim=1)
     assert touched.tolist() == [False] * 4 + [True] * 4
     assert targets.tolist() == list(range(8))
@@ -617,49 +622,48 @@ def test_clean_half_erasing():
 
 def test_resplit_erases_batches_only():
     """Under --resplit no single sample is erased, which would reach the clean half."""
-    transform = datasets.build_train_transform(arguments('SAMPLE', '', '--resplit', '--reprob', '1'))
-    assert 'RandomErasing' not in str(transform)
-    assert 'RandomErasing' in str(datasets.build_train_transform(arguments('SAMPLE')))
+    assert 'RandomErasing' not in str(train_transform('--resplit', '--reprob', '1'))
+    assert 'RandomErasing' in str(train_transform())
 
 
-def test_probing_reaches_every_part(tmp_path, monkeypatch):
-    """Damage anywhere in the last fifth is found though only some of the images are looked at."""
+def test_inspection_reaches_every_part(tmp_path, monkeypatch):
+    """Damage in the last tenth is found although only half of the images are inspected."""
     monkeypatch.setattr(pictures, 'NUM_PROBED', 10)
-    write_classes(tmp_path / 'train', [f'{i:02}' for i in range(19)])
-    for name in ('17', '18'):
+    write_classes(tmp_path / 'train', [f'{i:02}' for i in range(20)])
+    for name in ('18', '19'):
         (tmp_path / 'train' / name / '0.png').write_bytes(b'')
-    with pytest.raises(datasets.UnreadableImage, match='unreadable image'):
-        datasets.probe_images(datasets.ClassFolders(tmp_path / 'train'))
+    with pytest.raises(UnreadableImage, match='unreadable image'):
+        samples.inspect(ClassFolders(tmp_path / 'train'))
 
 
 def test_mixed_sizes_in_worker(tmp_path):
-    """From a loading process, too, the refusal is one line."""
+    """The refusal is one line from a worker too."""
     for i, size in enumerate([(32, 32), (40, 30)]):
         write_image(tmp_path / 'val' / 'cat' / f'{i}.png', size=size)
     write_image(tmp_path / 'val' / 'dog' / '0.png')
-    dataset = build('FOLDER', tmp_path, '--no-resize', is_train=False)[0]
+    dataset = build('FOLDER', tmp_path, is_train=False)[0].with_transform(ToNormalizedTensor())
     with pytest.raises(InputError) as caught:
-        list(DataLoader(dataset, batch_size=2, num_workers=1, collate_fn=datasets.collate))
+        list(DataLoader(dataset, batch_size=2, num_workers=1, collate_fn=collate))
     message, = str(caught.value).splitlines()
     assert message.startswith('without --resize')
 
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_bad_images_are_skipped_up_to_a_number(folders, workers, capfd):
-    """One unreadable image gives way to its neighbour, and is reported once; a second one is an error."""
+    """One unreadable image is replaced by its neighbour, and reported once; a second one is an error."""
     paths = sorted((folders / 'train').rglob('*.png'))
     paths[3].write_bytes(b'')
-    dataset = build('FOLDER', folders)[0]
+    dataset = build('FOLDER', folders)[0].with_transform(train_transform())
     keys = [(3, 1), (4, 1), (3, 2)]
 
-    def loaded(samples) -> list:
-        loader = DataLoader(samples, sampler=keys, batch_size=3, num_workers=workers, collate_fn=datasets.collate)
+    def loaded(dataset) -> list:
+        loader = DataLoader(dataset, sampler=keys, batch_size=3, num_workers=workers, collate_fn=collate)
         return [batch for _ in range(2) for batch in loader]
 
-    images, targets = loaded(datasets.SeededSamples(dataset, most_bad=1))[0]
+    images, targets = loaded(SeededSamples(dataset, most_bad=1))[0]
     assert torch.equal(images[0], images[1])
     assert targets.tolist() == [0, 0, 0]
     assert capfd.readouterr().err.count(f'unreadable image {paths[3]}') == 1
     paths[4].write_bytes(b'')
-    with pytest.raises(datasets.UnreadableImage, match='one more than --skip-bad-images 1'):
-        loaded(datasets.SeededSamples(dataset, most_bad=1))
+    with pytest.raises(UnreadableImage, match='more than --skip-bad-images 1 allows'):
+        loaded(SeededSamples(dataset, most_bad=1))

@@ -1,7 +1,6 @@
-"""DINO against the original: schedules, head, loss, steps, crops and evaluations, by the numbers of dino.json."""
+"""Comparison of DINO with the original, by the numbers in dino.json: schedules, loss, steps, crops, evaluations."""
 import json
 import math
-from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -12,18 +11,21 @@ from PIL import Image
 from seeded_weights import image as seeded_image
 from seeded_weights import tensor as seeded_tensor
 
-import datasets
-from dino import monitor, neighbours, updates
+from dino import neighbours, updates
+from dino.collapse import kinds_of_collapse, spread
 from dino.crops import Crops
 from dino.loss import DinoLoss
 from dino.networks import Head, MultiCrop
-from dino.schedules import cosine, teacher_temperatures
+from loaders.pictures import load_rgb
+from loaders.transforms import eval_transform
+from run.optimization import parameter_groups
+from run.schedules import cosine, ramp
 
 NUMBERS = json.loads((REFERENCE / 'dino.json').read_text())
 
 
-def close(found, expected, rtol: float):
-    torch.testing.assert_close(torch.as_tensor(found, dtype=torch.float64),
+def close(actual, expected, rtol: float):
+    torch.testing.assert_close(torch.as_tensor(actual, dtype=torch.float64),
                                torch.as_tensor(expected, dtype=torch.float64), rtol=rtol, atol=1e-9)
 
 
@@ -32,7 +34,7 @@ def generator(seed: int) -> np.random.Generator:
 
 
 def seed_weights(module: torch.nn.Module, seed: int, prefix: str = '') -> torch.nn.Module:
-    """The reference's weights, by the names that the module has in the original."""
+    """Load the reference's weights by the module's names in the original."""
     module.load_state_dict({key: torch.from_numpy(np.asarray(seeded_tensor(prefix + key, tuple(value.shape), seed)))
                             for key, value in module.state_dict().items()})
     with torch.no_grad():
@@ -53,39 +55,43 @@ def crops_of(sides: list, batch: int, first: int) -> list:
 # ---------------------------------------------------------------------------------------------------------------------
 # Schedules
 
-@pytest.mark.parametrize(('name', 'found'), [
+@pytest.mark.parametrize(('name', 'curve'), [
     ('lr', cosine(5e-4 * 1024 / 256, 1e-6, steps=140, warmup_steps=21)),
     ('wd', cosine(.04, .4, steps=140)),
     ('momentum', cosine(.996, 1., steps=140)),
 ])
-def test_schedules_are_the_originals(name, found):
-    close(found, NUMBERS['schedules'][name], 1e-6)
+def test_schedules_are_the_originals(name, curve):
+    """Learning rate, weight decay and momentum have the original's value at each step."""
+    close(curve, NUMBERS['schedules'][name], 1e-6)
 
 
 def test_cosine_after_a_warmup_is_the_originals():
-    """Of a warm-up that began above 0, which main_dino.py has none of, what follows it."""
+    """The values after a warm-up equal the original's, also for a warm-up that begins above 0 there."""
     case = NUMBERS['more_schedules']['lr_warmup_start']
-    found = cosine(case['base'], case['final'], steps=case['length'], warmup_steps=16)
+    curve = cosine(case['base'], case['final'], steps=case['length'], warmup_steps=16)
     after = {int(step): value for step, value in case['values'].items() if int(step) >= 15}
-    close([found[step] for step in after], list(after.values()), 1e-6)
+    close([curve[step] for step in after], list(after.values()), 1e-6)
 
 
 @pytest.mark.parametrize('name', ['momentum', 'lr_without_warmup'])
 def test_schedules_of_other_lengths_are_the_originals(name):
+    """Curves of other lengths, with and without warm-up, equal the original's."""
     case = NUMBERS['more_schedules'][name]
-    found = cosine(case['base'], case['final'], steps=case['length'])
-    close([found[int(step)] for step in case['values']], list(case['values'].values()), 1e-6)
-    assert len(found) == case['length']
+    curve = cosine(case['base'], case['final'], steps=case['length'])
+    close([curve[int(step)] for step in case['values']], list(case['values'].values()), 1e-6)
+    assert len(curve) == case['length']
 
 
 def test_teacher_temperature_is_the_originals():
-    close(teacher_temperatures(.04, .07, warmup_epochs=5, epochs=12), NUMBERS['dino_loss']['teacher_temp'], 1e-6)
+    """The temperature of each epoch equals the original's."""
+    close(ramp(.04, .07, warmup_steps=5, steps=12), NUMBERS['dino_loss']['teacher_temp'], 1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loss and networks
 
 def test_loss_and_centre_are_the_originals():
+    """Loss and centre equal the original's over several batches."""
     rng, criterion = generator(11), DinoLoss(64, crops=6)
     temperatures = NUMBERS['dino_loss']['teacher_temp']
     for call in NUMBERS['dino_loss']['calls']:
@@ -97,6 +103,7 @@ def test_loss_and_centre_are_the_originals():
 
 
 def test_loss_is_in_float32_under_autocast():
+    """Autocast does not change the loss."""
     rng = generator(11)
     student, teacher = (torch.from_numpy(rng.standard_normal((rows, 64)).astype(np.float32)) for rows in (24, 8))
     with torch.autocast('cpu', torch.bfloat16):
@@ -105,7 +112,7 @@ def test_loss_is_in_float32_under_autocast():
 
 
 def test_logits_are_in_float32_under_autocast():
-    """The loss divides them by .04."""
+    """The head returns logits in full precision, which the loss divides by .04."""
     head = Head(16, 64, use_bn=False, norm_last_layer=True)
     with torch.autocast('cpu', torch.bfloat16):
         logits = head(torch.randn(4, 16))
@@ -113,7 +120,8 @@ def test_logits_are_in_float32_under_autocast():
     assert not torch.equal(logits, logits.bfloat16().float())
 
 
-def test_entropies_tell_a_uniform_output_from_equal_ones():
+def test_entropies_distinguish_uniform_from_equal_outputs():
+    """The two entropies distinguish uniform, equal and different outputs."""
     criterion = DinoLoss(64, crops=2)
     _, uniform = criterion(torch.zeros(8, 64), torch.zeros(8, 64), .04)
     close(list(uniform.values()), [math.log(64)] * 2, 1e-6)
@@ -126,6 +134,7 @@ def test_entropies_tell_a_uniform_output_from_equal_ones():
 
 @pytest.mark.parametrize('case', NUMBERS['head']['cases'], ids=lambda case: f'{case["in_dim"]}-{case["out_dim"]}')
 def test_head_is_the_originals(case):
+    """Names, outputs and gradients of the head equal the original's."""
     head = Head(case['in_dim'], case['out_dim'], use_bn=case['use_bn'], norm_last_layer=case['norm_last_layer'])
     assert {key: list(value.shape) for key, value in head.state_dict().items()} == dict(case['keys'])
     seed_weights(head, case['seed'], 'head.')
@@ -140,6 +149,7 @@ def test_head_is_the_originals(case):
 
 
 def test_head_starts_as_the_originals():
+    """Initial weights have the original's distribution."""
     torch.manual_seed(0)
     head, expected = Head(384, 4096, use_bn=False, norm_last_layer=True), NUMBERS['head']['initialisation']
     assert float(head.mlp[2].weight.detach().std()) == pytest.approx(expected['mlp_weight_std'], rel=.01)
@@ -151,6 +161,7 @@ def test_head_starts_as_the_originals():
 
 @pytest.mark.parametrize('mode', ['eval', 'train'])
 def test_crops_of_one_size_pass_the_backbone_together(mode):
+    """Crops of equal size are one forward pass, with the original's outputs and BatchNorm statistics."""
     expected, passes = NUMBERS['multicrop'][mode], []
     model = network('xcit_nano_12_p16', 128, seed=5).train(mode == 'train')
     model.backbone.register_forward_pre_hook(lambda _, inputs: passes.append(list(inputs[0].shape)))
@@ -164,6 +175,7 @@ def test_crops_of_one_size_pass_the_backbone_together(mode):
 
 @pytest.mark.parametrize(('sides', 'expected'), [([64, 64, 48, 48, 32], [2, 2, 1]), ([64, 32, 64], [1, 1, 1])])
 def test_crops_are_passed_in_their_order(sides, expected):
+    """Crops of equal size are grouped only if they are neighbours."""
     passes = []
 
     class Counted(torch.nn.Module):
@@ -188,8 +200,8 @@ def norm_of(model: torch.nn.Module) -> float:
 
 def take_step(student, teacher, criterion, optimizer, crops, *, temperature, clip, freeze, momentum) -> dict:
     with torch.no_grad():
-        taught, _ = teacher(crops[:2])
-    loss, _ = criterion(student(crops)[0], taught, temperature)
+        teacher_out, _ = teacher(crops[:2])
+    loss, _ = criterion(student(crops)[0], teacher_out, temperature)
     optimizer.zero_grad()
     loss.backward()
     with_gradient = [p for p in student.parameters() if p.grad is not None]
@@ -216,35 +228,37 @@ def count(groups: list) -> tuple:
 
 
 def test_steps_of_adamw_are_the_originals():
+    """Losses, norms and weights of AdamW steps equal the original's."""
     expected = NUMBERS['train_steps']
     student, teacher = (network('xcit_nano_12_p16', 512, seed=0).train() for _ in range(2))
-    groups = updates.parameter_groups(student)
+    groups = parameter_groups(student, updates.is_spared)
     assert count(groups) == (expected['decayed'], expected['undecayed'])
     groups[0]['weight_decay'] = .04
     optimizer, criterion = torch.optim.AdamW(groups, lr=1e-3), DinoLoss(512, crops=4)
     for it, step in enumerate(expected['steps']):
         crops = [*crops_of([64, 64], 4, 100 + 10 * it), *crops_of([32, 32], 4, 105 + 10 * it)]
-        found = take_step(student, teacher, criterion, optimizer, crops, temperature=.04, clip=3., freeze=it == 0,
-                          momentum=.996)
-        close([found[name] for name in step], list(step.values()), 1e-4)
+        actual = take_step(student, teacher, criterion, optimizer, crops, temperature=.04, clip=3., freeze=it == 0,
+                           momentum=.996)
+        close([actual[name] for name in step], list(step.values()), 1e-4)
 
 
 def test_steps_of_sgd_with_batchnorm_and_free_lengths_are_the_originals():
+    """SGD steps with BatchNorm in the head and free prototype norms equal the original's."""
     expected = NUMBERS['train_steps_2']
     student, teacher = (network('xcit_tiny_12_p16', 256, seed=1, use_bn=True, norm_last_layer=False).train()
                         for _ in range(2))
-    groups = updates.parameter_groups(student)
+    groups = parameter_groups(student, updates.is_spared)
     assert count(groups) == (expected['decayed'], expected['undecayed'])
     optimizer, criterion = torch.optim.SGD(groups, lr=.1, momentum=.9), DinoLoss(256, crops=5)
-    temperatures = teacher_temperatures(.04, .07, warmup_epochs=2, epochs=12)
+    temperatures = ramp(.04, .07, warmup_steps=2, steps=12)
     rates = zip((.1, .2, .2), (.04, .05, .06), (0, 1, 1), (.99, .995, .999))
     for it, (step, (lr, decay, epoch, momentum)) in enumerate(zip(expected['steps'], rates)):
         for group in optimizer.param_groups:
             group['lr'] = lr
         optimizer.param_groups[0]['weight_decay'] = decay
-        found = take_step(student, teacher, criterion, optimizer, crops_of([64, 64, 32, 32, 32], 3, 100 + 20 * it),
-                          temperature=temperatures[epoch], clip=.3, freeze=epoch < 1, momentum=momentum)
-        close([found[name] for name in step], list(step.values()), 1e-4)
+        actual = take_step(student, teacher, criterion, optimizer, crops_of([64, 64, 32, 32, 32], 3, 100 + 20 * it),
+                           temperature=temperatures[epoch], clip=.3, freeze=epoch < 1, momentum=momentum)
+        close([actual[name] for name in step], list(step.values()), 1e-4)
     with torch.no_grad():
         features = teacher.eval().backbone(torch.from_numpy(seeded_image((2, 3, 64, 64), 7)))
     close(features[:, :6], expected['teacher_features'], 1e-3)
@@ -252,13 +266,15 @@ def test_steps_of_sgd_with_batchnorm_and_free_lengths_are_the_originals():
 
 
 def test_cls_token_temperature_and_lengths_are_decayed():
+    """Weight decay applies to cls_token, the temperature of XCA and the norms of prototypes."""
     student = network('xcit_nano_12_p16', 16, seed=0, norm_last_layer=False)
-    decayed = {id(p) for p in updates.parameter_groups(student)[0]['params']}
+    decayed = {id(p) for p in parameter_groups(student, updates.is_spared)[0]['params']}
     names = {name for name, p in student.named_parameters() if id(p) in decayed}
     assert {'backbone.cls_token', 'backbone.blocks.0.attn.temperature', 'head.last_layer.weight_g'} <= names
 
 
 def test_lars_is_the_originals():
+    """Weights after LARS steps equal the original's."""
     rng, lars = generator(21), NUMBERS['lars']
     shapes = {'matrix': (8, 5), 'bias': (8,), 'conv': (4, 3, 3, 3), 'zero_matrix': (3, 4), 'temperature': (2, 1, 1)}
     values = {name: torch.nn.Parameter(torch.from_numpy(rng.standard_normal(shape).astype(np.float32)
@@ -296,6 +312,7 @@ def model_with_gradients() -> torch.nn.Module:
 
 
 def test_each_gradient_is_clipped_by_its_own_norm():
+    """Clipping uses the norm of each tensor, and returns the global norm."""
     expected, model = NUMBERS['clip_and_cancel'], model_with_gradients()
     total = updates.clip_each(model.parameters(), 3.)
     close([float(p.grad.norm()) for p in model.parameters()],
@@ -304,12 +321,14 @@ def test_each_gradient_is_clipped_by_its_own_norm():
 
 
 def test_clipping_at_0_leaves_gradients():
+    """A maximum of 0 does not change gradients."""
     model = model_with_gradients()
     updates.clip_each(model.parameters(), 0.)
     close([float(p.grad.norm()) for p in model.parameters()], NUMBERS['clip_and_cancel']['norms_before'], 1e-5)
 
 
 def test_frozen_last_layer_has_no_gradient_at_all():
+    """Freezing sets the gradients of the prototypes to None, and no others."""
     model = model_with_gradients()
     updates.freeze_last_layer(model)
     assert {name: p.grad is None for name, p in model.named_parameters()} == \
@@ -317,6 +336,7 @@ def test_frozen_last_layer_has_no_gradient_at_all():
 
 
 def test_teacher_averages_parameters_and_not_buffers():
+    """The EMA updates parameters, not BatchNorm statistics."""
     teacher, student = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
     with torch.no_grad():
         student.weight.fill_(3.)
@@ -329,11 +349,10 @@ def test_teacher_averages_parameters_and_not_buffers():
 # ---------------------------------------------------------------------------------------------------------------------
 # Crops
 
-def crop_args(**changed) -> Namespace:
-    return Namespace(**{**dict(
-        input_size=224, local_crops_size=96, local_crops_number=1, global_crops_scale=[.4, 1.],
-        local_crops_scale=[.05, .4], flip=.5, color_jitter=[.4, .4, .2, .1], grayscale=.2, blur=[1., .1, .5],
-        solarize=.2, mean=None, std=None), **changed})
+def build_crops(**changed) -> Crops:
+    return Crops(**{**dict(
+        global_size=224, local_size=96, local_count=1, global_scale=[.4, 1.], local_scale=[.05, .4], flip=.5,
+        color_jitter=[.4, .4, .2, .1], grayscale=.2, blur=[1., .1, .5], solarize=.2), **changed})
 
 
 SIDE, DRAWS = 112, 300
@@ -350,9 +369,9 @@ def picture(kind: str) -> Image.Image:
 
 
 def draws(kind: str, **changed) -> list:
-    """Crops of a picture as arrays (h, w, 3), by kind of crop."""
+    """Draw crops of a picture as arrays (h, w, 3), by kind of crop."""
     torch.manual_seed(0)
-    crops, shown = Crops(crop_args(input_size=56, local_crops_size=24, **changed)), picture(kind)
+    crops, shown = build_crops(global_size=56, local_size=24, **changed), picture(kind)
     return [[np.asarray(crop, dtype=np.float64) for crop in kinds]
             for kinds in zip(*(crops.pictures(shown) for _ in range(DRAWS)))]
 
@@ -368,15 +387,17 @@ RATES = {
 
 @pytest.mark.parametrize('name', RATES)
 def test_random_operations_have_the_originals_rates(name):
+    """Jitter, solarization, grayscale and flip occur as often as in the original."""
     kind, happened, expected = RATES[name]
-    for found, rate in zip(draws(kind), expected):
-        seen = sum(map(happened, found)) / DRAWS
+    for of_kind, rate in zip(draws(kind), expected):
+        seen = sum(map(happened, of_kind)) / DRAWS
         assert abs(seen - rate) <= 4 * math.sqrt(rate * (1 - rate) / DRAWS)
 
 
 def test_color_jitter_is_as_strong_as_the_originals():
-    for found, expected in zip(draws('grey100'), NUMBERS['augmentation']['kinds'].values()):
-        means = [crop.mean() for crop in found]
+    """Brightness varies as in the original."""
+    for crops, expected in zip(draws('grey100'), NUMBERS['augmentation']['kinds'].values()):
+        means = [crop.mean() for crop in crops]
         error = expected['grey100_std_of_means'] / math.sqrt(DRAWS)
         assert abs(np.mean(means) - 100) < 4 * error
         # the standard error of a standard deviation, of both measurements
@@ -384,9 +405,9 @@ def test_color_jitter_is_as_strong_as_the_originals():
 
 
 def test_color_jitter_changes_colors_as_the_originals():
-    """Contrast, saturation and hue: what it makes of a red picture."""
-    for found, expected in zip(draws('red'), NUMBERS['augmentation']['kinds'].values()):
-        colored = np.array([crop.mean(axis=(0, 1)) for crop in found if not (crop[:, :, 0] == crop[:, :, 1]).all()])
+    """Contrast, saturation and hue change a red picture as in the original."""
+    for crops, expected in zip(draws('red'), NUMBERS['augmentation']['kinds'].values()):
+        colored = np.array([crop.mean(axis=(0, 1)) for crop in crops if not (crop[:, :, 0] == crop[:, :, 1]).all()])
         spread = np.array(expected['red_std_of_coloured'])
         error = 4 * spread * math.sqrt(1 / len(colored) + 1 / 480)
         assert (np.abs(colored.mean(axis=0) - expected['red_mean_of_coloured']) < error).all()
@@ -394,24 +415,26 @@ def test_color_jitter_changes_colors_as_the_originals():
 
 
 def test_blur_has_the_originals_rates():
-    off = dict(color_jitter=[0.] * 4, grayscale=0., solarize=0., flip=0., global_crops_scale=[1., 1.],
-               local_crops_scale=[1., 1.])
+    """Blur occurs as often as in the original for each kind of crop."""
+    off = dict(color_jitter=[0.] * 4, grayscale=0., solarize=0., flip=0., global_scale=[1., 1.],
+               local_scale=[1., 1.])
     pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
     pixels[:, ::2] = 255  # any blur leaves none of the two colours
     torch.manual_seed(0)
-    crops, shown = Crops(crop_args(input_size=SIDE, local_crops_size=SIDE, **off)), Image.fromarray(pixels)
-    for found, rate in zip(zip(*(crops.pictures(shown) for _ in range(DRAWS))), TRUE['blur'].values()):
-        seen = sum(0 < np.asarray(crop)[SIDE // 2, SIDE // 2, 0] < 255 for crop in found) / DRAWS
+    crops, shown = build_crops(global_size=SIDE, local_size=SIDE, **off), Image.fromarray(pixels)
+    for of_kind, rate in zip(zip(*(crops.pictures(shown) for _ in range(DRAWS))), TRUE['blur'].values()):
+        seen = sum(0 < np.asarray(crop)[SIDE // 2, SIDE // 2, 0] < 255 for crop in of_kind) / DRAWS
         assert abs(seen - rate) <= 4 * math.sqrt(rate * (1 - rate) / DRAWS)
 
 
 @pytest.mark.parametrize(('number', 'kind'), [(0, 'global1'), (1, 'global2'), (2, 'local')])
 def test_blur_is_as_strong_as_the_originals(number, kind):
+    """Blur smooths edges as much as in the original."""
     expected, x = NUMBERS['augmentation']['kinds'][kind], np.arange(448)
     row = np.where(x // 16 % 2, 110, 60).astype(np.uint8)
     shown = Image.fromarray(np.repeat(np.tile(row, (448, 1))[:, :, None], 3, axis=2))
     torch.manual_seed(0)
-    plan = Crops(crop_args()).plans[number]
+    plan = build_crops().plans[number]
     edges = []
     for _ in range(60):
         crop = np.asarray(plan(shown), dtype=np.float64)[:, :, 0]
@@ -421,9 +444,10 @@ def test_blur_is_as_strong_as_the_originals(number, kind):
 
 
 @pytest.mark.parametrize('scale', [(.4, 1.), (.05, .4), (.25, 1.), (.14, 1.)])
-def test_crops_show_the_parts_that_the_originals_show(scale):
+def test_crops_have_the_originals_areas(scale):
+    """The areas of crops have the original's mean."""
     expected = NUMBERS['crop_distribution']['scales'][str(scale)]
-    crop = Crops(crop_args(global_crops_scale=list(scale))).plans[0].transforms[0]
+    crop = build_crops(global_scale=list(scale)).plans[0].transforms[0]
     shown, draws_ = torch.zeros(3, 375, 500), 2000
     torch.manual_seed(0)
     areas = []
@@ -434,7 +458,8 @@ def test_crops_show_the_parts_that_the_originals_show(scale):
 
 
 def test_crops_depend_on_torchs_generator_alone():
-    crops, shown = Crops(crop_args()), picture('ramp')
+    """Crops with the same seed of torch are equal."""
+    crops, shown = build_crops(), picture('ramp')
     torch.manual_seed(3)
     first = crops(shown)
     torch.manual_seed(3)
@@ -445,9 +470,9 @@ def test_crops_depend_on_torchs_generator_alone():
 # Evaluation
 
 def test_evaluation_transform_is_the_originals():
+    """An evaluation image equals the original's pixel by pixel."""
     expected = NUMBERS['eval_transforms']['knn_and_linear']
-    args = Namespace(input_size=224, full_crop=False, resize=True, mean=None, std=None)
-    image = datasets.build_eval_transform(args)(datasets.load_rgb(REFERENCE / 'pattern.png'))
+    image = eval_transform(input_size=224, full_crop=False, resize=True)(load_rgb(REFERENCE / 'pattern.png'))
     step = expected['step']
     assert list(image.shape) == expected['shape']
     assert float(image.mean()) == pytest.approx(expected['mean'], abs=1e-5)
@@ -457,28 +482,29 @@ def test_evaluation_transform_is_the_originals():
 
 def knn_case(seed: int, *, classes: int, width: int, images: tuple, noise: float) -> tuple:
     rng = generator(seed)
-    centres = rng.standard_normal((classes, width))
-    found = []
+    centres, case = rng.standard_normal((classes, width)), []
     for count_ in images:
         labels = np.arange(count_) % classes
         features = centres[labels] + noise * rng.standard_normal((count_, width))
-        found += [torch.from_numpy(features.astype(np.float32)), torch.from_numpy(labels)]
-    return tuple(found)
+        case += [torch.from_numpy(features.astype(np.float32)), torch.from_numpy(labels)]
+    return tuple(case)
 
 
 def test_knn_is_the_originals():
+    """Top-1 and top-5 equal the original's for several k."""
     expected = {int(k): values for k, values in NUMBERS['knn']['top1_top5'].items()}
     train, train_labels, test, test_labels = knn_case(5, classes=10, width=16, images=(500, 200), noise=1.6)
     hits = neighbours.accuracies(train, train_labels, test, test_labels, ks=list(expected), temperature=.07,
                                  num_classes=10)
     assert {k: top1 / 2 for k, (top1, _) in hits.items()} == {k: top1 for k, (top1, _) in expected.items()}
     assert {k: hits[k][1] / 2 for k in (1, 20, 100)} == {k: expected[k][1] for k in (1, 20, 100)}
-    assert hits[10][1] / 2 in (93., 93.5, 94.)  # the original's own order among classes without votes is open
+    assert hits[10][1] / 2 in (93., 93.5, 94.)  # the original's order among classes without votes is not defined
 
 
 @pytest.mark.parametrize('setting', NUMBERS['knn2']['results'])
 @pytest.mark.parametrize('blocks', [(256, 2 ** 16), (7, 97)])
 def test_knn_is_the_originals_in_blocks_of_any_size(monkeypatch, setting, blocks):
+    """Accuracies do not depend on the sizes of blocks."""
     monkeypatch.setattr(neighbours, 'TEST_BLOCK', blocks[0])
     monkeypatch.setattr(neighbours, 'TRAIN_BLOCK', blocks[1])
     expected = NUMBERS['knn2']['results'][setting]
@@ -489,12 +515,13 @@ def test_knn_is_the_originals_in_blocks_of_any_size(monkeypatch, setting, blocks
 
 
 def test_knn_of_equal_votes_takes_the_lower_class():
+    """Classes with equal votes are ranked by their index."""
     votes, labels = torch.tensor([[1., 1., 1., 1.]]), torch.tensor([[3, 1, 3, 1]])
     assert neighbours.rank(votes, labels, 5).tolist() == [[1, 3, 0, 2, 4]]
 
 
-def test_knn_takes_any_temperature():
-    """Similarities divided by a small one would be infinite as votes."""
+def test_knn_works_at_any_temperature():
+    """A small temperature, which would make votes infinite, has the result of the nearest neighbour."""
     case = knn_case(13, classes=20, width=32, images=(1000, 250), noise=2.2)
     cold, nearest = (neighbours.accuracies(*case, ks=[k], temperature=temperature, num_classes=20)[k][0]
                      for k, temperature in ((20, 1e-4), (1, .07)))
@@ -502,6 +529,7 @@ def test_knn_takes_any_temperature():
 
 
 def test_knn_of_equal_similarities_takes_the_first(monkeypatch):
+    """Equally near neighbours are ranked in the order of the training set."""
     monkeypatch.setattr(neighbours, 'TRAIN_BLOCK', 4)
     train = torch.ones(20, 1)
     _, places = neighbours.nearest(train, torch.ones(2, 1), 6)
@@ -515,7 +543,7 @@ def stats(**changed) -> dict:
     return {**dict(train_teacher_entropy=2., train_mean_entropy=4., train_feature_spread=.5), **changed}
 
 
-@pytest.mark.parametrize(('figures', 'kinds'), [
+@pytest.mark.parametrize(('metrics', 'kinds'), [
     (stats(), set()),
     (stats(train_teacher_entropy=5.54, train_mean_entropy=5.545), {'uniform'}),
     (stats(train_teacher_entropy=1., train_mean_entropy=1.01), {'alike'}),
@@ -524,11 +552,13 @@ def stats(**changed) -> dict:
     (stats(train_feature_spread=.021), set()),
     (stats(train_teacher_entropy=5.54, train_mean_entropy=5.54, train_feature_spread=0.), {'uniform', 'features'}),
 ])
-def test_collapse_is_named_by_its_kind(figures, kinds):
-    assert set(monitor.collapse(figures, 256)) == kinds
+def test_collapse_is_named_by_its_kind(metrics, kinds):
+    """Each kind of collapse is detected by its own metrics."""
+    assert set(kinds_of_collapse(metrics, 256)) == kinds
 
 
 def test_spread_of_random_features_is_1_and_of_equal_ones_0():
+    """The spread is 1 for random features and 0 for equal ones."""
     torch.manual_seed(0)
-    assert float(monitor.spread(torch.randn(4096, 64))) == pytest.approx(1., abs=.01)
-    assert float(monitor.spread(torch.ones(8, 64))) == pytest.approx(0., abs=1e-6)
+    assert float(spread(torch.randn(4096, 64))) == pytest.approx(1., abs=.01)
+    assert float(spread(torch.ones(8, 64))) == pytest.approx(0., abs=1e-6)

@@ -1,4 +1,4 @@
-"""python -m dino.train as users start it: the original's numbers, its files and other people's, and what is refused."""
+"""python -m dino.train from the command line: the original's numbers, files, monitoring and errors."""
 import argparse
 import json
 import math
@@ -17,10 +17,13 @@ from seeded_weights import tensor as seeded_tensor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_dino import close, seed_weights
 
-import datasets
 from dino import files, monitor, train
+from dino.crops import collate
 from dino.networks import Head, MultiCrop
 from loaders import batches
+from loaders.transforms import ToNormalizedTensor
+from run import flags as run_flags
+from run.schedules import Schedule
 from utils import InputError
 
 TRAJECTORY = json.loads((REFERENCE / 'dino.json').read_text())['trajectory']
@@ -28,7 +31,7 @@ PLAIN = ['--flip', '0', '--color-jitter', '0', '--grayscale', '0', '--blur', '0'
 
 
 def small(data: Path, *more: str) -> list:
-    """Command line of a training that takes a second: an XCiT of 13,000 weights, on pictures of 32 x 32 pixels."""
+    """Return the command line of a run of one second: 13,000 weights, pictures of 32 x 32 pixels."""
     return ['--device', 'cpu', '--num-workers', '0', '--batch-size', '4', '--epochs', '2', '--warmup-epochs', '1',
             '--arch', 'xcit_test', '--out-dim', '16', '--global-crops-size', '32', '--local-crops-size', '16',
             '--local-crops-number', '1', '--data-path', str(data), *more]
@@ -36,7 +39,7 @@ def small(data: Path, *more: str) -> list:
 
 @pytest.fixture(scope='module')
 def flat(tmp_path_factory) -> Path:
-    """One folder of 8 pictures."""
+    """Folder of 8 pictures without subfolders."""
     folder = tmp_path_factory.mktemp('flat')
     for i in range(8):
         write_image(folder / f'{i}.png', seed=i)
@@ -45,7 +48,7 @@ def flat(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='module')
 def trained(flat, tmp_path_factory) -> Path:
-    """The folder of a training; not to be changed."""
+    """Folder of a run; must not be changed."""
     folder = tmp_path_factory.mktemp('runs') / 'run'
     small_dino.main(small(flat, '--output-dir', str(folder)))
     return folder
@@ -56,11 +59,11 @@ def log_of(folder: Path) -> list:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The original's numbers, by the command line
+# Comparison with the original
 
 @pytest.fixture(scope='module')
 def trajectory(tmp_path_factory) -> Path:
-    """The folder of the whole program's run on 10 pictures, from the reference's weights."""
+    """Folder of a run on 10 pictures that begins with the reference's weights."""
     folder = tmp_path_factory.mktemp('trajectory')
     rng = np.random.Generator(np.random.PCG64(TRAJECTORY['pictures']['seed']))
     (folder / 'pictures').mkdir()
@@ -71,20 +74,21 @@ def trajectory(tmp_path_factory) -> Path:
     start = seed_weights(MultiCrop(backbone, Head(128, 80, use_bn=False, norm_last_layer=True)), TRAJECTORY['seed'])
     weights = {f'module.{key}': value for key, value in start.state_dict().items()}
     torch.save({'student': weights, 'teacher': weights}, folder / 'start.pth')
-    words = ['--arch', TRAJECTORY['flags']['model'], '--pretrained', str(folder / 'start.pth'), '--device', 'cpu',
-             '--data_path', str(folder / 'pictures'), '--output_dir', str(folder / 'run'), '--num_workers', '0']
+    argv = ['--arch', TRAJECTORY['flags']['model'], '--pretrained', str(folder / 'start.pth'), '--device', 'cpu',
+            '--data_path', str(folder / 'pictures'), '--output_dir', str(folder / 'run'), '--num_workers', '0']
     for flag, value in TRAJECTORY['flags'].items():
         if flag not in ('model', 'patch'):
             flag = f'--{flag.replace("batch-size", "batch-size-per-gpu").replace("-", "_")}'
-            words += [flag, *map(str, value if isinstance(value, list) else [value])]
-    train.main(words)
+            argv += [flag, *map(str, value if isinstance(value, list) else [value])]
+    train.main(argv)
     return folder / 'run'
 
 
 @pytest.mark.parametrize('name', ['train_loss', 'train_lr', 'train_wd', 'center_norm'])
 def test_epochs_are_the_originals(trajectory, name):
-    own = [line[{'center_norm': 'train_center_norm'}.get(name, name)] for line in log_of(trajectory)]
-    close(own, [line[name] for line in TRAJECTORY['log']], 1e-4 if name in ('train_loss', 'center_norm') else 1e-6)
+    """Loss, schedules and centre of each epoch equal the original's."""
+    values = [line[{'center_norm': 'train_center_norm'}.get(name, name)] for line in log_of(trajectory)]
+    close(values, [line[name] for line in TRAJECTORY['log']], 1e-4 if name in ('train_loss', 'center_norm') else 1e-6)
 
 
 def norms_of(state: dict, names) -> dict:
@@ -92,12 +96,14 @@ def norms_of(state: dict, names) -> dict:
 
 
 def test_teachers_weights_and_statistics_are_the_originals(trajectory):
+    """The norms of the teacher's weights and statistics equal the original's."""
     teacher = torch.load(trajectory / 'checkpoint.pth')['teacher']
     expected = TRAJECTORY['teacher_norms']
     close(list(norms_of(teacher, expected).values()), list(expected.values()), 1e-4)
 
 
 def test_student_changes_as_the_originals(trajectory):
+    """Each weight of the student moves as far as in the original."""
     student = torch.load(trajectory / 'checkpoint.pth')['student']
     for name, expected in TRAJECTORY['student_changes'].items():
         value = student[f'module.{name}']
@@ -107,9 +113,10 @@ def test_student_changes_as_the_originals(trajectory):
 
 
 def test_teachers_features_are_the_originals(trajectory):
+    """backbone.pth returns the features of the original's teacher."""
     model = timm.create_model('xcit_nano_12_p16', num_classes=0).eval()
     model.load_state_dict(torch.load(trajectory / 'backbone.pth'))
-    transform = datasets.build_normalisation(argparse.Namespace(mean=None, std=None))
+    transform = ToNormalizedTensor()
     pictures = torch.stack([transform(Image.open(trajectory.parent / 'pictures' / f'{i}.png')) for i in range(10)])
     with torch.no_grad():
         features = model(pictures)
@@ -121,6 +128,7 @@ def test_teachers_features_are_the_originals(trajectory):
 
 
 def test_defaults_are_the_originals():
+    """The defaults of all flags that the original has equal its own."""
     args = train.get_args_parser().parse_args([])
     assert {name: getattr(args, name) for name in (
         'arch', 'out_dim', 'norm_last_layer', 'momentum_teacher', 'use_bn_in_head', 'warmup_teacher_temp',
@@ -139,18 +147,20 @@ def test_defaults_are_the_originals():
 @pytest.mark.parametrize(('word', 'value'), [('true', True), ('On', True), ('1', True), ('false', False),
                                              ('OFF', False), ('0', False)])
 def test_booleans_are_words(word, value):
+    """Booleans of the original's flags are given as words."""
     args = train.get_args_parser().parse_args(['--norm_last_layer', word, '--use-bn-in-head', word])
     assert (args.norm_last_layer, args.use_bn_in_head) == (value, value)
 
 
 def test_help_needs_no_network():
+    """--help works without a network."""
     out, = run(['-c', 'import socket, sys; socket.socket.connect = socket.getaddrinfo = None; from dino import train; '
                       'train.get_args_parser().print_help()'], 1)
     assert '--momentum-teacher' in out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Processes, ranks and places
+# Processes and positions
 
 ONE_STEP = '''
 import sys
@@ -166,8 +176,8 @@ small_dino.main(sys.argv[1:])
 
 
 def test_two_processes_are_one_with_the_double_batch(flat, tmp_path):
-    """Loss, centre, clipping and so the weights; pictures of one batch are in any order."""
-    found = {}
+    """Metrics, centre and weights of two processes equal those of one with the double batch."""
+    results = {}
     for world, batch in ((1, 8), (2, 4)):
         folder = tmp_path / str(world)
         run(['-c', ONE_STEP, *small(flat, *PLAIN, '--global-crops-scale', '1', '1', '--local-crops-scale', '1', '1',
@@ -175,21 +185,21 @@ def test_two_processes_are_one_with_the_double_batch(flat, tmp_path):
                                     '--lr', '.1', '--optimizer', 'sgd', '--output-dir', str(folder),
                                     '--epochs', '3')], world)
         checkpoint = torch.load(folder / 'checkpoint.pth')
-        figures = ('loss', 'teacher_entropy', 'mean_entropy', 'feature_spread', 'grad_norm')
-        found[world] = ([[line[f'train_{name}'] for name in figures] for line in log_of(folder)],
-                        checkpoint['dino_loss']['center'], checkpoint['student'], checkpoint['teacher'])
-    torch.testing.assert_close(found[2], found[1], rtol=1e-4, atol=1e-6)
+        metrics = ('loss', 'teacher_entropy', 'mean_entropy', 'feature_spread', 'grad_norm')
+        results[world] = ([[line[f'train_{name}'] for name in metrics] for line in log_of(folder)],
+                          checkpoint['dino_loss']['center'], checkpoint['student'], checkpoint['teacher'])
+    torch.testing.assert_close(results[2], results[1], rtol=1e-4, atol=1e-6)
 
 
 def test_crops_differ_between_pictures_ranks_and_epochs(flat, monkeypatch):
-    """Each is a function of seed, epoch and position; a resume does not bring those of epoch 0 again."""
+    """Crops are a function of seed, epoch and position: no two are equal, and a repeated epoch is."""
     args = train.parse_args(small(flat, '--batch-size', '2'))
     monkeypatch.setattr(batches, 'get_world_size', lambda: 2)
     loaders = []
     for epoch, rank in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 0)):
         monkeypatch.setattr(batches, 'get_rank', lambda rank=rank: rank)
-        loader = train.build_train_loader(train.data.build_dataset(args), args, torch.device('cpu'),
-                                          collate_fn=train.crops.collate)
+        loading = run_flags.loading(args, torch.device('cpu'))
+        loader = batches.build_train_loader(train.build_dataset(args), loading, collate_fn=collate)
         loader.set_position(epoch, 0)
         loaders.append(torch.cat([batch[0] for batch in loader]))
     assert torch.equal(loaders[0], loaders[-1])
@@ -200,23 +210,25 @@ def test_crops_differ_between_pictures_ranks_and_epochs(flat, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 
-def test_nested_and_class_folders_are_read(tmp_path, capsys):
+def test_pictures_are_found_in_subfolders(tmp_path, capsys):
+    """Pictures are found in subfolders of any depth; other files are ignored."""
     write_image(tmp_path / 'a' / 'b' / '0.png')
     write_image(tmp_path / 'c.jpg')
     (tmp_path / 'notes.txt').write_text('no picture')
     args = train.parse_args(small(tmp_path))
-    assert len(train.data.build_dataset(args)) == 2
+    assert len(train.build_dataset(args)) == 2
 
 
-def test_pictures_of_train_are_taken(tmp_path, capsys):
+def test_pictures_of_train_are_used(tmp_path, capsys):
+    """Pictures come from train/ if the folder has val/, too, which is logged."""
     write_folders(tmp_path / 'data')
-    assert len(train.data.build_dataset(train.parse_args(small(tmp_path / 'data')))) == 16
-    assert 'takes those of train/' in capsys.readouterr().out
+    assert len(train.build_dataset(train.parse_args(small(tmp_path / 'data')))) == 16
+    assert 'using train/' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('skipped', [True, False])
 def test_unreadable_picture(tmp_path, capsys, skipped):
-    """It ends the training in one line, or is skipped where that is allowed."""
+    """An unreadable picture is an error, or skipped with --skip-bad-images."""
     for i in range(8):
         write_image(tmp_path / 'data' / f'{i}.png', seed=i)
     (tmp_path / 'data' / '0.png').write_bytes(b'no picture')
@@ -230,17 +242,19 @@ def test_unreadable_picture(tmp_path, capsys, skipped):
 
 
 def test_preview_writes_crops_before_any_model_is_built(flat, tmp_path, monkeypatch):
+    """--preview-crops writes all crops of some pictures, and nothing else happens."""
     monkeypatch.setattr(train, 'build_networks', None)
-    train.main(small(flat, '--preview-crops', str(tmp_path / 'seen'), '--preview-count', '3', '--output-dir',
+    train.main(small(flat, '--preview-crops', str(tmp_path / 'crops'), '--preview-count', '3', '--output-dir',
                      str(tmp_path / 'run')))
-    names = sorted(path.name for path in (tmp_path / 'seen').iterdir())
+    names = sorted(path.name for path in (tmp_path / 'crops').iterdir())
     assert len(names) == 9
     assert names[:3] == ['000000_global1.png', '000000_global2.png', '000000_local1.png']
-    assert [Image.open(tmp_path / 'seen' / name).size for name in names[:3]] == [(32, 32), (32, 32), (16, 16)]
+    assert [Image.open(tmp_path / 'crops' / name).size for name in names[:3]] == [(32, 32), (32, 32), (16, 16)]
     assert not (tmp_path / 'run').exists()
 
 
-def test_global_crops_alone_are_learnt_from(flat, tmp_path):
+def test_training_with_global_crops_only(flat, tmp_path):
+    """Training with --local-crops-number 0 has a finite loss."""
     small_dino.main(small(flat, '--local-crops-number', '0', '--output-dir', str(tmp_path / 'run'), '--epochs', '1'))
     assert math.isfinite(log_of(tmp_path / 'run')[0]['train_loss'])
 
@@ -249,6 +263,7 @@ def test_global_crops_alone_are_learnt_from(flat, tmp_path):
 # Files
 
 def test_training_writes_what_the_original_writes(trained):
+    """A checkpoint has the original's keys and names."""
     content = torch.load(trained / 'checkpoint.pth')
     assert {'student', 'teacher', 'optimizer', 'epoch', 'args', 'dino_loss', 'fp16_scaler'} <= content.keys()
     assert (content['epoch'], list(content['dino_loss'])) == (2, ['center'])
@@ -260,8 +275,8 @@ def test_training_writes_what_the_original_writes(trained):
     assert isinstance(content['args'], dict)
 
 
-def test_epochs_that_stay(flat, tmp_path):
-    """Every --saveckp-freq, and the last."""
+def test_epochs_that_are_kept(flat, tmp_path):
+    """Checkpoints of every --saveckp-freq epochs and of the last epoch are kept."""
     small_dino.main(small(flat, '--epochs', '4', '--saveckp-freq', '2', '--output-dir', str(tmp_path)))
     assert sorted(path.name for path in tmp_path.glob('checkpoint0*')) == [
         'checkpoint0000.pth', 'checkpoint0002.pth', 'checkpoint0003.pth']
@@ -269,15 +284,17 @@ def test_epochs_that_stay(flat, tmp_path):
 
 @pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
 def test_backbone_is_the_teachers(flat, tmp_path, suffix):
+    """The backbone's file holds the teacher's backbone."""
     small_dino.main(small(flat, '--output-dir', str(tmp_path), '--backbone-format', suffix, '--epochs', '1'))
     path = tmp_path / f'backbone.{suffix}'
-    found = torch.load(path) if suffix == 'pth' else safetensors.torch.load_file(path)
+    backbone = torch.load(path) if suffix == 'pth' else safetensors.torch.load_file(path)
     teacher = torch.load(tmp_path / 'checkpoint.pth')['teacher']
-    assert found.keys() == {key.removeprefix('module.backbone.') for key in teacher if 'backbone' in key}
-    assert all(torch.equal(value, teacher[f'module.backbone.{key}']) for key, value in found.items())
+    assert backbone.keys() == {key.removeprefix('module.backbone.') for key in teacher if 'backbone' in key}
+    assert all(torch.equal(value, teacher[f'module.backbone.{key}']) for key, value in backbone.items())
 
 
-def test_log_has_the_figures_of_an_epoch(trained):
+def test_log_has_the_metrics_of_an_epoch(trained):
+    """Each line of log.txt has all metrics of its epoch."""
     assert {'epoch', 'train_loss', 'train_lr', 'train_wd', 'train_teacher_entropy', 'train_mean_entropy',
             'train_center_norm', 'train_feature_spread', 'train_images_per_s'} <= log_of(trained)[0].keys()
 
@@ -290,7 +307,7 @@ def renamed_head(name: str) -> str:
     return name.replace('head.mlp.', 'projection_head.').replace('head.last_layer.', 'prototypes.')
 
 
-OTHERS = {  # what other years' files call a weight
+OTHERS = {  # names of a weight in files of other years
     'bare': lambda name: name.removeprefix('module.'),
     'old head': lambda name: renamed_head(name),
     'no backbone': lambda name: renamed_head(name).removeprefix('module.').removeprefix('backbone.'),
@@ -309,6 +326,7 @@ def load_pretrained(path: Path, flat: Path) -> tuple:
 
 @pytest.mark.parametrize('other', OTHERS)
 def test_files_of_other_years_are_read(trained, flat, tmp_path, other):
+    """--pretrained accepts the names that files of other years have."""
     content = torch.load(trained / 'checkpoint.pth')
     args = argparse.Namespace(arch='xcit_test', lr=np.float64(.1))
     torch.save({**{name: {OTHERS[other](key): value for key, value in content[name].items()}
@@ -316,27 +334,30 @@ def test_files_of_other_years_are_read(trained, flat, tmp_path, other):
                 'optimizer': {'param_groups': [{'lr': np.float64(.1)}], 'state': {}}}, tmp_path / 'other.pth')
     student, teacher, criterion = load_pretrained(tmp_path / 'other.pth', flat)
     for name, network in (('student', student), ('teacher', teacher)):
-        own = network.state_dict()
-        assert all(torch.equal(own[key.removeprefix('module.')], value) for key, value in content[name].items())
+        state = network.state_dict()
+        assert all(torch.equal(state[key.removeprefix('module.')], value) for key, value in content[name].items())
     assert not criterion.center.any()
 
 
-def test_training_goes_on_from_a_full_file_with_its_centre(trained, flat):
+def test_pretrained_checkpoint_includes_the_centre(trained, flat):
+    """--pretrained loads the centre of a checkpoint."""
     _, _, criterion = load_pretrained(trained / 'checkpoint.pth', flat)
     assert torch.equal(criterion.center, torch.load(trained / 'checkpoint.pth')['dino_loss']['center'])
     assert criterion.center.any()
 
 
 def test_backbone_file_starts_both_networks(trained, flat, capsys):
+    """A backbone's weights are loaded into both networks, whose heads are equal and new."""
     student, teacher, _ = load_pretrained(trained / 'backbone.pth', flat)
     expected = torch.load(trained / 'backbone.pth')
     for network in (student, teacher):
         assert all(torch.equal(network.backbone.state_dict()[key], value) for key, value in expected.items())
     assert torch.equal(student.head.mlp[0].weight, teacher.head.mlp[0].weight)
-    assert 'their heads are fresh' in capsys.readouterr().out
+    assert 'their heads are new' in capsys.readouterr().out
 
 
 def test_head_of_another_width_is_refused_with_the_names(trained, flat):
+    """A head that does not match is an error with the names of its weights."""
     args = train.parse_args(small(flat, '--pretrained', str(trained / 'checkpoint.pth')))
     with pytest.raises(InputError, match=r'of another shape: head\.mlp\.0\.weight'):
         train.build_networks(args, train.DinoLoss(16, 3))  # of 2048 hidden numbers
@@ -345,40 +366,41 @@ def test_head_of_another_width_is_refused_with_the_names(trained, flat):
 @pytest.mark.parametrize(('flag', 'value'), [
     ('--epochs', '3'), ('--warmup-epochs', '0'), ('--lr', '0.1'), ('--teacher-temp', '0.07'),
     ('--local-crops-number', '2'), ('--data-set', 'SAMPLE')])
-def test_another_training_is_not_gone_on_with(trained, flat, tmp_path, flag, value):
+def test_resume_with_another_recipe_is_refused(trained, flat, tmp_path, flag, value):
+    """A resume with another value of a fixed flag is refused, and leaves no folder."""
     with pytest.raises(InputError, match=f'was trained with {flag} .*, not {value}'):
         small_dino.main([*small(flat, flag, value), '--resume', str(trained / 'checkpoint.pth'), '--output-dir',
                          str(tmp_path / 'run')])
     assert not (tmp_path / 'run').exists()
 
 
-def test_other_pictures_are_not_gone_on_with(trained, flat, tmp_path):
-    """As many, under other names; the same ones may have moved."""
+def test_resume_with_other_pictures_is_refused(trained, flat, tmp_path):
+    """A resume with other file names is refused; the folder may move."""
     for folder, name in (('moved', '{}'), ('other', 'x{}')):
         (tmp_path / folder).mkdir()
         for path in flat.iterdir():
             (tmp_path / folder / name.format(path.name)).write_bytes(path.read_bytes())
     resume = ['--resume', str(trained / 'checkpoint.pth'), '--output-dir', str(tmp_path / 'run')]
     small_dino.main([*small(tmp_path / 'moved'), *resume])
-    with pytest.raises(InputError, match='8 pictures of other names'):
+    with pytest.raises(InputError, match='8 images with other names'):
         small_dino.main([*small(tmp_path / 'other'), *resume])
 
 
-def test_a_resume_has_the_rates_of_the_last_step(flat):
-    """Also where the last step of an epoch had fewer batches than --accum-iter."""
-    args = train.parse_args(small(flat, '--epochs', '3'))
-    rates, optimizer = train.Rates(args, steps=3), torch.optim.SGD([{'params': [torch.zeros(1)]}] * 1, lr=1.)
+def test_resume_sets_the_rates_of_the_last_step(flat):
+    """A resumed optimizer has the rates of its last step, also if that step had fewer batches than --accum-iter."""
+    curves = train.build_curves(train.parse_args(small(flat, '--epochs', '3')), lr=.1, steps=3)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.)
     position = files.NextEpoch(3)
     position.done, position.step = 0, 5  # of 5 batches, two in a step
-    rates.go_on(optimizer, position, accum_iter=2)
-    assert optimizer.param_groups[0]['lr'] == rates.lr[5]
+    Schedule(optimizer, curves['lr']).resume(position.updates_done(per_round=3, accum_iter=2))
+    assert optimizer.param_groups[0]['lr'] == curves['lr'][5]
 
 
-def test_pictures_of_the_user_stay_where_they_are(tmp_path, monkeypatch):
-    """In a folder that a run writes to by default."""
+def test_files_of_the_user_are_not_moved(tmp_path, monkeypatch):
+    """A run in the current folder, the default, only moves files of earlier runs."""
     for i in range(4):
         write_image(tmp_path / 'pictures' / f'{i}.png', seed=i)
-    (tmp_path / 'backbone.py').write_text('mine')
+    (tmp_path / 'backbone.py').write_text('')
     monkeypatch.chdir(tmp_path)
     small_dino.main(small(Path('pictures'), '--epochs', '1'))
     small_dino.main(small(Path('pictures'), '--epochs', '1'))
@@ -386,39 +408,45 @@ def test_pictures_of_the_user_stay_where_they_are(tmp_path, monkeypatch):
     assert (tmp_path / 'backbone.py').exists()
 
 
-def test_another_number_of_pictures_is_not_gone_on_with(trained, flat, tmp_path):
+def test_resume_with_more_pictures_is_refused(trained, flat, tmp_path):
+    """A resume with more pictures than the checkpoint's run is refused with both numbers."""
     write_image(tmp_path / 'more' / '8.png')
     for path in flat.iterdir():
         (tmp_path / 'more' / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(InputError, match='was trained on 8 pictures, and --data-path has 9'):
+    with pytest.raises(InputError, match='was trained on 8 images; --data-path contains 9'):
         small_dino.main([*small(tmp_path / 'more'), '--resume', str(trained / 'checkpoint.pth')])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# While it trains
+# Monitoring, and further flags
 
-def test_collapse_is_said_once_for_each_kind(flat, capsys):
-    args = train.parse_args(small(flat))
-    watch = monitor.Monitor(args, None, torch.device('cpu'))
+def build_monitor(args, dataset=None) -> monitor.Monitor:
+    return monitor.build(args, dataset, run_flags.loading(args, torch.device('cpu')), None)
+
+
+def test_each_kind_of_collapse_is_logged_once(flat, capsys):
+    """A warning about each kind of collapse appears once, with remedies, not in the first epoch of a warm-up."""
+    watch = build_monitor(train.parse_args(small(flat)))
     stats = dict(train_teacher_entropy=2.77, train_mean_entropy=2.772, train_feature_spread=.3)
     for epoch in range(3):
         watch.after_epoch(epoch, stats, None, None)
     watch.after_epoch(3, {**stats, 'train_feature_spread': .01}, None, None)
     out = capsys.readouterr().out
     assert out.count('collapse') == 2
-    assert 'collapse in epoch 1: the teacher says nothing of any image' in out
+    assert 'collapse in epoch 1: the teacher\'s output is uniform for every image' in out
     assert 'collapse in epoch 3: the features of all images are alike' in out
     assert '--teacher-temp' in out
 
 
-def test_collapse_of_a_training_is_said(flat, tmp_path, capsys):
-    """At such a temperature the teacher says the same of everything."""
+def test_collapse_of_a_run_is_logged(flat, tmp_path, capsys):
+    """A very high temperature makes the teacher's output uniform, which is logged."""
     small_dino.main(small(flat, '--teacher-temp', '100', '--warmup-teacher-temp', '100', '--epochs', '3',
                           '--output-dir', str(tmp_path / 'run')))
-    assert capsys.readouterr().out.count('Warning: collapse in epoch 1: the teacher says nothing of any image') == 1
+    assert capsys.readouterr().out.count('Warning: collapse in epoch 1: the teacher\'s output is uniform') == 1
 
 
-def test_knn_is_known_before_the_first_step_and_the_best_stays(flat, tmp_path, capsys):
+def test_best_knn_is_kept(flat, tmp_path, capsys):
+    """k-NN is measured before training and every N epochs; the best epoch is best_checkpoint.pth."""
     labelled = write_folders(tmp_path / 'labelled')
     small_dino.main(small(flat, '--knn-every', '2', '--knn-data-path', str(labelled), '--nb-knn', '3', '--epochs', '3',
                           '--output-dir', str(tmp_path / 'run')))
@@ -432,6 +460,7 @@ def test_knn_is_known_before_the_first_step_and_the_best_stays(flat, tmp_path, c
 
 
 def test_pictures_are_drawn(flat, tmp_path):
+    """Drawings are written before training and every N epochs, also to TensorBoard."""
     small_dino.main(small(flat, '--pictures-every', '2', '--pictures-count', '2', '--output-dir', str(tmp_path)))
     names = sorted(path.name for path in (tmp_path / 'dino_pictures').iterdir())
     assert names == ['before.png', 'epoch0001.png']
@@ -442,33 +471,34 @@ def test_pictures_are_drawn(flat, tmp_path):
 
 
 def test_large_pictures_are_drawn_at_the_size_of_the_crops(flat, tmp_path):
-    """Where these are small: a photo would have many thousands of patches."""
+    """A photo is drawn at the size of small crops: its own size would be many thousands of patches."""
     write_image(tmp_path / 'photos' / '0.png', size=(3000, 2000))
-    watch = monitor.Monitor(train.parse_args(small(flat, '--pictures-every', '1', '--pictures', str(
-        tmp_path / 'photos'), '--output-dir', str(tmp_path / 'run'))), None, torch.device('cpu'))
+    watch = build_monitor(train.parse_args(small(flat, '--pictures-every', '1', '--pictures', str(tmp_path / 'photos'),
+                                                 '--output-dir', str(tmp_path / 'run'))))
     backbone = timm.create_model('xcit_nano_12_p16', num_classes=0).eval()
-    sheet = monitor.draw_maps(backbone, watch.shown, watch.args, torch.device('cpu'))
-    assert max(sheet.size) < 400
+    assert max(watch.drawing.sheet(backbone).size) < 400
 
 
-def test_data_without_labels_are_learnt_from(tmp_path):
-    """Labels that no data set should have, and splits with none."""
+def test_labels_are_ignored(tmp_path):
+    """Labelled data sets are used without their labels, also with one class and no val/."""
     args = train.parse_args(small(tmp_path, '--data-set', 'SAMPLE'))
-    assert len(train.data.build_dataset(args)) > 1000
+    assert len(train.build_dataset(args)) > 1000
     write_image(tmp_path / 'only' / 'train' / 'cat' / '0.png')
     args = train.parse_args(small(tmp_path / 'only', '--data-set', 'FOLDER'))
-    assert len(train.data.build_dataset(args)) == 1
+    assert len(train.build_dataset(args)) == 1
 
 
-def test_accumulation_is_no_larger_batch_for_the_centre(flat, tmp_path, capsys):
+def test_accumulation_does_not_enlarge_the_batch_of_the_centre(flat, tmp_path, capsys):
+    """The log contains the number of images behind centre and BatchNorm with --accum-iter."""
     small_dino.main(small(flat, '--accum-iter', '2', '--output-dir', str(tmp_path), '--epochs', '1'))
-    assert 'the centre and BatchNorm see 4 at a time' in capsys.readouterr().out
+    assert 'centre and BatchNorm from 4 images at a time' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('flags', [['--grad-checkpointing'], ['--amp', 'bf16'], ['--optimizer', 'lars'],
                                    ['--use-bn-in-head', 'true', '--norm-last-layer', 'false'],
                                    pytest.param(['--compile'], marks=pytest.mark.slow)], ids=' '.join)
 def test_other_ways_to_train(flat, tmp_path, flags):
+    """Training with gradient checkpointing, bf16, LARS, another head or compilation has a finite loss."""
     small_dino.main(small(flat, *flags, '--output-dir', str(tmp_path)))
     assert math.isfinite(log_of(tmp_path)[-1]['train_loss'])
 
@@ -476,7 +506,7 @@ def test_other_ways_to_train(flat, tmp_path, flags):
 @pytest.mark.gpu
 @pytest.mark.parametrize('flags', [[], ['--use_fp16', 'true'], ['--amp', 'off', '--compile']], ids=' '.join)
 def test_training_on_a_gpu(flat, tmp_path, flags):
-    """In bf16 by default, in fp16 with its scaler, and compiled; k-NN and pictures too."""
+    """Training, k-NN and drawings work in bf16 (the default), in fp16 with its scaler, and compiled."""
     labelled = write_folders(tmp_path / 'labelled')
     small_dino.main(small(flat, '--device', 'cuda', *flags, '--knn-every', '1', '--knn-data-path', str(labelled),
                           '--nb-knn', '3', '--pictures-every', '1', '--output-dir', str(tmp_path / 'run')))
@@ -489,7 +519,7 @@ def test_training_on_a_gpu(flat, tmp_path, flags):
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input
 
-@pytest.mark.parametrize(('flags', 'words'), [
+@pytest.mark.parametrize(('flags', 'parts'), [
     (['--epochs', '5', '--warmup-epochs', '10'], ['--warmup-epochs 10', '--epochs 5']),
     (['--warmup-teacher-temp-epochs', '30'], ['--warmup-teacher-temp-epochs 30', '--epochs 2']),
     (['--global-crops-scale', '1', '.4'], ['--global-crops-scale 1 0.4', 'smaller first']),
@@ -504,7 +534,7 @@ def test_training_on_a_gpu(flat, tmp_path, flags):
     (['--warmup-teacher-temp', '-1'], ['--warmup-teacher-temp', "'-1'"]),
     (['--local-crops-size', '8'], ['--local-crops-size 8', '16 pixels']),
     (['--global-crops-size', '15'], ['--global-crops-size 15', '16 pixels']),
-    (['--arch', 'resnet18'], ['--arch resnet18', 'no XCiT']),
+    (['--arch', 'resnet18'], ['--arch resnet18', 'not an XCiT model']),
     (['--arch', 'xcit_smal_12_p16'], ['--arch xcit_smal_12_p16', 'similar', 'xcit_small_12_p16']),
     (['--patch-size', '8'], ['--patch-size 8', '16 pixels']),
     (['--color-jitter', '.4', '.4'], ['--color-jitter 0.4 0.4', '4 values']),
@@ -527,20 +557,23 @@ def test_training_on_a_gpu(flat, tmp_path, flags):
     (['--pretrained', '/nowhere.pth'], ['--pretrained /nowhere.pth', 'no such file']),
     (['--data-path', '/nowhere'], ['--data-path /nowhere', 'no such directory']),
 ], ids=lambda value: ' '.join(value) if isinstance(value, list) and value[0].startswith('--') else '')
-def test_bad_input(flat, tmp_path, flags, words):
+def test_bad_input(flat, tmp_path, flags, parts):
+    """An invalid flag is one line with flag and value, and leaves no folder."""
     with pytest.raises(InputError) as caught:
         small_dino.main(small(flat, '--output-dir', str(tmp_path / 'run'), *flags))
     assert '\n' not in str(caught.value)
-    assert [word for word in words if word not in str(caught.value)] == []
+    assert [part for part in parts if part not in str(caught.value)] == []
     assert not (tmp_path / 'run').exists()
 
 
 def test_folder_without_pictures_is_refused(tmp_path):
+    """A --data-path without pictures is refused."""
     with pytest.raises(InputError, match='no pictures there or in its subfolders'):
         small_dino.main(small(tmp_path))
 
 
 def test_labelled_classes_that_train_lacks_are_refused(flat, tmp_path):
+    """Test images of a class without training images are an error."""
     labelled = write_folders(tmp_path / 'labelled')
     write_image(labelled / 'val' / 'emu' / '0.png')
     with pytest.raises(InputError, match='emu'):
@@ -550,12 +583,14 @@ def test_labelled_classes_that_train_lacks_are_refused(flat, tmp_path):
 
 
 def test_weights_of_another_model_are_refused_with_the_names(flat, tmp_path):
+    """Weights of another model are an error with their names."""
     torch.save(timm.create_model('xcit_nano_12_p16', num_classes=0).state_dict(), tmp_path / 'nano.pth')
     with pytest.raises(InputError, match=r'blocks\.1\.'):
         small_dino.main(small(flat, '--pretrained', str(tmp_path / 'nano.pth'), '--output-dir', str(tmp_path / 'run')))
 
 
 def test_centre_is_found_under_any_wrapper():
+    """The centre is found under any prefix; it may be missing."""
     centre = torch.ones(1, 4)
     assert torch.equal(files.centre_in({'dino_loss': {'module.center': centre}}), centre)
     assert files.centre_in({"dino_loss": {}}) is None

@@ -7,11 +7,11 @@ import torch
 from conftest import seeded_images, seeded_model
 from torch.utils.data import DataLoader, TensorDataset
 
-from engine import NonFiniteLoss, evaluate, train_one_epoch
+from engine import EvaluationBatches, evaluate, train_one_epoch
 from loaders.batches import Batches
 from losses import DistillationLoss
 from main import build_model_ema, parse_args
-from run import progress
+from utils import InputError, NonFiniteLoss
 
 CPU = torch.device('cpu')
 NANO = 'xcit_nano_12_p16'
@@ -38,7 +38,7 @@ def weights(model) -> list:
 
 
 def frozen_statistics(model):
-    """BatchNorm in eval mode, so that an image's gradient does not depend on the rest of its batch."""
+    """Keep BatchNorm in eval mode, so that an image's gradient does not depend on the rest of its batch."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.train = lambda mode=True: None
@@ -49,9 +49,9 @@ def frozen_statistics(model):
 def test_eight_images_are_learnt_by_heart():
     """The loop reduces the loss on 8 random images to almost nothing."""
     torch.manual_seed(0)
-    model = timm.create_model(NANO, num_classes=8)
+    model = timm.create_model('xcit_test', num_classes=8)
     loader = batches(torch.randn(8, 3, 32, 32), torch.arange(8), 8)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = [train(model, loader, optimizer=optimizer, epoch=epoch)['loss'] for epoch in range(40)]
     assert losses[0] > 1.5
     assert losses[-1] < .05
@@ -69,7 +69,7 @@ def test_accumulated_batches_give_the_step_of_their_union():
 
 
 def test_last_group_may_be_smaller():
-    """Three batches under --accum-iter 2 are two steps: the third batch counts as a whole step."""
+    """Three batches under --accum-iter 2 are two steps: the third batch is a whole step."""
     images, targets = seeded_images(6, 3, 32, 32), torch.arange(6)
     grouped, single = (frozen_statistics(seeded_model(NANO, num_classes=6)) for _ in range(2))
     train(grouped, batches(images, targets, 2), accum_iter=2)
@@ -88,7 +88,7 @@ def test_clip_grad_limits_the_step():
 
 
 def test_random_layers_depend_on_epoch_and_step_only():
-    """The same epoch gives the same weights whatever random numbers were drawn before; another epoch, others."""
+    """An epoch determines the weights, whatever random numbers were drawn before; another epoch gives others."""
     loader = batches(seeded_images(4, 3, 32, 32), torch.arange(4), 2)
     results = []
     for epoch, history in ((3, 1), (3, 2), (4, 1)):
@@ -101,7 +101,7 @@ def test_random_layers_depend_on_epoch_and_step_only():
 
 
 def test_non_finite_loss_stops_before_the_step():
-    """The message names epoch, step and value; the weights are as before."""
+    """A loss that is not finite is raised with epoch, step and value, before the weights change."""
     model = seeded_model(NANO, num_classes=4)
     before = weights(model)
     with pytest.raises(NonFiniteLoss, match='loss is nan at epoch 5, step 0'):
@@ -110,7 +110,7 @@ def test_non_finite_loss_stops_before_the_step():
 
 
 def two_weights() -> torch.nn.Module:
-    """A model of two numbers: 3 and 4."""
+    """Return a model with two weights, 3 and 4."""
     model = torch.nn.Linear(2, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
     with torch.no_grad():
@@ -125,36 +125,36 @@ def one_step(model, losses, **kwargs) -> dict:
 
 
 def test_the_sum_of_several_losses_is_minimised():
-    """The step is that of the sum; each is averaged by its name; a figure without gradient only that."""
+    """The sum has the gradient; each loss is averaged by its name, as is a value without gradient."""
     model = two_weights()
     stats = one_step(model, lambda batch: {'a': model(batch['x'][0]).sum(), 'b': 2 * model.weight[0, 0],
-                                           'figure': torch.tensor(5.)})
+                                           'value': torch.tensor(5.)})
     assert model.weight.tolist() == [[3. - 1 - 2, 4. - 1]]
-    assert {name: stats[name] for name in ('loss', 'a', 'b', 'figure')} == {'loss': 13., 'a': 7., 'b': 6., 'figure': 5.}
+    assert {name: stats[name] for name in ('loss', 'a', 'b', 'value')} == {'loss': 13., 'a': 7., 'b': 6., 'value': 5.}
 
 
 @pytest.mark.parametrize(('losses', 'options', 'message'), [
-    (lambda weight: {'a': weight, 'lr': weight}, {}, 'lr: a figure of the epoch has this name'),
-    (lambda weight: {'a': weight, 'loss': weight}, {}, 'loss: a figure of the epoch has this name'),
+    (lambda weight: {'a': weight, 'lr': weight}, {}, 'lr: reserved for a metric of the epoch'),
+    (lambda weight: {'a': weight, 'loss': weight}, {}, 'loss: reserved for a metric of the epoch'),
     (lambda weight: {'a': weight.detach()}, {}, r'none of the losses \(a\) has a gradient'),
     (lambda weight: {'a': weight}, {'amp_dtype': torch.float16, 'scaler': None}, 'needs a scaler')])
-def test_what_a_task_can_do_wrong_is_told(losses, options, message):
-    """Before the weights change."""
+def test_invalid_losses_are_refused(losses, options, message):
+    """An error of the task is raised before the weights change."""
     model = two_weights()
     with pytest.raises(ValueError, match=message):
         one_step(model, lambda batch: losses(model.weight.sum()), **options)
 
 
 def test_the_loss_that_is_not_finite_is_named():
-    """Of several, the one that is not, and where."""
+    """NonFiniteLoss contains the name of the loss that is not finite, and the step."""
     model = two_weights()
     with pytest.raises(NonFiniteLoss, match='b is inf at iterations 5 to 8, step 0'):
         one_step(model, lambda batch: {'a': model.weight.sum(), 'b': torch.tensor(math.inf)},
                  header='Iterations 5 to 8')
 
 
-def test_clipping_can_be_the_tasks_own():
-    """A function changes the gradients, and its norm is logged."""
+def test_a_task_can_have_its_own_clipping():
+    """A function changes the gradients, and the norm that it returns is logged."""
     model = two_weights()
 
     def clip(parameters):
@@ -166,17 +166,17 @@ def test_clipping_can_be_the_tasks_own():
 
 
 def test_a_rate_can_change_with_every_step():
-    """`before_update` comes before the gradients, with the number of the update over all epochs."""
-    seen, model = [], two_weights()
+    """`before_update` is called before the gradients, with the number of the update over all epochs."""
+    updates, model = [], two_weights()
     train_one_epoch(
         model, lambda batch: {'loss': model(batch).sum()}, [torch.ones(1, 2)] * 4,
         optimizer=torch.optim.SGD(model.parameters(), lr=1.), scaler=torch.amp.GradScaler('cpu', enabled=False),
-        device=CPU, epoch=3, seed=0, accum_iter=2, before_update=seen.append)
-    assert seen == [6, 7]
+        device=CPU, epoch=3, seed=0, accum_iter=2, before_update=updates.append)
+    assert updates == [6, 7]
 
 
 def test_frozen_part_stays_in_eval_mode():
-    """--surgery's stem: its BatchNorm statistics do not move while the others' do."""
+    """The BatchNorm statistics of a frozen stem (--surgery) do not change, while those of the blocks do."""
     model = seeded_model(NANO, num_classes=4)
     stem, block = model.patch_embed.proj[0][1], model.blocks[0].local_mp.bn
     before = stem.running_mean.clone(), block.running_mean.clone()
@@ -185,8 +185,8 @@ def test_frozen_part_stays_in_eval_mode():
     assert not torch.equal(block.running_mean, before[1])
 
 
-def test_moving_average_leaves_the_initial_weights_soon():
-    """After 20 steps the average is far closer to the weights than to where they began, at the default decay."""
+def test_ema_leaves_the_initial_weights_soon():
+    """After 20 steps at the default decay the EMA is far closer to the weights than to the initial weights."""
     model = seeded_model(NANO, num_classes=4)
     model_ema = build_model_ema(parse_args(['--device', 'cpu']), model)
     start = model.head.weight.detach().clone()
@@ -197,8 +197,8 @@ def test_moving_average_leaves_the_initial_weights_soon():
     assert (average - model.head.weight).norm() < .5 * (start - model.head.weight).norm()
 
 
-def test_moving_average_reaches_its_decay():
-    """The warm-up ends: after 314,000 steps the decay is the flag's, as in the original."""
+def test_ema_reaches_its_decay():
+    """After a warm-up of 314,000 steps the decay is that of the flag, as in the original."""
     model_ema = build_model_ema(parse_args(['--device', 'cpu']), torch.nn.Linear(1, 1))
     assert model_ema.get_decay(300_000) < .99996
     assert model_ema.get_decay(320_000) == .99996
@@ -219,7 +219,7 @@ def test_evaluation_equals_one_pass_over_all_images():
 
 
 def test_evaluation_ends_with_the_originals_line(capsys):
-    """`* Acc@1 81.982 Acc@5 95.814 loss 0.805`, three decimals each; fewer than 5 classes count as 5."""
+    """The line is `* Acc@1 81.982 Acc@5 95.814 loss 0.805`; of fewer than 5 classes all are among the best 5."""
     loader = Batches(batches(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]), 2))
     evaluate(seeded_model(NANO, num_classes=3), loader, device=CPU)
     last = capsys.readouterr().out.splitlines()[-1]
@@ -235,38 +235,45 @@ def test_bf16_training_step_is_close():
     assert half == pytest.approx(full, rel=.05)
 
 
-def test_teacher_sees_the_same_autocast():
-    """Student and teacher run in the same precision."""
-    seen = []
+def test_teacher_runs_under_the_same_autocast():
+    """Student and teacher have the same precision."""
+    dtypes = []
     teacher = seeded_model(NANO, num_classes=4).eval()
-    teacher.head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    teacher.head.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     criterion = DistillationLoss(torch.nn.CrossEntropyLoss(), teacher, 'hard')
     train(seeded_model(NANO, num_classes=4), batches(seeded_images(2, 3, 32, 32), torch.arange(2), 2),
           criterion=criterion, amp_dtype=torch.bfloat16)
-    assert seen == [torch.bfloat16]
+    assert dtypes == [torch.bfloat16]
     assert not teacher.training
 
 
-@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
-@pytest.mark.parametrize('count', [0, 1, 3])
-def test_prefetch_changes_nothing(device, count):
-    """Every batch comes once, in order, on the device."""
-    loader = [[torch.full((2, 3), float(i)), torch.tensor([i, i])] for i in range(count)]
-    prefetched = list(progress.DevicePrefetch(loader, torch.device(device)))
-    assert len(prefetched) == len(progress.DevicePrefetch(loader, torch.device(device))) == count
-    for actual, expected in zip(prefetched, loader):
-        assert all(a.device.type == device and torch.equal(a.cpu(), e) for a, e in zip(actual, expected))
+class Lossy:
+    """A loader of two batches of which images were lost."""
+    counts_batches = True
+
+    def __len__(self):
+        return 2
+
+    def __iter__(self):
+        return iter([torch.zeros(2, 3), torch.zeros(2, 3)])
+
+    def images_evaluated(self, count):
+        raise InputError(f'{count} of 5 images')
 
 
-def test_batches_of_any_shape_are_moved_and_counted():
-    """Lists of dicts, tuples of crops, what is no tensor; images are counted as in each of them."""
-    image, meta = torch.zeros(3, 8, 8), torch.device('meta')
-    batches = {2: ([image, image], [{'boxes': torch.zeros(5, 4), 'id': 'a'}, {'boxes': torch.zeros(1, 4), 'id': 'b'}]),
-               4: ((torch.zeros(4, 3, 8, 8), torch.zeros(4, 3, 6, 6)), torch.zeros(4)),
-               3: [{'image': image}] * 3,
-               5: {'id': list('abcde'), 'image': torch.zeros(5, 3, 8, 8)}}
-    for count, batch in batches.items():
-        assert progress.count_images(batch) == count
-    moved = progress.map_tensors(batches[2], lambda tensor: tensor.to(meta))
-    assert moved[1][0]['boxes'].device == moved[0][1].device == meta
-    assert moved[1][1]['id'] == 'b'
+def test_lost_images_end_an_evaluation():
+    """`images` has the loader check the number of results."""
+    loop = EvaluationBatches(Lossy(), CPU, header='Test')
+    count = sum(len(batch) for batch in loop)
+    assert loop.images_per_s() > 0
+    with pytest.raises(InputError, match='4 of 5 images'):
+        loop.images(count)
+
+
+def test_evaluation_checks_for_signals_after_each_batch():
+    """`after_batch` is called once per batch, under autocast of the asked dtype."""
+    calls = []
+    for _ in EvaluationBatches(Lossy(), CPU, header='Test', amp_dtype=torch.bfloat16,
+                               after_batch=lambda: calls.append(torch.is_autocast_enabled('cpu'))):
+        assert torch.get_autocast_dtype('cpu') == torch.bfloat16
+    assert len(calls) == 2

@@ -29,7 +29,7 @@ WORDNET = ('n01440764', 'n02123045', 'n02504458')  # classes 0, 281, 386
 
 @pytest.fixture(scope='module')
 def imagenet(tmp_path_factory) -> Path:
-    """val/ with 2 images of each of 3 classes."""
+    """Folder with val/, 2 images of each of 3 classes."""
     root = tmp_path_factory.mktemp('imagenet')
     for label, name in enumerate(WORDNET):
         for i in range(2):
@@ -43,11 +43,11 @@ def file_of(folder: Path, tag: str) -> Path:
 
 @pytest.fixture(scope='module')
 def published(tmp_path_factory) -> Path:
-    """The three files of the smallest model."""
+    """Folder with the three files of the smallest model."""
     folder = tmp_path_factory.mktemp('published')
     for tag in LABELLED:
         model = seeded_model(NAME)
-        model.head.bias.data[281] += 100 * (tag == 'fb_dist_in1k')  # sees a cat everywhere
+        model.head.bias.data[281] += 100 * (tag == 'fb_dist_in1k')  # always predicts the cat
         torch.save({'model': model.state_dict()}, file_of(folder, tag))
     return folder
 
@@ -64,7 +64,7 @@ def read(output_dir: Path) -> list:
 
 @pytest.fixture(scope='module')
 def measured(imagenet, published, tmp_path_factory) -> Path:
-    """The output of both 224-pixel checkpoints; not to be changed."""
+    """Output for both 224-pixel checkpoints; must not be changed."""
     output_dir = tmp_path_factory.mktemp('out') / 'zoo'
     main(flags(imagenet, published, output_dir))
     return output_dir
@@ -72,7 +72,7 @@ def measured(imagenet, published, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def earlier(measured, tmp_path) -> Path:
-    """A copy of that output."""
+    """Copy of `measured`."""
     output_dir = tmp_path / 'zoo'
     output_dir.mkdir()
     for name in ('zoo.csv', 'zoo.md'):
@@ -80,10 +80,10 @@ def earlier(measured, tmp_path) -> Path:
     return output_dir
 
 
-# ----- what it measures
+# ----- measurements
 
 def test_42_checkpoints_are_evaluated():
-    """All that have a head, three of each model; and DINO's four in two ways."""
+    """All classifiers are entries, three of each model, and DINO's four backbones, each in two ways."""
     assert len(eval_zoo.CLASSIFIERS) == 42
     assert {published.model for published in eval_zoo.CLASSIFIERS} == set(xcit.MODELS)
     assert eval_zoo.TAGS == [*LABELLED, 'fb_dino', 'fb_dino_linear']
@@ -95,7 +95,7 @@ def test_42_checkpoints_are_evaluated():
 
 
 def test_accuracies_are_those_of_main(measured, imagenet, published):
-    """Each row is what main.py --eval finds for the file."""
+    """Each row equals the result of main.py --eval."""
     rows = read(measured)
     assert [row['tag'] for row in rows] == list(TAGS)
     for row, tag in zip(rows, TAGS):
@@ -107,19 +107,19 @@ def test_accuracies_are_those_of_main(measured, imagenet, published):
 
 
 def test_one_class_everywhere_is_a_third_right(measured):
-    """The second file's answer is always the cat: 33.333 % of these images."""
+    """A model that always predicts the cat is right for 33.333 % of these images."""
     assert float(read(measured)[1]['top1']) == pytest.approx(100 / 3)
 
 
 def test_resolution_is_the_published_one(imagenet, published, tmp_path):
-    """The 384 weights see 384 pixels, at crop 1.0."""
+    """Weights for 384 pixels are evaluated at 384 pixels, crop 1.0."""
     row, = main(flags(imagenet, published, tmp_path / 'zoo', tags=['fb_dist_in1k_384']))
     assert (row['resolution'], row['crop'], row['published_top1']) == ('384', '1.0', '75.4')
     assert 'images at 384 pixels, crop 1\n' in (tmp_path / 'zoo' / 'zoo.log').read_text()
 
 
-def test_row_tells_where_it_comes_from(measured, imagenet, published):
-    """Number and place of the images, the weights, device and precision."""
+def test_row_contains_its_origin(measured, imagenet, published):
+    """A row contains number and folder of the images, origin of the weights, device and dtype."""
     row = read(measured)[0]
     assert tuple(row) == COLUMNS
     assert (row['images'], row['data_path']) == ('6', str(imagenet.resolve()))
@@ -128,8 +128,8 @@ def test_row_tells_where_it_comes_from(measured, imagenet, published):
     assert float(row['images_per_s']) > 0
 
 
-def test_tags_are_found_without_a_folder(imagenet, published, tmp_path, monkeypatch):
-    """Without --checkpoints from torch.hub's cache, where downloads go."""
+def test_tags_work_without_a_folder(imagenet, published, tmp_path, monkeypatch):
+    """Without --checkpoints, files are read from torch.hub's cache of downloads."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     cache = tmp_path / 'torch' / 'hub' / 'checkpoints'
     cache.parent.mkdir(parents=True)
@@ -142,7 +142,7 @@ def test_tags_are_found_without_a_folder(imagenet, published, tmp_path, monkeypa
 
 
 def test_backbones_of_dino_are_measured_in_both_ways(imagenet, tmp_path, monkeypatch):
-    """k-NN by the training images, and the linear classifier: what the programs for them find."""
+    """Rows of backbones equal the results of dino.knn and dino.linear."""
     monkeypatch.setattr(eval_zoo, 'NEIGHBOURS', 3)
     name, root = 'xcit_small_12_p16', tmp_path / 'imagenet'
     root.mkdir()
@@ -154,16 +154,16 @@ def test_backbones_of_dino_are_measured_in_both_ways(imagenet, tmp_path, monkeyp
     folder.mkdir()
     torch.save(seeded_model(name, num_classes=0).state_dict(), folder / 'xcit_small_12_cp16_dino.pth')
     bias = torch.zeros(1000)
-    bias[281] = 1000.  # sees a cat everywhere
+    bias[281] = 1000.  # always predicts the cat
     torch.save({'state_dict': {'module.linear.weight': torch.zeros(1000, 384), 'module.linear.bias': bias}},
                folder / 'dino_xcit_small_12_p16_linearweights.pth')
     argv = flags(root, folder, tmp_path / 'zoo', tags=['fb_dino', 'fb_dino_linear'])
     argv[argv.index(NAME)] = name
     by_knn, by_linear = main(argv)
     assert [by_knn[name] for name in ('tag', 'published_top1', 'crop', 'error')] == ['fb_dino', '76.0', '0.875', '']
-    found = knn.main(['--arch', name, '--pretrained', str(folder / 'xcit_small_12_cp16_dino.pth'), '--data-path',
+    results = knn.main(['--arch', name, '--pretrained', str(folder / 'xcit_small_12_cp16_dino.pth'), '--data-path',
                       str(root), '--nb-knn', '3', '--device', 'cpu', '--num-workers', '0'])
-    assert float(by_knn['top1']) == found['results']['3']['top1']
+    assert float(by_knn['top1']) == results['results']['3']['top1']
     assert (by_linear['tag'], by_linear['published_top1']) == ('fb_dino_linear', '77.8')
     assert float(by_linear['top1']) == pytest.approx(100 / 3)
 
@@ -173,12 +173,12 @@ def test_backbones_of_dino_are_measured_in_both_ways(imagenet, tmp_path, monkeyp
 @pytest.mark.parametrize(('top1', 'expected'), [
     ('69.9', '+0.000'), ('70.0', '+0.100'), ('70.001', '+0.101 !'), ('69.8', '-0.100'), ('69.76', '-0.140 !')])
 def test_deviations_of_either_sign_are_flagged(top1, expected):
-    """Above 0.1 percent."""
+    """A deviation above 0.1 percent of either sign is marked."""
     assert deviation({'top1': top1, 'published_top1': '69.9'}) == expected
 
 
 def test_markdown_has_a_row_for_each(measured):
-    """Published, measured, deviation, speed; and what it was measured on."""
+    """zoo.md has a row with published and measured accuracy, deviation and speed, and names the images."""
     lines = (measured / 'zoo.md').read_text().splitlines()
     cells = [cell.strip() for cell in lines[3].strip('|').split('|')]
     assert cells[:7] == ['`xcit_nano_12_p16`', '`fb_dist_in1k`', '224', '72.2', '33.333', '-38.867 !', '33.333']
@@ -187,7 +187,7 @@ def test_markdown_has_a_row_for_each(measured):
 
 
 def test_program_prints_each_result_and_the_table(imagenet, published, tmp_path):
-    """As a user runs it."""
+    """The program prints each result, and the table at its end."""
     result = subprocess.run([sys.executable, '-m', 'tools.eval_zoo', *flags(imagenet, published, tmp_path / 'zoo')],
                             cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, '')
@@ -197,10 +197,10 @@ def test_program_prints_each_result_and_the_table(imagenet, published, tmp_path)
     assert 'Namespace' not in result.stdout
 
 
-# ----- going on
+# ----- further calls
 
 def test_measured_rows_are_not_measured_again(earlier, imagenet, published):
-    """A second call only adds what is missing, in the zoo's order."""
+    """A second call only adds the missing rows, in the zoo's order."""
     before = read(earlier)
     rows = main(flags(imagenet, published, earlier, tags=LABELLED))
     assert read(earlier)[:2] == before == rows[:2]
@@ -208,14 +208,14 @@ def test_measured_rows_are_not_measured_again(earlier, imagenet, published):
 
 
 def test_nothing_is_left_to_do(earlier, imagenet, published):
-    """All there: the table stays as it is."""
+    """A call without missing rows does not change the table."""
     before = (earlier / 'zoo.csv').read_text()
     main(flags(imagenet, published, earlier))
     assert (earlier / 'zoo.csv').read_text() == before
 
 
 def test_other_weights_are_measured(earlier, imagenet, tmp_path):
-    """Rows of another folder of checkpoints do not count as measured."""
+    """Rows of another folder of checkpoints are measured again."""
     (tmp_path / 'empty').mkdir()
     with pytest.raises(RunStopped, match='checkpoints could not be evaluated'):
         main(flags(imagenet, tmp_path / 'empty', earlier))
@@ -223,7 +223,7 @@ def test_other_weights_are_measured(earlier, imagenet, tmp_path):
 
 @pytest.mark.parametrize('cut', [1, 5, 40, 150])
 def test_half_a_line_is_measured_again(earlier, imagenet, published, cut, capsys):
-    """What was cut short at its end does not count."""
+    """A row that is cut short is measured again."""
     text = (earlier / 'zoo.csv').read_text().rstrip('\n')
     (earlier / 'zoo.csv').write_text(text[:-cut])
     rows = main(flags(imagenet, published, earlier))
@@ -232,8 +232,8 @@ def test_half_a_line_is_measured_again(earlier, imagenet, published, cut, capsys
     assert 'zoo.csv: 1 damaged rows are left out' in capsys.readouterr().out
 
 
-def test_killed_run_goes_on(imagenet, published, tmp_path):
-    """After kill -9 during the second checkpoint, the first is kept and the second measured."""
+def test_killed_program_continues(imagenet, published, tmp_path):
+    """After kill -9 during the second checkpoint, a further call only measures the second."""
     output_dir = tmp_path / 'zoo'
     argv = flags(imagenet, published, output_dir)
     process = subprocess.Popen([sys.executable, '-m', 'tools.eval_zoo', *argv], cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -248,18 +248,18 @@ def test_killed_run_goes_on(imagenet, published, tmp_path):
 
 
 def test_other_images_are_not_mixed_in(earlier, imagenet, published, tmp_path):
-    """Another folder, or another number of images: refused, and the table is as it was."""
+    """A table of other images is an error, and is not changed."""
     before = (earlier / 'zoo.csv').read_bytes()
     other = tmp_path / 'other'
     for name in WORDNET:
         write_image(other / 'val' / name / '0.JPEG', size=(70, 60))
-    with pytest.raises(InputError, match=r'6 images of .*, these are 3 of .*; choose another --output-dir'):
+    with pytest.raises(InputError, match=r'6 images of .*, not 3 of .*; choose another --output-dir'):
         main(flags(other, published, earlier, tags=LABELLED))
     assert (earlier / 'zoo.csv').read_bytes() == before
 
 
 def test_two_runs_do_not_share_a_table(earlier, imagenet, published):
-    """The second is refused while the first lives."""
+    """A second program with the same --output-dir is refused."""
     with DirectoryLock(earlier), pytest.raises(InputError, match='another run is writing there'):
         main(flags(imagenet, published, earlier))
 
@@ -268,7 +268,7 @@ def test_two_runs_do_not_share_a_table(earlier, imagenet, published):
 
 @pytest.fixture
 def some_bad(published, tmp_path) -> Path:
-    """The first file is cut short, the second is good, the third missing."""
+    """Folder with a truncated file, an intact one, and a missing one."""
     folder = tmp_path / 'some'
     folder.mkdir()
     file_of(folder, 'fb_in1k').write_bytes(file_of(published, 'fb_in1k').read_bytes()[:100000])
@@ -277,7 +277,7 @@ def some_bad(published, tmp_path) -> Path:
 
 
 def test_bad_checkpoints_do_not_stop_the_others(imagenet, some_bad, tmp_path):
-    """They are named at the end, exit code 1, and in both tables; the good one is measured."""
+    """Unusable checkpoints are listed at the end and in both tables; the others are measured; the exit code is 1."""
     with pytest.raises(RunStopped, match=r'2 of 3 checkpoints could not be evaluated: .*fb_in1k, .*_384') as caught:
         main(flags(imagenet, some_bad, tmp_path / 'zoo', tags=LABELLED))
     assert caught.value.exit_code == 1
@@ -290,7 +290,7 @@ def test_bad_checkpoints_do_not_stop_the_others(imagenet, some_bad, tmp_path):
 
 
 def test_bad_checkpoints_are_tried_again(imagenet, some_bad, published, tmp_path):
-    """Once the files are there, a second call completes the table."""
+    """A second call measures checkpoints that are repaired."""
     argv = flags(imagenet, some_bad, tmp_path / 'zoo')
     with pytest.raises(RunStopped):
         main(argv)
@@ -300,16 +300,16 @@ def test_bad_checkpoints_are_tried_again(imagenet, some_bad, published, tmp_path
 
 
 def test_another_models_file_is_an_error(imagenet, tmp_path):
-    """Weights that are not what the name says."""
+    """Weights of another model than in the file's name are an error of their row."""
     torch.save(seeded_model('xcit_nano_12_p8').state_dict(), file_of(tmp_path, 'fb_in1k'))
     with pytest.raises(RunStopped):
         main(flags(imagenet, tmp_path, tmp_path / 'zoo', tags=['fb_in1k']))
-    assert "weights are not this model's" in read(tmp_path / 'zoo')[0]['error']
+    assert 'the weights do not match this model' in read(tmp_path / 'zoo')[0]['error']
 
 
 # ----- bad input
 
-@pytest.mark.parametrize(('change', 'words'), [
+@pytest.mark.parametrize(('change', 'message'), [
     (['--data-path', '/none'], '--data-path /none: no such directory'),
     (['--checkpoints', '/none'], '--checkpoints /none: no such directory'),
     (['--models', 'xcit_small'], 'xcit_small_12_p16'),
@@ -320,18 +320,18 @@ def test_another_models_file_is_an_error(imagenet, tmp_path):
     (['--batch-size', '0'], '--batch-size'),
     (['--tag', 'fb_in1k'], '--tag'),
 ], ids=lambda value: ' '.join(value) if isinstance(value, list) else '')
-def test_bad_arguments_are_refused(imagenet, published, tmp_path, change, words):
-    """Before anything is evaluated or written, in one line."""
+def test_bad_arguments_are_refused(imagenet, published, tmp_path, change, message):
+    """An invalid flag is one line, and nothing is written."""
     with pytest.raises(InputError) as caught:
         main([*flags(imagenet, published, tmp_path / 'zoo'), *change])
-    assert words in str(caught.value)
+    assert message in str(caught.value)
     assert '\n' not in str(caught.value)
     assert not (tmp_path / 'zoo').exists()
 
 
 @pytest.mark.parametrize('probed', [1000, 1])
 def test_unreadable_image_stops_the_program(published, tmp_path, monkeypatch, probed):
-    """It is the data's fault, found at once or while evaluating: no checkpoint is blamed."""
+    """An unreadable image ends the program, and is not an error of a checkpoint."""
     monkeypatch.setattr(pictures, 'NUM_PROBED', probed)
     folder = tmp_path / 'imagenet' / 'val' / WORDNET[0]
     write_image(folder / '0.JPEG')
@@ -343,9 +343,9 @@ def test_unreadable_image_stops_the_program(published, tmp_path, monkeypatch, pr
 
 @pytest.mark.parametrize('content', ['a,b\n1,2\n', '\n', 'nonsense'])
 def test_other_tables_are_not_overwritten(imagenet, published, tmp_path, content):
-    """A zoo.csv that is not this program's."""
+    """A zoo.csv of another program is an error."""
     (tmp_path / 'zoo').mkdir()
     (tmp_path / 'zoo' / 'zoo.csv').write_text(content)
-    with pytest.raises(InputError, match='is not a table of this program'):
+    with pytest.raises(InputError, match='not a table of this program'):
         main(flags(imagenet, published, tmp_path / 'zoo'))
     assert (tmp_path / 'zoo' / 'zoo.csv').read_text() == content

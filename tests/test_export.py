@@ -1,5 +1,4 @@
-"""tools/export.py: each format computes what the model does, at every size that it promises, or nothing is kept."""
-import argparse
+"""tools.export: a file of each format computes the model's outputs at all promised sizes, or is not kept."""
 import functools
 import json
 import resource
@@ -15,7 +14,7 @@ from processes import finish, start
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import xcit_fuse
-from tools.common import LoadedModel
+from inference.loaded import LoadedModel
 from tools.export import FORMATS, export, main, prepare
 from utils import InputError, RunStopped
 
@@ -30,7 +29,7 @@ METADATA = {'model': NANO, 'classes': CLASSES, 'input_size': 64, 'crop': .875, '
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory) -> Path:
-    """A checkpoint of NANO for 3 named classes, as a training leaves it."""
+    """A training checkpoint of NANO for 3 named classes."""
     path = tmp_path_factory.mktemp('weights') / 'nano.pth'
     torch.save({'model': seeded_model(NANO, num_classes=3).state_dict(), 'classes': CLASSES,
                 'args': {'model': NANO, 'input_size': 64, 'full_crop': False}}, path)
@@ -43,7 +42,7 @@ def flags(weights: Path, format_name: str, output: Path, *more: str) -> list:
 
 @pytest.fixture(scope='module')
 def onnx_file(tmp_path_factory) -> Path:
-    """A small model as the program exports it, for images of any size."""
+    """A small model that the program has exported for images of any size."""
     folder = tmp_path_factory.mktemp('onnx')
     torch.save({'model': seeded_model('xcit_test', num_classes=3).state_dict(), 'classes': CLASSES,
                 'args': {'model': 'xcit_test', 'input_size': 64, 'full_crop': False}}, folder / 'small.pth')
@@ -58,21 +57,21 @@ def shallow_model(name: str) -> torch.nn.Module:
 
 @pytest.fixture(scope='module')
 def export_shallow(tmp_path_factory):
-    """Exports such a model, once in each way; gives the file, which is not to be changed."""
+    """Function that exports a shallow model, once per setting, and returns the file."""
 
     @functools.cache
     def exported(name: str, format_name: str, *, dynamic: bool, input_size: int = 64) -> Path:
         path = tmp_path_factory.mktemp('shallow') / f'model{FORMATS[format_name][0]}'
         loaded = LoadedModel(shallow_model(name), name, CLASSES, input_size=input_size, full_crop=False,
                              device=torch.device('cpu'), amp_dtype=None)
-        export(loaded, argparse.Namespace(format=format_name, output=path, dynamic=dynamic, tolerance=1e-4), path)
+        export(loaded, path, format_name=format_name, dynamic=dynamic, tolerance=1e-4)
         return path
 
     return exported
 
 
 def load_onnx(path: Path):
-    """A file as images -> outputs."""
+    """Return a file as a function images -> outputs."""
     session = onnxruntime.InferenceSession(path)
     return lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
 
@@ -82,7 +81,7 @@ LOADERS = {'onnx': load_onnx, 'torchscript': torch.jit.load,
 
 
 def assert_same(exported, model: torch.nn.Module, shapes: list):
-    """Both compute the same outputs for images of each shape (B, 3, img_h, img_w)."""
+    """Assert that both compute the same outputs for images of each shape (B, 3, img_h, img_w)."""
     for shape in shapes:
         images = seeded_images(*shape)
         torch.testing.assert_close(exported(images), model(images), rtol=1e-4, atol=1e-5)
@@ -93,7 +92,7 @@ def assert_same(exported, model: torch.nn.Module, shapes: list):
 @pytest.mark.parametrize('name', ['xcit_nano_12_p16', 'xcit_nano_12_p8', 'xcit_tiny_12_p16'])
 @torch.no_grad()
 def test_fused_stem_computes_the_same(name):
-    """BatchNorm folded into the convolutions changes rounding alone, and no BatchNorm is left in the stem."""
+    """Folding BatchNorm into the convolutions only changes rounding, and no BatchNorm remains in the stem."""
     model, images = seeded_model(name).eval(), seeded_images(2, 3, 70, 45)
     expected, expected_patches = model(images), model.patch_embed(images)
     xcit_fuse.fuse_stem(model)
@@ -103,14 +102,14 @@ def test_fused_stem_computes_the_same(name):
 
 
 def test_stem_in_training_mode_is_not_fused():
-    """There BatchNorm has no fixed statistics to fold in."""
+    """A stem in training mode is refused: its BatchNorm has no fixed statistics."""
     with pytest.raises(ValueError, match='eval'):
         xcit_fuse.fuse_stem(seeded_model(NANO))
 
 
 @torch.no_grad()
 def test_program_exports_onnx(onnx_file):
-    """From a training's checkpoint to a file that computes the same at sizes that the export did not see."""
+    """A checkpoint is exported to a file that computes the same at sizes other than the example's."""
     assert_same(load_onnx(onnx_file), seeded_model('xcit_test', num_classes=3).eval(), SHAPES)
 
 
@@ -121,7 +120,7 @@ def test_program_exports_onnx(onnx_file):
     pytest.param('torch-export', 'xcit_nano_12_p8', marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_dynamic_file_takes_any_size(export_shallow, format_name, name):
-    """Any batch, odd images, and images that are not square; with the test below, ONNX of each kind of model."""
+    """A file with --dynamic takes any batch, odd images, and images that are not square."""
     path = export_shallow(name, format_name, dynamic=True)
     assert_same(LOADERS[format_name](path), shallow_model(name), SHAPES)
 
@@ -129,7 +128,7 @@ def test_dynamic_file_takes_any_size(export_shallow, format_name, name):
 @pytest.mark.parametrize(('input_size', 'form'), [(64, 'plain'), (160, 'gram')])
 @torch.no_grad()
 def test_form_of_xca_in_a_file(export_shallow, input_size, form):
-    """A file has the one that is faster at the size it is exported for, and with that takes all others."""
+    """A file has the form that is faster at its size of export, and computes all other sizes in this form."""
     model = shallow_model(NANO)
     prepare(model, input_size, 'onnx')
     assert {block.attn.form for block in model.blocks} == {form}
@@ -140,7 +139,7 @@ def test_form_of_xca_in_a_file(export_shallow, input_size, form):
 @pytest.mark.parametrize('format_name', ['onnx', 'torch-export'])
 @torch.no_grad()
 def test_file_of_one_size_takes_any_batch(export_shallow, format_name):
-    """Without --dynamic: other batch sizes work, and another height is refused by whatever runs the file."""
+    """Without --dynamic other batch sizes work, and runtimes refuse another height."""
     exported = LOADERS[format_name](export_shallow(NANO, format_name, dynamic=False))
     assert_same(exported, shallow_model(NANO), [(1, 3, 64, 64), (5, 3, 64, 64)])
     with pytest.raises(Exception, match='64'):
@@ -148,7 +147,7 @@ def test_file_of_one_size_takes_any_batch(export_shallow, format_name):
 
 
 def test_differences_are_printed_and_returned(weights, tmp_path, capsys):
-    """One for each size that was compared, with the tolerance; --dynamic compares more sizes."""
+    """A difference is logged and returned for each compared size; --dynamic compares more sizes."""
     differences = main(flags(weights, 'torchscript', tmp_path / 'nano.pt', '--dynamic'))
     assert list(differences) == [(1, 3, 64, 64), (3, 3, 64, 64), (1, 3, 9, 64), (2, 3, 65, 96)]
     assert all(0 < difference < 1e-5 for difference in differences.values())
@@ -158,7 +157,7 @@ def test_differences_are_printed_and_returned(weights, tmp_path, capsys):
 
 
 def test_file_beyond_the_tolerance_is_not_kept(weights, tmp_path):
-    """The message has the difference, the exit code is 1, and an older file stays as it was."""
+    """The error has the difference, the exit code is 1, and an older file is unchanged."""
     output = tmp_path / 'nano.pt'
     output.write_text('older')
     with pytest.raises(RunStopped, match=r'1 x 3 x 64 x 64: largest difference \d\.\de-\d\d, tolerance 0') as caught:
@@ -169,26 +168,25 @@ def test_file_beyond_the_tolerance_is_not_kept(weights, tmp_path):
 
 
 class PositiveOnly(torch.nn.Module):
-    """Computes different things for different values, which torch.export does not follow."""
+    """A module with a branch that depends on values, which torch.export does not support."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x if x.sum() > 0 else -x
 
 
 def test_what_an_exporter_refuses_is_one_line(tmp_path):
-    """Its reason, without a traceback; the program then ends with exit code 1."""
+    """An exporter's error becomes RunStopped with its reason."""
     model = shallow_model(NANO)
     model.head = PositiveOnly()
     loaded = LoadedModel(model, NANO, None, input_size=64, full_crop=True, device=torch.device('cpu'), amp_dtype=None)
-    args = argparse.Namespace(format='torch-export', output=tmp_path, dynamic=False, tolerance=1e-4)
     with pytest.raises(RunStopped, match=rf'^{NANO} can\'t be exported as torch-export \(.*data-dependent.*\)$'):
-        export(loaded, args, tmp_path / 'nano.pt2')
+        export(loaded, tmp_path / 'nano.pt2', format_name='torch-export', dynamic=False, tolerance=1e-4)
 
 
 # ----- what else the file holds
 
 def test_onnx_is_valid_and_named(onnx_file):
-    """The checker accepts it; current opset and IR; its input's axes have names."""
+    """The checker accepts the file; opset, IR and names of the input's axes are as expected."""
     model = onnx.load(onnx_file)
     onnx.checker.check_model(model, full_check=True)
     assert (model.opset_import[0].version, model.ir_version) == (20, 10)
@@ -198,18 +196,18 @@ def test_onnx_is_valid_and_named(onnx_file):
 
 @pytest.mark.parametrize('format_name', ['onnx', 'torch-export'])
 def test_no_paths_of_this_machine(export_shallow, format_name):
-    """A file to give away says nothing of where it was made."""
+    """An exported file contains no paths of this machine."""
     assert str(ROOT).encode() not in export_shallow(NANO, format_name, dynamic=True).read_bytes()
 
 
 def test_model_is_fused(export_shallow):
-    """No BatchNorm is left."""
+    """An exported model has no BatchNorm."""
     program = torch.export.load(export_shallow(NANO, 'torch-export', dynamic=False))
     assert not any('batch_norm' in str(node.target) for node in program.graph.nodes)
 
 
 def test_onnx_metadata(onnx_file):
-    """Classes, size, crop and normalisation come with the file."""
+    """An ONNX file has classes, size, crop and normalisation as metadata."""
     entries = onnxruntime.InferenceSession(onnx_file).get_modelmeta().custom_metadata_map
     assert {key: json.loads(value) for key, value in entries.items()} == {**METADATA, 'model': 'xcit_test'}
 
@@ -217,7 +215,7 @@ def test_onnx_metadata(onnx_file):
 @pytest.mark.parametrize(('format_name', 'load', 'keyword'), [
     ('torchscript', torch.jit.load, '_extra_files'), ('torch-export', torch.export.load, 'extra_files')])
 def test_torch_metadata(export_shallow, format_name, load, keyword):
-    """The same, as the extra file of the two formats of PyTorch's."""
+    """Files of PyTorch's two formats have the metadata as an extra file."""
     extra = {'metadata.json': ''}
     load(export_shallow(NANO, format_name, dynamic=False), **{keyword: extra})
     assert json.loads(extra['metadata.json']) == METADATA
@@ -226,7 +224,7 @@ def test_torch_metadata(export_shallow, format_name, load, keyword):
 # ----- mistakes
 
 def refused(weights: Path, format_name: str, output: Path, *more: str) -> str:
-    """Assert that the command is refused in one line and makes no file; returns the line."""
+    """Assert that the command is refused in one line without a file, and return the line."""
     before = sorted(output.parent.iterdir()) if output.parent.is_dir() else None
     with pytest.raises(InputError) as caught:
         main(flags(weights, format_name, output, *more))
@@ -238,32 +236,32 @@ def refused(weights: Path, format_name: str, output: Path, *more: str) -> str:
 @pytest.mark.parametrize(('format_name', 'name', 'allowed'), [
     ('onnx', 'nano.pt', '.onnx'), ('torchscript', 'nano', '.pt '), ('torch-export', 'nano.pt', '.pt2')])
 def test_wrong_suffix(weights, tmp_path, format_name, name, allowed):
-    """The message has the suffix of the format."""
+    """A wrong suffix is refused with the suffix of the format."""
     message = refused(weights, format_name, tmp_path / name)
     assert message.startswith('--output')
     assert f'must end in {allowed}' in message
 
 
 def test_missing_directory(weights, tmp_path):
-    """The output can't be written there: found before the weights are read."""
+    """A missing directory is refused before the weights are read."""
     message = refused(weights, 'torchscript', tmp_path / 'missing' / 'nano.pt', '--pretrained', 'missing.pth')
     assert 'is in no directory' in message
 
 
 def test_directory_as_output(weights, tmp_path):
-    """A directory does not become a file."""
+    """A directory as output is refused."""
     (tmp_path / 'nano.pt').mkdir()
     assert 'is a directory' in refused(weights, 'torchscript', tmp_path / 'nano.pt')
 
 
 def test_images_of_one_patch_are_not_dynamic(weights, tmp_path):
-    """torch.export makes a special case of a grid of one token."""
+    """--dynamic with images of one patch is refused, because torch.export specialises on one token."""
     message = refused(weights, 'torch-export', tmp_path / 'nano.pt2', '--dynamic', '--input-size', '8')
     assert message.startswith('--input-size 8: must be above 8 with --dynamic')
 
 
 def test_dynamic_is_for_xcit(weights, tmp_path):
-    """Models of timm's that need one size are not promised at others."""
+    """--dynamic with another model than XCiT is refused."""
     torch.save(seeded_model('resnet10t').state_dict(), tmp_path / 'resnet10t.pth')
     message = refused(weights, 'torchscript', tmp_path / 'resnet.pt', '--dynamic', '--model', 'resnet10t',
                       '--pretrained', str(tmp_path / 'resnet10t.pth'))
@@ -271,13 +269,13 @@ def test_dynamic_is_for_xcit(weights, tmp_path):
 
 
 def test_flags_without_effect_are_not_offered(weights, tmp_path):
-    """Export is done on the CPU in float32."""
+    """--device is unknown: export runs on the CPU in float32."""
     assert '--device' in refused(weights, 'torchscript', tmp_path / 'nano.pt', '--device', 'cpu')
 
 
 @pytest.mark.parametrize('package', ['onnx', 'onnxscript', 'onnxruntime'])
 def test_missing_package(weights, tmp_path, monkeypatch, package):
-    """--format onnx says how to get it."""
+    """--format onnx without a package is refused with the command that installs it."""
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     message = refused(weights, 'onnx', tmp_path / 'nano.onnx')
     assert message.startswith(f'--format onnx: needs {package}: ')
@@ -285,14 +283,14 @@ def test_missing_package(weights, tmp_path, monkeypatch, package):
 
 
 def run_without_onnx(*argv: str) -> tuple:
-    """Exit code, stdout and stderr of the program, where none of the three packages is installed."""
+    """Run the program without the three packages; return exit code, stdout and stderr."""
     program = ('import sys; sys.modules.update(onnx=None, onnxscript=None, onnxruntime=None)\n'
                'from run import commandline\nfrom tools.export import main\ncommandline.run_program(main)')
     return finish(start(['-c', program, *argv], 1))[0]
 
 
 def test_missing_package_is_one_line(weights, tmp_path):
-    """As a user sees it: exit code 2, no traceback, no file."""
+    """The program without a package ends with exit code 2 and one line, without a file."""
     code, _, err = run_without_onnx(*flags(weights, 'onnx', tmp_path / 'nano.onnx'))
     assert code == 2
     assert err.splitlines() == [err.rstrip('\n')]
@@ -300,7 +298,7 @@ def test_missing_package_is_one_line(weights, tmp_path):
 
 
 def test_other_formats_need_no_onnx(weights, tmp_path):
-    """TorchScript is exported without the three packages, and nothing is on stderr."""
+    """TorchScript is exported without the three packages, and stderr is empty."""
     output = tmp_path / 'nano.pt'
     code, _, err = run_without_onnx(*flags(weights, 'torchscript', output))
     assert (code, err) == (0, '')
@@ -308,7 +306,7 @@ def test_other_formats_need_no_onnx(weights, tmp_path):
 
 
 def test_full_disk(weights, tmp_path):
-    """One line, and nothing is left."""
+    """A full disk ends the export in one line, and leaves no file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, hard))
     try:

@@ -5,16 +5,17 @@ import pytest
 import small_dino
 import timm
 import torch
-from conftest import seeded_model, tiny, write_folders
+from conftest import seeded_model, tiniest, tiny, write_folders
 
 import utils
-from main import FINETUNING, build_optimizer, build_scheduler, main, parse_args
+from main import FINETUNING, main, parse_args
+from run import flags, optimization, schedules
 from utils import InputError
 
 
 @pytest.fixture(scope='module')
 def pretrained(tmp_path_factory) -> str:
-    """Weights of a model of 1000 classes."""
+    """Weights of a model with 1000 classes."""
     path = tmp_path_factory.mktemp('weights') / 'nano.pth'
     torch.save({'model': seeded_model('xcit_nano_12_p16').state_dict()}, path)
     return str(path)
@@ -25,14 +26,14 @@ def checkpoint(folder) -> dict:
 
 
 def test_finetune_sets_defaults(pretrained):
-    """It changes the defaults named in FINETUNING, and nothing else."""
+    """--finetune changes the defaults in FINETUNING, and nothing else."""
     plain, tuned = (vars(parse_args(['--data-set', 'SAMPLE', flag, pretrained])) for flag in
                     ('--pretrained', '--finetune'))
     assert {k: v for k, v in tuned.items() if v != plain[k]} == {**FINETUNING, 'finetune': pretrained}
 
 
 def test_finetune_defaults_yield_to_flags(pretrained):
-    """A flag on the command line wins, before or after --finetune."""
+    """A flag on the command line has priority, before or after --finetune."""
     args = parse_args(['--epochs', '7', '--finetune', pretrained, '--lr', '1', '--repeated-aug'])
     assert (args.epochs, args.lr, args.repeated_aug, args.full_crop) == (7, 1., True, True)
 
@@ -40,8 +41,8 @@ def test_finetune_defaults_yield_to_flags(pretrained):
 def test_finetune_to_other_classes_and_size(tmp_path, pretrained):
     """Weights for 1000 classes become a model for 3, at another resolution, and train."""
     data = write_folders(tmp_path / 'data', classes=('a', 'b', 'c'), size=(70, 50))
-    flags = tiny(data, '--finetune', pretrained, '--input-size', '48', '--epochs', '1')
-    stats = main([*flags, '--output-dir', str(tmp_path / 'run')])
+    command = tiny(data, '--finetune', pretrained, '--input-size', '48', '--epochs', '1')
+    stats = main([*command, '--output-dir', str(tmp_path / 'run')])
     assert math.isfinite(stats['train_loss'])
     assert checkpoint(tmp_path / 'run')['model']['head.weight'].shape == (3, 128)
 
@@ -49,12 +50,12 @@ def test_finetune_to_other_classes_and_size(tmp_path, pretrained):
 @pytest.mark.parametrize('sched', ['cosine', 'plateau'])
 @pytest.mark.parametrize('warmup', ['0', '2'])
 def test_layer_decay_scales_rates_by_depth(sched, warmup):
-    """The head learns at --lr, each layer below at a fraction of the one above, in every epoch."""
+    """The head has the rate --lr, and each layer a fraction of the rate of the layer above, in every epoch."""
     args = parse_args(['--layer-decay', '0.5', '--sched', sched, '--warmup-epochs', warmup, '--epochs', '10',
                        '--model', 'xcit_nano_12_p16', '--batch-size', '512', '--warmup-lr', '0', '--lr', '1'])
     model = timm.create_model(args.model)
-    optimizer = build_optimizer(args, model)
-    scheduler = build_scheduler(args, optimizer)
+    optimizer = optimization.build_optimizer(model, lr=args.lr, **flags.optimizer_options(args))
+    scheduler = schedules.by_epoch(optimizer, **flags.schedule_options(args))
     names = {parameter: name for name, parameter in model.named_parameters()}
     for epoch in range(4):
         rate = {names[p]: group['lr'] for group in optimizer.param_groups for p in group['params']}
@@ -67,7 +68,7 @@ def test_layer_decay_scales_rates_by_depth(sched, warmup):
 
 
 def test_freeze_backbone_trains_the_head_alone(tmp_path, folders, pretrained):
-    """Everything but the head is bitwise what was given, BatchNorm statistics included."""
+    """All weights but the head's are bitwise the initial ones, BatchNorm statistics included."""
     main(tiny(folders, '--finetune', pretrained, '--freeze-backbone', '--opt', 'sgd', '--epochs', '1', '--output-dir',
               str(tmp_path)))
     given, after = torch.load(pretrained, weights_only=True)['model'], checkpoint(tmp_path)['model']
@@ -86,42 +87,42 @@ def test_freeze_backbone_needs_weights():
 
 def test_finetune_excludes_pretrained(pretrained):
     """Two sources of initial weights are refused."""
-    with pytest.raises(InputError, match='takes the place of --pretrained'):
+    with pytest.raises(InputError, match='replaces --pretrained'):
         parse_args(['--finetune', pretrained, '--pretrained', pretrained])
 
 
 def test_unknown_tag_names_the_known(pretrained):
-    """A tag that the model has not is answered with those that it has, under the option that was given."""
+    """An unknown tag is refused with the model's tags and the flag."""
     with pytest.raises(InputError, match=r'--finetune fb_in22k: no such file; tags of xcit_small_12_p16: fb_in1k, '):
         parse_args(['--finetune', 'fb_in22k'])
 
 
 def test_layer_decay_may_change_on_resume(tmp_path, folders):
-    """The rates are those of the command line that goes on."""
-    flags = tiny(folders, '--layer-decay', '0.5', '--output-dir', str(tmp_path))
-    main([*flags, '--epochs', '1'])
-    main([*flags, '--epochs', '2', '--layer-decay', '0.9', '--resume', 'auto'])
+    """The learning rates are those of the resuming command line."""
+    command = tiniest(folders, '--layer-decay', '0.5', '--output-dir', str(tmp_path))
+    main([*command, '--epochs', '1'])
+    main([*command, '--epochs', '2', '--layer-decay', '0.9', '--resume', 'auto'])
     scales = {group['lr_scale'] for group in checkpoint(tmp_path)['optimizer']['param_groups']}
     assert min(scales) == pytest.approx(.9 ** (len(scales) - 1))
 
 
-def test_tag_in_the_models_name_asks_for_its_weights():
+def test_tag_in_the_models_name_selects_its_weights():
     """--model NAME.TAG alone means --pretrained TAG; an unknown tag is refused."""
     assert parse_args(['--model', 'xcit_nano_12_p16.fb_in1k']).pretrained == 'xcit_nano_12_p16.fb_in1k'
-    with pytest.raises(InputError, match=r'xcit_nano_12_p16 has no such tag; it has: .*fb_in1k'):
+    with pytest.raises(InputError, match=r'xcit_nano_12_p16 has no such tag; its tags: .*fb_in1k'):
         parse_args(['--model', 'xcit_nano_12_p16.nonsense'])
 
 
-def test_other_setting_than_published_is_told(tmp_path, folders, capsys):
-    """Evaluating published weights at another resolution or crop says so."""
+def test_other_setting_than_published_is_logged(tmp_path, folders, capsys):
+    """The evaluation of published weights at another resolution or crop is logged."""
     path = tmp_path / 'xcit_nano_12_p16_384_dist.pth'
     torch.save({'model': seeded_model('xcit_nano_12_p16', num_classes=2).state_dict()}, path)
     main(tiny(folders, '--eval', '--pretrained', str(path)))
     assert 'its published accuracy is for --input-size 384 --full-crop' in capsys.readouterr().out
 
 
-def test_a_training_by_dino_is_enough(folders, tmp_path, capsys):
-    """The file says which model it is; the teacher is taken, under a fresh head."""
+def test_checkpoint_of_dino_is_finetuned(folders, tmp_path, capsys):
+    """The model's name is read from the file; the teacher gets a fresh head."""
     small_dino.main(['--device', 'cpu', '--num-workers', '0', '--batch-size', '8', '--epochs', '1', '--warmup-epochs',
                      '1', '--arch', 'xcit_nano_12_p16', '--out-dim', '16', '--global-crops-size', '32',
                      '--local-crops-number', '0', '--data-path', str(folders), '--output-dir', str(tmp_path / 'dino')])
@@ -133,5 +134,5 @@ def test_a_training_by_dino_is_enough(folders, tmp_path, capsys):
             '--batch-size', '4', '--epochs', '1', '--data-set', 'FOLDER', '--data-path', str(folders), '--output-dir',
             str(tmp_path / 'run')]
     main(argv)
-    assert f'--finetune {path}: is of xcit_nano_12_p16, so --model is that' in capsys.readouterr().out
+    assert f'--finetune {path}: using --model xcit_nano_12_p16, as named in the checkpoint' in capsys.readouterr().out
     assert bool((checkpoint(tmp_path / 'run')['model']['cls_token'] == 7.).all())

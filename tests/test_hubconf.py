@@ -83,7 +83,7 @@ def test_true_is_the_first_tag(cached):
 
 
 def test_false_is_random():
-    """The default has random weights."""
+    """A model is loaded with random weights by default, and with pretrained=False."""
     assert not torch.equal(load().head.weight, load(pretrained=False).head.weight)
 
 
@@ -132,18 +132,18 @@ def test_unknown_weights_are_refused(given, message):
 
 
 def test_weights_of_another_model_are_refused(cached):
-    """The message has the missing keys."""
+    """Weights of another model are refused with the missing keys."""
     with pytest.raises(InputError, match=r'pretrained .*missing keys: blocks'):
         weights.create_model('xcit_tiny_24_p16', str(cached))
 
 
 CLASH = '''
 import datasets, utils, weights
-mine = utils, datasets, weights
+modules = utils, datasets, weights
 model = torch.hub.load(REPO, "xcit_nano_12_p16", source="local", pretrained=True)
 again = torch.hub.load(REPO, "xcit_nano_12_p16", source="local", pretrained=True)
 import datasets, utils, weights
-assert mine == (utils, datasets, weights) and utils.MINE == datasets.MINE == weights.MINE
+assert modules == (utils, datasets, weights) and utils.MINE == datasets.MINE == weights.MINE
 assert isinstance(again, type(model))
 print(sum(p.numel() for p in model.parameters()))
 '''

@@ -130,7 +130,7 @@ def test_mpirun_trains_together(data, tmp_path):
     command = [ROOT / 'main.py', *tiniest(data), '--epochs', '1', '--output-dir', tmp_path / 'run']
     (first, out, err), (second, out_1, _) = finish(start(command, 2, variables))
     assert (first, second) == (0, 0), err
-    assert out.startswith('Open MPI has started 2 processes, which work together\n')
+    assert out.startswith('2 processes started by Open MPI work together\n')
     assert out_1 == ''
     assert json.loads((tmp_path / 'run' / 'args.json').read_text())['derived']['processes'] == 2
 
@@ -147,6 +147,12 @@ def ended(code: str, *argv: str) -> tuple:
 def test_ctrl_c_in_a_program_is_not_an_error():
     """Ctrl-C ends a program with one line, without the word error, and exit code 130."""
     assert ended('def program(): raise KeyboardInterrupt') == (130, '', '-c: interrupted\n')
+
+
+def test_reason_of_a_failed_run_is_one_line():
+    """A run that can't continue ends with one line on stderr and exit code 1."""
+    code = 'from utils import RunStopped\ndef program(): raise RunStopped("the disk is full")'
+    assert ended(code) == (1, '', '-c: error: the disk is full\n')
 
 
 def test_a_stop_signal_is_not_an_error():
@@ -229,8 +235,8 @@ def test_run_continues_without_tensorboard(data, tmp_path, monkeypatch, capfd, f
     reason = fault(monkeypatch)
     main(tiniest(data, '--output-dir', str(tmp_path)))
     out, err = capfd.readouterr()
-    notice, = [line for line in out.splitlines() if 'TensorBoard' in line]
-    assert notice.startswith(f'{tmp_path}/tb: there will be no more files for TensorBoard ({reason}')
+    message, = [line for line in out.splitlines() if 'TensorBoard' in line]
+    assert message.startswith(f'{tmp_path}/tb: no more files for TensorBoard ({reason}')
     assert 'Traceback' not in err
     assert [json.loads(line)['epoch'] for line in (tmp_path / 'log.txt').read_text().splitlines()] == [0, 1]
     assert torch.load(tmp_path / 'checkpoint.pth', weights_only=True)['epoch'] == 1

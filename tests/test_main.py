@@ -1,11 +1,10 @@
-"""The whole program by `main([...])`, on tiny class folders."""
+"""The whole program as `main([...])` on tiny class folders."""
 import argparse
 import json
 import math
-import platform
+import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import List, Tuple
 
 import pytest
@@ -13,28 +12,23 @@ import timm
 import torch
 import torchvision
 from conftest import ROOT, tiniest, write_folders
+from resuming import log_lines, state
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-import datasets
-from main import build_optimizer, build_run, build_scheduler, build_teacher, main, parse_args
+import weights
+from classification import recipe
+from loaders import samples
+from main import main, parse_args
 from run import checkpoints
-from run.parts import Metrics
+from run.position import Epochs
 from run.training import Run
 
 
-def checkpoint(output_dir: Path, name: str = 'checkpoint.pth') -> dict:
-    return torch.load(output_dir / name, weights_only=True)
-
-
 def assert_same_training(own: dict, other: dict):
-    """Bitwise the same model, average, optimizer and accuracies."""
+    """Assert that model, EMA, optimizer and accuracies are bitwise equal."""
     for key in ('model', 'model_ema', 'optimizer', 'accuracy', 'epoch'):
         torch.testing.assert_close(own[key], other[key], rtol=0, atol=0)
-
-
-def log_lines(output_dir: Path) -> list:
-    return [json.loads(line) for line in (output_dir / 'log.txt').read_text().splitlines()]
 
 
 @pytest.fixture(scope='module')
@@ -46,10 +40,10 @@ def trained(tmp_path_factory):
     return data, output_dir, stats
 
 
-# ----- what a training leaves behind
+# ----- files of a run
 
 def test_log_has_a_line_for_each_epoch(trained):
-    """Losses, rates, accuracies of the model and of its average, speed and memory."""
+    """A line has losses, rates, accuracies of the model and of its EMA, speed and memory."""
     lines = log_lines(trained[1])
     assert [line['epoch'] for line in lines] == [0, 1]
     expected = {'train_loss', 'train_lr', 'train_grad_norm', 'train_images_per_s', 'train_data_s', 'train_memory_mb',
@@ -59,7 +53,7 @@ def test_log_has_a_line_for_each_epoch(trained):
 
 
 def test_tensorboard_has_curves_flags_and_images(trained):
-    """Scalars for both epochs, the run's flags as text and one grid of training images."""
+    """TensorBoard has scalars of both epochs, the flags as text and one grid of training images."""
     events = EventAccumulator(str(trained[1] / 'tb')).Reload()
     curves = {'train/loss', 'train/lr', 'train/grad_norm', 'train/images_per_s', 'train/memory_mb', 'test/acc1',
               'test/ema_acc1'}
@@ -70,8 +64,8 @@ def test_tensorboard_has_curves_flags_and_images(trained):
     assert (image.width, image.height) == (4 * 34 + 2, 34 + 2)
 
 
-def test_args_json_tells_what_ran(trained):
-    """Flags, derived values and the versions of the libraries."""
+def test_args_json_describes_the_run(trained):
+    """args.json has flags, derived values and the versions of the libraries."""
     written = json.loads((trained[1] / 'args.json').read_text())
     assert written['args']['model'] == 'xcit_test'
     assert written['derived']['num_classes'] == 2
@@ -80,51 +74,50 @@ def test_args_json_tells_what_ran(trained):
 
 
 def test_checkpoint_holds_everything(trained):
-    """Both files load without Python objects and hold all that a training needs to go on."""
+    """Both files load without Python objects and have all parts that a resume needs."""
     for name in ('checkpoint.pth', 'best_model.pth'):
-        state = checkpoint(trained[1], name)
-        assert set(state) == {'model', 'model_ema', 'optimizer', 'lr_scheduler', 'scaler', 'epoch', 'step', 'averages',
-                              'batch', 'accuracy', 'classes', 'args'}
-        assert isinstance(state['args'], dict)
+        content = state(trained[1], name)
+        assert set(content) == {'model', 'model_ema', 'optimizer', 'lr_scheduler', 'scaler', 'epoch', 'step',
+                                'averages', 'batch', 'accuracy', 'classes', 'args'}
+        assert isinstance(content['args'], dict)
     assert not list(trained[1].glob('*.tmp'))
 
 
 def test_best_model_is_the_best(tmp_path, folders):
-    """`best_model.pth` is of the epoch with the highest accuracy, the later one among equals."""
+    """`best_model.pth` is of the epoch with the highest accuracy, the latest among equal ones."""
     main(tiniest(folders, '--output-dir', str(tmp_path / 'run'), '--epochs', '4'))
     accuracies = [line['test_acc1'] for line in log_lines(tmp_path / 'run')]
-    best = checkpoint(tmp_path / 'run', 'best_model.pth')
+    best = state(tmp_path / 'run', 'best_model.pth')
     assert best['epoch'] == max(range(4), key=lambda epoch: (accuracies[epoch], epoch))
     assert best['accuracy']['best'] == max(accuracies)
 
 
 def test_next_command_evaluates_the_best_model(tmp_path, folders, capsys):
-    """A training ends with a command that works and finds the accuracy of the training."""
+    """The command at the end of a run computes the accuracy of the run."""
     main(tiniest(folders, '--output-dir', str(tmp_path / 'run'), '--full_crop'))
     command = capsys.readouterr().out.splitlines()[-2].split()
     assert command[:2] == ['python', 'main.py']
     stats = main([*command[2:], '--device', 'cpu', '--num-workers', '0'])
-    accuracy = checkpoint(tmp_path / 'run')['accuracy']
+    accuracy = state(tmp_path / 'run')['accuracy']
     assert stats['acc1'] == max(accuracy['best'], accuracy['best_ema'])
 
 
-# ----- going on
+# ----- resuming
 
 @pytest.mark.parametrize('more', [
-    ['--drop-path', '.3', '--drop', '.1'],
     ['--sched', 'plateau', '--patience-epochs', '0', '--cooldown-epochs', '1', '--mixup', '0', '--cutmix', '0'],
     ['--opt', 'sgd', '--accum-iter', '3', '--batch-size', '2', '--no-repeated-aug', '--lr-noise', '0.1', '1.0'],
-], ids=['dropout', 'plateau', 'accumulation'])
-def test_resumed_training_is_the_uninterrupted_one(tmp_path, folders, monkeypatch, more):
-    """Stopping after epoch 1 and going on gives bitwise the weights of 4 epochs in one go."""
+], ids=['plateau', 'accumulation'])
+def test_resumed_run_is_the_uninterrupted_one(tmp_path, folders, monkeypatch, more):
+    """--sched plateau, and accumulation with --lr-noise, resume bitwise after a kill at the end of an epoch."""
     flags = tiniest(folders, *more, '--epochs', '4')
     main([*flags, '--output-dir', str(tmp_path / 'whole')])
 
     save = checkpoints.save_checkpoint
 
-    def save_and_die(state, path, **kwargs):
-        save(state, path, **kwargs)
-        if state['epoch'] == 1 and path.name == 'checkpoint.pth':
+    def save_and_die(content, path, **kwargs):
+        save(content, path, **kwargs)
+        if content['epoch'] == 1 and path.name == 'checkpoint.pth':
             raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoints, 'save_checkpoint', save_and_die)
@@ -132,21 +125,14 @@ def test_resumed_training_is_the_uninterrupted_one(tmp_path, folders, monkeypatc
         main([*flags, '--output-dir', str(tmp_path / 'parts')])
     monkeypatch.undo()
     main([*flags, '--output-dir', str(tmp_path / 'parts'), '--resume', 'auto'])
-    assert_same_training(checkpoint(tmp_path / 'parts'), checkpoint(tmp_path / 'whole'))
+    assert_same_training(state(tmp_path / 'parts'), state(tmp_path / 'whole'))
     assert [line['epoch'] for line in log_lines(tmp_path / 'parts')] == [0, 1, 2, 3]
-    for own, other in zip(log_lines(tmp_path / 'parts'), log_lines(tmp_path / 'whole'), strict=True):
-        assert (own['train_loss'], own['train_lr']) == (other['train_loss'], other['train_lr'])
+    for line, expected in zip(log_lines(tmp_path / 'parts'), log_lines(tmp_path / 'whole'), strict=True):
+        assert (line['train_loss'], line['train_lr']) == (expected['train_loss'], expected['train_lr'])
 
 
-def test_workers_do_not_change_the_numbers(tmp_path, folders):
-    """Two loader processes give bitwise the weights of none."""
-    for workers in ('0', '2'):
-        main(tiniest(folders, '--epochs', '1', '--num-workers', workers, '--output-dir', str(tmp_path / workers)))
-    assert_same_training(checkpoint(tmp_path / '0'), checkpoint(tmp_path / '2'))
-
-
-def test_resume_reads_the_file_it_names(tmp_path, trained):
-    """--resume PATH continues from that file, not from one in the output directory."""
+def test_resume_reads_the_given_file(tmp_path, trained):
+    """--resume PATH continues from PATH, not from a file in the output folder."""
     data, run, _ = trained
     stats = main(tiniest(data, '--epochs', '3', '--resume', str(run / 'checkpoint.pth'),
                       '--output-dir', str(tmp_path / 'other')))
@@ -162,61 +148,45 @@ def test_resume_reads_a_url(trained, monkeypatch, tmp_path):
     assert main(tiniest(data, '--eval', '--resume', url))['acc1'] == log_lines(run)[-1]['test_acc1']
 
 
-def test_resume_auto_starts_where_there_is_nothing(tmp_path, folders, capsys):
-    """In an empty directory --resume auto is a fresh start, and says so."""
+def test_resume_auto_in_an_empty_folder(tmp_path, folders, capsys):
+    """In an empty folder --resume auto is a fresh start, which is logged."""
     stats = main(tiniest(folders, '--epochs', '1', '--output-dir', str(tmp_path / 'new'), '--resume', 'auto'))
     assert stats['epoch'] == 0
     assert 'a fresh start' in capsys.readouterr().out
 
 
-def test_another_run_in_the_same_directory_keeps_the_first(tmp_path, folders):
-    """Without --resume the files of the earlier run are moved, not overwritten."""
-    flags = tiniest(folders, '--epochs', '1', '--output-dir', str(tmp_path / 'run'))
-    main(flags)
-    first = (tmp_path / 'run' / 'checkpoint.pth').read_bytes()
-    main([*flags, '--seed', '1'])
-    assert (tmp_path / 'run' / 'previous-1' / 'checkpoint.pth').read_bytes() == first
-    assert (tmp_path / 'run' / 'checkpoint.pth').read_bytes() != first
-
-
 def test_original_training_checkpoints_can_be_read(tmp_path, trained):
-    """The original's files hold an argparse.Namespace beside the weights."""
+    """The original's files, with an argparse.Namespace beside the weights, can be evaluated."""
     data, run, _ = trained
-    torch.save({'model': checkpoint(run)['model'], 'args': argparse.Namespace(lr=1.)}, tmp_path / 'original.pth')
+    torch.save({'model': state(run)['model'], 'args': argparse.Namespace(lr=1.)}, tmp_path / 'original.pth')
     stats = main(tiniest(data, '--eval', '--resume', str(tmp_path / 'original.pth')))
     assert stats['acc1'] == log_lines(run)[-1]['test_acc1']
 
 
 def test_flags_of_the_resuming_command_count(tmp_path, trained):
-    """The optimizer's state is taken over, its options are the command line's."""
+    """A resumed optimizer has the stored state and the options of the command line."""
     data, run, _ = trained
     main(tiniest(data, '--epochs', '3', '--weight-decay', '.5', '--resume', str(run / 'checkpoint.pth'),
               '--output-dir', str(tmp_path / 'run')))
-    groups = checkpoint(tmp_path / 'run')['optimizer']['param_groups']
+    groups = state(tmp_path / 'run')['optimizer']['param_groups']
     assert [group['weight_decay'] for group in groups] == [0., .5]
 
 
-def run_of(args, model, optimizer, scaler) -> Run:
-    """A training that has no moving average and has not begun."""
-    return build_run(args, model, None, optimizer, build_scheduler(args, optimizer), scaler, Metrics(), None)
-
-
-def test_fused_optimizer_goes_on_from_an_unfused_one(trained):
-    """Checkpoints of before it was fused say so; the state is taken over all the same."""
+def test_fused_optimizer_resumes_from_an_unfused_one(tmp_path, trained):
+    """Older checkpoints without `fused` are resumed by the fused optimizer."""
     data, run, _ = trained
-    state = checkpoint(run)
-    for group in state['optimizer']['param_groups']:
+    content = state(run)
+    for group in content['optimizer']['param_groups']:
         assert group.pop('fused')
-    args = parse_args(tiniest(data))
-    model = timm.create_model(args.model, num_classes=2)
-    optimizer = build_optimizer(args, model)
-    run_of(args, model, optimizer, torch.amp.GradScaler(enabled=False)).load(state, 'checkpoint')
-    assert [group['fused'] for group in optimizer.param_groups] == [True, True]
-    assert len(optimizer.state) == len(list(model.parameters()))
+    torch.save(content, tmp_path / 'old.pth')
+    main(tiniest(data, '--epochs', '3', '--resume', str(tmp_path / 'old.pth'), '--output-dir', str(tmp_path / 'run')))
+    optimizer = state(tmp_path / 'run')['optimizer']
+    assert [group['fused'] for group in optimizer['param_groups']] == [True, True]
+    assert optimizer['state'][0]['step'] == 12
 
 
-def test_resuming_elsewhere_keeps_the_run_that_is_there(tmp_path, trained):
-    """--resume A/checkpoint.pth --output-dir B moves B's files away first."""
+def test_resuming_elsewhere_keeps_the_other_run(tmp_path, trained):
+    """--resume A/checkpoint.pth --output-dir B sets B's files aside."""
     data, run, _ = trained
     other = tmp_path / 'other'
     main(tiniest(data, '--epochs', '1', '--seed', '3', '--output-dir', str(other)))
@@ -226,17 +196,8 @@ def test_resuming_elsewhere_keeps_the_run_that_is_there(tmp_path, trained):
     assert [line['epoch'] for line in log_lines(other)] == [2]
 
 
-def test_finished_run_is_left_alone(trained, capsys):
-    """--resume auto after the last epoch says that nothing is left to do, and writes nothing."""
-    data, run, _ = trained
-    before = {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
-    assert main(tiniest(data, '--output-dir', str(run), '--resume', 'auto')) == {}
-    assert 'nothing is left to do' in capsys.readouterr().out
-    assert {path: path.read_bytes() for path in run.rglob('*') if path.is_file()} == before
-
-
 def test_half_a_line_in_the_log_is_dropped(tmp_path, folders):
-    """What a crash cut short does not stop a resumed run."""
+    """A line that a crash has cut short is removed by a resumed run."""
     run = tmp_path / 'run'
     flags = tiniest(folders, '--output-dir', str(run))
     main([*flags, '--epochs', '1'])
@@ -246,21 +207,19 @@ def test_half_a_line_in_the_log_is_dropped(tmp_path, folders):
     assert [line['epoch'] for line in log_lines(run)] == [0, 1]
 
 
-def test_full_precision_checkpoint_can_go_on_with_a_scaler(trained):
-    """The empty state of a disabled scaler is no obstacle to an enabled one."""
-    data, run, _ = trained
-    args = parse_args(tiniest(data))
-    model = timm.create_model(args.model, num_classes=2)
-    optimizer = build_optimizer(args, model)
+def test_full_precision_checkpoint_is_resumed_with_a_scaler(trained):
+    """The empty state of a disabled scaler leaves an enabled one at its initial scale."""
+    args = parse_args(tiniest(trained[0]))
+    model = weights.ModelPart(timm.create_model(args.model, num_classes=2))
     scaler = torch.amp.GradScaler('cpu', enabled=True)
-    run_of(args, model, optimizer, scaler).load(checkpoint(run), 'checkpoint')
+    Run(args, Epochs(args.epochs), {'model': model, 'scaler': scaler}).load(state(trained[1]), 'checkpoint')
     assert scaler.get_scale() == 2 ** 16
 
 
 # ----- evaluation
 
 def test_eval_writes_json(trained, tmp_path):
-    """Accuracies, loss, speed, model, weights, resolution and crop."""
+    """eval.json has accuracies, loss, speed, model, weights, resolution and crop."""
     data, run, _ = trained
     main(tiniest(data, '--eval', '--resume', str(run / 'checkpoint.pth'), '--output-dir', str(tmp_path / 'eval')))
     written = json.loads((tmp_path / 'eval' / 'eval.json').read_text())
@@ -275,7 +234,7 @@ def test_eval_writes_json(trained, tmp_path):
 
 
 def test_eval_of_pretrained_weights(trained):
-    """--eval --pretrained evaluates them."""
+    """--eval --pretrained evaluates the weights."""
     data, run, _ = trained
     stats = main(tiniest(data, '--eval', '--pretrained', str(run / 'checkpoint.pth')))
     assert stats['acc1'] == log_lines(run)[-1]['test_acc1']
@@ -283,7 +242,7 @@ def test_eval_of_pretrained_weights(trained):
 
 @pytest.fixture
 def compiled(monkeypatch) -> List[Tuple[str, str]]:
-    """Class and mode of each module that is compiled, without code generation, which would take a minute."""
+    """Class and mode of each compiled module; compilation without code generation, which would take a minute."""
     modules = []
     compile_module = torch.nn.Module.compile
 
@@ -296,7 +255,7 @@ def compiled(monkeypatch) -> List[Tuple[str, str]]:
 
 
 def test_evaluation_can_be_compiled(folders, compiled):
-    """With the same result, and with the mode that is asked for."""
+    """A compiled evaluation has the requested mode and equal results."""
     flags = tiniest(folders, '--eval', '--model', 'xcit_test')
     stats, eager = main([*flags, '--compile', '--compile-mode', 'max-autotune']), main(flags)
     assert stats['loss'] == pytest.approx(eager['loss'], rel=1e-5)
@@ -305,8 +264,9 @@ def test_evaluation_can_be_compiled(folders, compiled):
 
 
 def test_training_can_be_compiled(folders, compiled, monkeypatch):
-    """Model, moving average and teacher are, and the training is the same."""
-    monkeypatch.setattr('main.build_teacher', lambda args, classes: timm.create_model('resnet10t', num_classes=classes))
+    """Model, EMA and teacher are compiled, and the losses are equal."""
+    monkeypatch.setattr('classification.teacher.build',
+                        lambda name, classes, **options: timm.create_model('resnet10t', num_classes=classes))
     flags = tiniest(folders, '--model', 'xcit_test', '--epochs', '1', '--distillation-type', 'soft',
                  '--teacher-path', __file__)
     eager = main(flags)
@@ -316,14 +276,14 @@ def test_training_can_be_compiled(folders, compiled, monkeypatch):
     assert compiled == [('Xcit', 'max-autotune'), ('Xcit', 'max-autotune'), ('ResNet', 'default')]
 
 
-def test_moving_average_in_cpu_memory_is_not_compiled(folders, compiled):
-    """It is never called: each evaluation makes a copy on the model's device."""
+def test_ema_in_cpu_memory_is_not_compiled(folders, compiled):
+    """An EMA in CPU memory is not compiled: each evaluation makes a copy on the model's device."""
     main(tiniest(folders, '--model', 'xcit_test', '--epochs', '1', '--model-ema-force-cpu', '--compile'))
     assert compiled == [('Xcit', 'default')]
 
 
 def test_test_freq_skips_evaluations(tmp_path, folders):
-    """Every third epoch, and the last."""
+    """--test-freq 3 evaluates every third epoch, and the last one."""
     main(tiniest(folders, '--epochs', '5', '--test-freq', '3', '--output-dir', str(tmp_path / 'run')))
     tested = ['test_acc1' in line for line in log_lines(tmp_path / 'run')]
     assert tested == [True, False, False, True, True]
@@ -346,7 +306,7 @@ def test_test_freq_skips_evaluations(tmp_path, folders):
     ['--model', 'resnet18'],
 ], ids=' '.join)
 def test_option_trains(folders, more):
-    """Options run on one device without DDP, to a finite loss."""
+    """Training with each option has a finite loss, and metrics of the EMA unless --no-model-ema is given."""
     stats = main(tiniest(folders, '--epochs', '1', *more))
     assert math.isfinite(stats['train_loss'])
     assert ('test_ema_acc1' in stats) == ('--no-model-ema' not in more)
@@ -354,34 +314,34 @@ def test_option_trains(folders, more):
 
 @pytest.mark.parametrize('flag', ['--resplit', '--no-resplit'])
 def test_resplit_reaches_the_batches(folders, monkeypatch, flag):
-    """With it every training batch is erased as a whole, without it none."""
-    erased, erase = [], datasets.CleanHalfErasing.__call__
+    """Random erasing of whole batches is applied to every batch under --resplit, otherwise to none."""
+    erased, erase = [], samples.CleanHalfErasing.__call__
 
-    def noted(self, samples):
-        erased.append(len(samples))
-        return erase(self, samples)
+    def recorded(self, batch):
+        erased.append(len(batch))
+        return erase(self, batch)
 
-    monkeypatch.setattr(datasets.CleanHalfErasing, '__call__', noted)
+    monkeypatch.setattr(samples.CleanHalfErasing, '__call__', recorded)
     main(tiniest(folders, '--epochs', '1', '--no-repeated-aug', flag))
     assert erased == ([4] * 4 if flag == '--resplit' else [])
 
 
 def test_pretrained_head_of_other_classes_is_left_out(tmp_path, folders, trained, capsys):
-    """Weights for 2 classes start a training for 3: all but the head is taken, and a message says so."""
+    """Weights for 2 classes start a run for 3 without their head, which is logged."""
     data = write_folders(tmp_path / 'three', classes=('a', 'b', 'c'))
     main(tiniest(data, '--epochs', '1', '--lr', '1e-12', '--warmup-lr', '0', '--min-lr', '0', '--output-dir',
               str(tmp_path / 'run'), '--pretrained', str(trained[1] / 'checkpoint.pth')))
-    assert 'are for 2 classes, not 3: all but the head is taken' in capsys.readouterr().out
-    own, given = checkpoint(tmp_path / 'run')['model'], checkpoint(trained[1])['model']
+    assert 'are for 2 classes, not 3: all but the head is loaded' in capsys.readouterr().out
+    own, given = state(tmp_path / 'run')['model'], state(trained[1])['model']
     torch.testing.assert_close(own['blocks.0.mlp.fc1.weight'], given['blocks.0.mlp.fc1.weight'])
     assert own['head.weight'].shape == (3, 16)
 
 
 def test_surgery_copies_and_freezes_the_stem(tmp_path, folders, trained):
-    """The stem, statistics included, stays bitwise that of the given weights."""
+    """The stem, statistics included, stays bitwise that of --surgery."""
     source = trained[1] / 'checkpoint.pth'
     main(tiniest(folders, '--surgery', str(source), '--output-dir', str(tmp_path / 'run'), '--seed', '5'))
-    own, given = checkpoint(tmp_path / 'run')['model'], checkpoint(trained[1])['model']
+    own, given = state(tmp_path / 'run')['model'], state(trained[1])['model']
     stem = {key for key in own if key.startswith('patch_embed.')}
     assert len(stem) == 24
     assert all(torch.equal(own[key], given[key]) for key in stem)
@@ -390,7 +350,7 @@ def test_surgery_copies_and_freezes_the_stem(tmp_path, folders, trained):
 
 @pytest.mark.parametrize('kind', ['soft', 'hard'])
 def test_distillation_trains(folders, tmp_path, kind):
-    """A timm teacher from a file that holds its weights under 'model'."""
+    """A timm teacher from a file changes the loss."""
     teacher = timm.create_model('resnet18', num_classes=2)
     torch.save({'model': teacher.state_dict()}, tmp_path / 'teacher.pth')
     flags = tiniest(folders, '--epochs', '1', '--distillation-type', kind, '--teacher-model', 'resnet18',
@@ -401,7 +361,7 @@ def test_distillation_trains(folders, tmp_path, kind):
 
 
 def test_teacher_of_other_images(folders, tmp_path, capsys):
-    """One of 224 pixels and another mean sees the images as it was trained; the flags have the last word."""
+    """The images of a teacher get its size and normalisation; the flags have priority."""
     teacher = timm.create_model('vit_tiny_patch16_224', num_classes=2).eval()
     torch.save(teacher.state_dict(), tmp_path / 'teacher.pth')
     flags = tiniest(folders, '--distillation-type', 'hard', '--teacher-model', 'vit_tiny_patch16_224',
@@ -410,17 +370,19 @@ def test_teacher_of_other_images(folders, tmp_path, capsys):
     normalize = torchvision.transforms.Normalize
     resized = torch.nn.functional.interpolate(normalize(*[(.5,) * 3] * 2)(pixels), 224, mode='bicubic', antialias=True)
     images = normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)(pixels)
-    torch.testing.assert_close(build_teacher(parse_args(flags), 2)(images), teacher(resized), rtol=1e-4, atol=1e-4)
+    adapted = recipe.build_criterion(parse_args(flags), 2).teacher
+    torch.testing.assert_close(adapted(images), teacher(resized), rtol=1e-4, atol=1e-4)
     out = capsys.readouterr().out
-    assert 'sees the images resized to 224 x 224 pixels and normalised by mean (0.5, 0.5, 0.5)' in out
-    own = build_teacher(parse_args([*flags, '--teacher-mean', *map(str, IMAGENET_DEFAULT_MEAN), '--teacher-std',
-                                    *map(str, IMAGENET_DEFAULT_STD)]), 2)
+    assert 'its images are resized to 224 x 224 pixels and normalised by mean (0.5, 0.5, 0.5)' in out
+    args = parse_args([*flags, '--teacher-mean', *map(str, IMAGENET_DEFAULT_MEAN), '--teacher-std',
+                       *map(str, IMAGENET_DEFAULT_STD)])
     resized = torch.nn.functional.interpolate(images, 224, mode='bicubic', antialias=True)
-    torch.testing.assert_close(own(images), teacher(resized), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(recipe.build_criterion(args, 2).teacher(images), teacher(resized), rtol=1e-4,
+                               atol=1e-4)
 
 
 def test_teacher_from_timm(folders, tmp_path, monkeypatch):
-    """--teacher-pretrained takes the weights that timm knows for the model."""
+    """--teacher-pretrained loads timm's weights of the model."""
     teacher = timm.create_model('resnet18', num_classes=2)
     torch.save(teacher.state_dict(), tmp_path / 'resnet18.pth')
     cfg = timm.models.get_pretrained_cfg('resnet18')
@@ -431,45 +393,59 @@ def test_teacher_from_timm(folders, tmp_path, monkeypatch):
         f'resnet18.{cfg.tag}': cfg})
     args = parse_args(tiniest(folders, '--distillation-type', 'hard', '--teacher-model', 'resnet18',
                                    '--teacher-pretrained'))
-    loaded = build_teacher(args, 2)
+    loaded = recipe.build_criterion(args, 2).teacher
     assert torch.equal(loaded.fc.weight, teacher.fc.weight)
     assert not loaded.training
 
 
 def test_seed_decides_the_run(tmp_path, folders):
-    """The same seed gives bitwise the same weights, another one others."""
+    """Runs with equal seeds have bitwise equal weights, runs with different seeds have not."""
     for name, seed in (('a', '0'), ('b', '0'), ('c', '1')):
         main(tiniest(folders, '--epochs', '1', '--seed', seed, '--output-dir', str(tmp_path / name)))
-    assert_same_training(checkpoint(tmp_path / 'a'), checkpoint(tmp_path / 'b'))
-    assert not torch.equal(checkpoint(tmp_path / 'a')['model']['head.weight'],
-                           checkpoint(tmp_path / 'c')['model']['head.weight'])
+    assert_same_training(state(tmp_path / 'a'), state(tmp_path / 'b'))
+    assert not torch.equal(state(tmp_path / 'a')['model']['head.weight'],
+                           state(tmp_path / 'c')['model']['head.weight'])
+
+
+# ----- small data and the first lines
+
+@pytest.mark.parametrize('flags', [[], ['--mixup', '0', '--cutmix', '0']])
+def test_batch_size_is_lowered_to_the_number_of_pictures(folders, tmp_path, capsys, flags):
+    """A batch size above the number of pictures is lowered in log, args.json and checkpoint."""
+    main(tiniest(folders, '--batch-size', '64', '--epochs', '1', '--output-dir', str(tmp_path), *flags))
+    assert '--batch-size 64: an epoch has 16 images per process; using batches of 16\n' in capsys.readouterr().out
+    assert state(tmp_path)['batch'] == 16
+    assert json.loads((tmp_path / 'args.json').read_text())['args']['batch_size'] == 16
+
+
+def test_odd_number_of_pictures_under_mixup(tmp_path, capsys):
+    """Mixup needs an even batch size, also if it is lowered."""
+    write_folders(tmp_path / 'data', per_class=5)
+    (tmp_path / 'data' / 'train' / 'cat' / '0.png').unlink()
+    main(tiniest(tmp_path / 'data', '--batch-size', '64', '--epochs', '1', '--no-repeated-aug'))
+    assert 'using batches of 8' in capsys.readouterr().out
+
+
+def test_log_of_a_run(folders, capsys):
+    """The first lines have the pace but not all flags, and each epoch is a row of a table."""
+    main(tiniest(folders, '--epochs', '3', '--test-freq', '2'))
+    out = capsys.readouterr().out
+    assert 'Learning rate 7.81e-05 at its peak: --lr 0.01 x 4 images a step / 512\n' in out
+    assert 'Namespace' not in out
+    assert max(map(len, out.splitlines())) < 250
+    header, *rows = [line.split() for line in out.splitlines() if re.match(r' +(epoch|\d) ', line)]
+    assert header[:4] == ['epoch', 'loss', 'lr', 'Acc@1']
+    assert [row[0] for row in rows] == ['0', '1', '2']
+    assert [row[3] == '-' for row in rows] == [False, True, False]
 
 
 def test_importing_does_nothing(tmp_path):
-    """Importing every module prints nothing, parses nothing and writes nothing."""
-    names = [path.stem for path in ROOT.glob('*.py')]
-    names += [f'{name}.{path.stem}' for name in ('run', 'loaders', 'tools') for path in (ROOT / name).glob('*.py')]
-    modules = ', '.join(name for name in names if not name.endswith('__init__'))
-    result = subprocess.run([sys.executable, '-c', f'import {modules}', '--no-such-flag'], cwd=tmp_path,
+    """The import of every module prints nothing, parses nothing and writes nothing."""
+    names = [path.relative_to(ROOT).with_suffix('').as_posix().replace('/', '.') for pattern in ('*.py', '*/*.py')
+             for path in ROOT.glob(pattern) if path.parent.name != 'tests' and path.stem != '__init__']
+    result = subprocess.run([sys.executable, '-c', f'import {", ".join(names)}', '--no-such-flag'], cwd=tmp_path,
                             env={'PYTHONPATH': str(ROOT), 'PATH': ''}, capture_output=True, text=True)
-    assert (result.returncode, result.stdout, list(tmp_path.iterdir())) == (0, '', [])
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='other C libraries have other ways')
-def test_freed_memory_is_not_fetched_again():
-    """A tensor takes the place of one that was freed: its pages need not come from the system again."""
-    code = """if True:
-        import resource
-        import torch
-        from run import processes
-        processes.keep_freed_memory()
-        for step in range(30):
-            if step == 10:
-                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            torch.empty(2 ** 24).fill_(1.)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
-    pages = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert int(pages) < 5 * 16384  # of 20 * 16384
+    assert (result.returncode, result.stdout, list(tmp_path.iterdir())) == (0, '', []), result.stderr
 
 
 # ----- on a GPU
@@ -477,15 +453,15 @@ def test_freed_memory_is_not_fetched_again():
 @pytest.mark.gpu
 @pytest.mark.parametrize('amp', ['fp16', 'bf16', 'off'])
 def test_trains_on_cuda(tmp_path, folders, amp):
-    """Each precision, to a finite loss; the scaler's state is stored under fp16."""
+    """Each precision trains to a finite loss; the scaler's state is stored under fp16."""
     flags = [flag if flag != 'cpu' else 'cuda' for flag in tiniest(folders)]
     stats = main([*flags, '--amp', amp, '--output-dir', str(tmp_path / 'run'), '--clip-grad', '1'])
     assert math.isfinite(stats['train_loss'])
-    assert bool(checkpoint(tmp_path / 'run')['scaler']) == (amp == 'fp16')
+    assert bool(state(tmp_path / 'run')['scaler']) == (amp == 'fp16')
 
 
 @pytest.mark.gpu
-def test_average_in_cpu_memory_on_cuda(folders):
-    """--model-ema-force-cpu keeps the average off the GPU and still evaluates it."""
+def test_ema_in_cpu_memory_on_cuda(folders):
+    """--model-ema-force-cpu keeps the EMA off the GPU and still evaluates it."""
     flags = [flag if flag != 'cpu' else 'cuda' for flag in tiniest(folders)]
     assert math.isfinite(main([*flags, '--model-ema-force-cpu'])['test_ema_loss'])

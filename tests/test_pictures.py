@@ -1,4 +1,4 @@
-"""Users' pictures: which files count, which way up they are, and how any kind of them becomes RGB."""
+"""Pictures of users: files that count, orientation, and conversion of any kind to RGB."""
 import io
 import struct
 from collections import Counter
@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, tiniest, write_folders, write_image
+from conftest import tiniest, write_folders, write_image
 from PIL import ExifTags, Image, features
 
 import datasets
+from inference.pictures import find_images
 from loaders import pictures
-from main import main, parse_args
-from tools import common
+from loaders.source import Source
+from loaders.transforms import ToNormalizedTensor
+from main import build_datasets, main, parse_args
 from tools.extract_features import class_folders
 from utils import InputError, UnreadableImage
 
@@ -21,8 +23,13 @@ GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
 COLOURS = np.stack([GREY, GREY.T, 255 - GREY], axis=2)
 
 
+def load(folder: Path, *, is_train: bool, **options):
+    dataset, _ = datasets.load(Source('FOLDER', str(folder), **options), is_train)
+    return dataset
+
+
 def decoded(image: Image.Image, format: str, **options) -> np.ndarray:
-    """What the reader makes of a picture that is stored in a format."""
+    """Return a picture as it is read after being stored in a format."""
     file = io.BytesIO()
     image.save(file, format, **options)
     file.seek(0)
@@ -38,12 +45,12 @@ def decoded(image: Image.Image, format: str, **options) -> np.ndarray:
     (Image.fromarray(GREY.astype(np.int32) * 257), 'PPM'), (Image.fromarray(GREY), 'PNG')],
     ids=['16-bit PNG', '16-bit TIFF', 'big-endian TIFF', '32-bit', 'float', '16-bit PPM', '8-bit'])
 def test_grey_pictures_of_any_depth(image, format):
-    """Their whole range becomes that of 8 bits."""
+    """The whole range of a depth is scaled to 8 bits."""
     assert (decoded(image, format) == GREY[:, :, None]).all()
 
 
 def test_modes_of_16_bits():
-    """In whichever order the bytes are."""
+    """16-bit modes are read in both byte orders."""
     for mode in ('I;16', 'I;16L', 'I;16B'):
         image = Image.frombytes(mode, (16, 16), (GREY.astype('>u2' if mode == 'I;16B' else '<u2') * 257).astype(
             '>u2' if mode == 'I;16B' else '<u2').tobytes())
@@ -51,14 +58,14 @@ def test_modes_of_16_bits():
 
 
 @pytest.mark.parametrize('values', [[[np.nan, 0, 1]], [[-np.inf, 0, 1]], [[0, 0, 0]], [[np.nan] * 3]], ids=str)
-def test_floats_that_have_no_range(values):
-    """What is not finite does not spoil the rest, and pictures of one value are black."""
+def test_floats_without_a_range(values):
+    """Values that are not finite do not affect the others, and pictures of one value are black."""
     rgb = np.asarray(pictures.to_rgb(Image.fromarray(np.array(values, np.float32))))
     assert rgb[0, :, 0].tolist() == ([0, 0, 255] if values[0][2] == 1 else [0, 0, 0])
 
 
 def transparent(mode: str) -> Image.Image:
-    """COLOURS, or their grey, with every second column transparent."""
+    """Return COLOURS, or their grey, with every second column transparent."""
     alpha = np.zeros((16, 16), np.uint8)
     alpha[:, ::2] = 255
     image = Image.fromarray(np.dstack([COLOURS if mode == 'RGBA' else GREY, alpha]))
@@ -67,7 +74,7 @@ def transparent(mode: str) -> Image.Image:
 
 
 def test_transparency_is_ignored():
-    """The colours stored beneath count, in every mode that has transparency."""
+    """The stored colours count, in every mode that has transparency."""
     assert (decoded(transparent('RGBA'), 'PNG') == COLOURS).all()
     assert (decoded(transparent('LA'), 'PNG') == GREY[:, :, None]).all()
     palette = Image.fromarray(GREY).convert('P')
@@ -82,7 +89,7 @@ def test_transparency_is_ignored():
 
 @pytest.mark.parametrize('mode', ['1', 'L', 'P', 'CMYK', 'YCbCr', 'HSV', 'LAB', 'RGBX', 'RGBa', 'La', 'PA', 'I', 'F'])
 def test_any_mode_becomes_rgb(mode):
-    """Pillow's names of them; none is refused."""
+    """Every mode of Pillow is converted."""
     source = Image.fromarray(COLOURS)
     image = Image.new('LAB', (16, 16)) if mode == 'LAB' else (
         source.convert({'RGBa': 'RGBA', 'La': 'LA'}.get(mode, mode)).convert(mode))
@@ -91,7 +98,7 @@ def test_any_mode_becomes_rgb(mode):
 
 
 def test_sixteen_bits_train_like_eight(tmp_path):
-    """Two classes that differ in brightness alone stay as far apart as they were."""
+    """Pictures of 16 bits give the tensors of the same pictures with 8 bits."""
     for bits, scale in ((8, 1), (16, 257)):
         for split in ('train', 'val'):
             for name, low in (('dark', 0), ('light', 200)):
@@ -99,28 +106,29 @@ def test_sixteen_bits_train_like_eight(tmp_path):
                 folder.mkdir(parents=True)
                 values = (GREY // 8 + low).astype(np.uint16) * scale
                 Image.fromarray(values.astype(np.uint8) if bits == 8 else values).save(folder / '0.png')
-    same = [datasets.build_dataset(parse_args([*TINY, '--data-set', 'FOLDER', '--data-path', str(tmp_path / bits)]),
-                                   is_train=False)[0] for bits in ('8', '16')]
+    eight, sixteen = (load(tmp_path / bits, is_train=False).with_transform(ToNormalizedTensor())
+                      for bits in ('8', '16'))
     for i in range(2):
-        torch.testing.assert_close(same[0][i][0], same[1][i][0], rtol=0, atol=0)
+        torch.testing.assert_close(eight[i][0], sixteen[i][0], rtol=0, atol=0)
 
 
-def test_unusual_kinds_are_told(tmp_path, capsys):
-    """How many there are, an example, and what becomes of them; 16-bit pictures that hold fewer bits, too."""
+def test_peculiar_pictures_are_logged(tmp_path, capsys):
+    """The log has number, example and conversion of each kind, and a remark on 16-bit pictures with fewer bits."""
     Image.fromarray(GREY.astype(np.uint16) * 16).save(tmp_path / 'a.png')
     Image.fromarray(GREY.astype(np.float32)).save(tmp_path / 'b.tif')
     write_image(tmp_path / 'c.png')
-    common.find_images([str(tmp_path)])
+    find_images([str(tmp_path)])
     out = capsys.readouterr().out
-    assert f'1 of 3 pictures looked at (as {tmp_path}/a.png) are 16-bit: 0 to 65535 becomes 0 to 255' in out
-    assert 'if they hold 12 bits, multiply them by 16' in out
-    assert f'(as {tmp_path}/b.tif) are 32-bit: each is scaled by its own range' in out
+    assert (f'1 of 3 probed pictures (such as {tmp_path}/a.png) are 16-bit: values from 0 to 65535 are scaled to 0 to '
+            f'255') in out
+    assert 'If the values have 12 bits, multiply the values by 16' in out
+    assert f'(such as {tmp_path}/b.tif) are 32-bit: each is scaled by its own range' in out
 
 
-# ----- the way up
+# ----- orientation
 
 def turned_file(folder: Path, orientation: int, format: str = 'JPEG') -> Path:
-    """COLOURS, stored as a camera would that was held as EXIF's number says."""
+    """Write COLOURS as a camera stores them with an EXIF orientation."""
     back = {6: 8, 8: 6}.get(orientation, orientation)
     stored = Image.fromarray(COLOURS[:, :8])
     stored = stored.transpose(pictures.TURNS[back]) if back in pictures.TURNS else stored
@@ -149,27 +157,26 @@ def test_all_orientations(tmp_path, orientation, format):
     ('IMNET', ['--exif'], True), ('IMNET22k', [], False), ('INAT', [], False), ('INAT19', [], False),
     ('hfds/imagenet-1k', [], False), ('hfds//my/phone', [], True)])
 def test_whose_pictures_are_turned(name, flags, upright):
-    """Users' are, published sets are not; --exif and --no-exif decide otherwise."""
-    assert datasets.turns_upright(parse_args(['--device', 'cpu', '--data-set', name, *flags])) is upright
+    """Pictures of users are turned, published data sets are not; --exif and --no-exif have priority."""
+    source = datasets.source(parse_args(['--device', 'cpu', '--data-set', name, *flags]))
+    assert datasets.turns_upright(source) is upright
 
 
-@pytest.mark.parametrize('flags', [[], ['--no-exif']], ids=['default', '--no-exif'])
-def test_training_and_evaluation_turn_alike(tmp_path, flags):
-    """A folder's pictures come the same way up from both."""
+@pytest.mark.parametrize('exif', [None, False])
+def test_training_and_evaluation_turn_alike(tmp_path, exif):
+    """Pictures of both splits have the same orientation."""
     for split in ('train', 'val'):
         for name in ('a', 'b'):
             (tmp_path / split / name).mkdir(parents=True)
             turned_file(tmp_path / split / name, 6)
-    args = parse_args([*TINY, '--data-set', 'FOLDER', '--data-path', str(tmp_path), *flags])
     for is_train in (True, False):
-        dataset, _ = datasets.build_dataset(args, is_train)
-        dataset.transform = None
-        assert dataset[0][0].size == ((16, 8) if flags else (8, 16))
+        picture, _ = load(tmp_path, is_train=is_train, exif=exif)[0]
+        assert picture.size == ((8, 16) if exif is None else (16, 8))
 
 
 @pytest.mark.parametrize('error', [SyntaxError, struct.error, ValueError, KeyError, TypeError, ZeroDivisionError])
-def test_broken_exif_is_left_aside(tmp_path, monkeypatch, capsys, error):
-    """Whatever Pillow raises about it: the picture is read without, and that is said once."""
+def test_broken_exif_is_ignored(tmp_path, monkeypatch, capsys, error):
+    """A picture is read without its broken EXIF data, whatever Pillow raises, and this is reported once."""
     path = tmp_path / f'{error.__name__}.png'
     write_image(path)
 
@@ -180,11 +187,11 @@ def test_broken_exif_is_left_aside(tmp_path, monkeypatch, capsys, error):
     pictures.report_broken_exif.cache_clear()
     for _ in range(2):
         assert pictures.load_rgb(path).size == (32, 32)
-    assert capsys.readouterr().err.count(f'{path}: its EXIF is broken ({error.__name__}: ') == 1
+    assert capsys.readouterr().err.count(f'{path}: broken EXIF data are ignored ({error.__name__}: ') == 1
 
 
 def test_exif_of_garbage(tmp_path):
-    """A real file whose EXIF block is cut to pieces."""
+    """A picture whose EXIF block is garbage is read."""
     path = tmp_path / 'a.jpg'
     Image.fromarray(COLOURS).save(path, exif=b'Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0\x01\0\0\0\x06')
     assert pictures.load_rgb(path).size == (16, 16)
@@ -194,25 +201,25 @@ def test_exif_of_garbage(tmp_path):
     lambda path: path.write_bytes(b''), lambda path: path.write_bytes(b'\xff\xd8\xff\xe0junk'),
     lambda path: path.mkdir(), lambda path: path.symlink_to('nowhere')],
     ids=['empty', 'damaged', 'folder', 'dangling link'])
-def test_what_is_no_picture_is_unreadable(tmp_path, make):
-    """One error with the name."""
+def test_files_that_are_not_pictures_are_unreadable(tmp_path, make):
+    """The error contains the name of the file."""
     make(tmp_path / 'x.jpg')
     with pytest.raises(UnreadableImage, match=f'unreadable image {tmp_path}/x.jpg: '):
         pictures.load_rgb(tmp_path / 'x.jpg')
 
 
 def test_decompression_bomb_is_unreadable(tmp_path, monkeypatch):
-    """Pillow's limit holds, and is named."""
+    """A picture above Pillow's limit is unreadable, with the limit in the error."""
     write_image(tmp_path / 'x.png')
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
     with pytest.raises(UnreadableImage, match='exceeds limit'):
         pictures.load_rgb(tmp_path / 'x.png')
 
 
-# ----- which files and folders
+# ----- files and folders
 
 def cluttered(root: Path) -> Path:
-    """Two classes with 2 pictures each, among what systems and programs leave behind."""
+    """Write two classes with 2 pictures each among files and folders of systems and programs."""
     write_folders(root, per_class=2)
     for split in ('train', 'val'):
         for name in ('.ipynb_checkpoints', '__MACOSX', '@eaDir', '.hidden', '$RECYCLE.BIN', '#recycle', '.thumbnails'):
@@ -225,19 +232,19 @@ def cluttered(root: Path) -> Path:
 
 
 def test_hidden_files_and_folders_are_skipped(tmp_path, capsys):
-    """They are neither classes nor pictures, nor mentioned."""
-    args = parse_args([*TINY, '--data-set', 'FOLDER', '--data-path', str(cluttered(tmp_path))])
+    """Hidden files and folders are neither classes nor pictures, and are not logged."""
+    source = Source('FOLDER', str(cluttered(tmp_path)))
     for is_train, count in ((True, 4), (False, 2)):
-        dataset, num_classes = datasets.build_dataset(args, is_train)
+        dataset, num_classes = datasets.load(source, is_train)
         assert (len(dataset), num_classes) == (count, 2)
     assert 'left out' not in capsys.readouterr().out
-    found = common.find_images([str(tmp_path / 'train')])
-    assert len(found) == 4
-    assert class_folders([str(tmp_path / 'train')], found)[0] == ['cat', 'dog']
+    paths = find_images([str(tmp_path / 'train')])
+    assert len(paths) == 4
+    assert class_folders([str(tmp_path / 'train')], paths)[0] == ['cat', 'dog']
 
 
 def test_every_suffix_that_pillow_reads_counts(tmp_path):
-    """In upper case, too; those of formats that it can't decode don't."""
+    """Suffixes count in upper case too, but not those of formats that Pillow can't decode."""
     names = ['a.jfif', 'b.GIF', 'c.JPEG', 'd.tif', 'e.bmp', 'f.webp', 'g.jpe', 'h.Png', 'i.ppm', 'j.jp2', 'k.tga',
              'l.mpo']
     for name in names:
@@ -250,15 +257,16 @@ def test_every_suffix_that_pillow_reads_counts(tmp_path):
 
 
 def test_files_left_out_are_counted(folders, capsys):
-    """By suffix, in one line for each of the two parts."""
+    """Files that are not pictures are logged by suffix in one line."""
     for name in ('a.txt', 'b.txt', 'c.csv'):
         (folders / 'train' / 'cat' / name).write_text('')
-    datasets.build_dataset(parse_args([*TINY, '--data-set', 'FOLDER', '--data-path', str(folders)]), is_train=True)
-    assert '/train: 3 files are left out, as no pictures that Pillow reads: 2 .txt, 1 .csv\n' in capsys.readouterr().out
+    load(folders, is_train=True)
+    assert ('/train: 3 files are not pictures that Pillow reads, and are left out: 2 .txt, 1 .csv\n'
+            in capsys.readouterr().out)
 
 
 def test_links_that_lead_back_are_not_followed(tmp_path):
-    """Others are."""
+    """A link to a folder above is skipped, another link is followed."""
     write_image(tmp_path / 'a' / '0.png')
     (tmp_path / 'a' / 'loop').symlink_to(tmp_path)
     write_image(tmp_path / 'elsewhere' / '1.png')
@@ -267,14 +275,14 @@ def test_links_that_lead_back_are_not_followed(tmp_path):
 
 
 def test_one_class_is_refused(tmp_path):
-    """It would be right whatever it says."""
+    """A data set with one class is refused: every prediction would be right."""
     write_folders(tmp_path / 'data', classes=('cat',))
     with pytest.raises(InputError, match=r'has one class \(cat\); a classifier needs two'):
         main(tiniest(tmp_path / 'data'))
 
 
-def test_class_sizes_are_told(folders, capsys):
-    """Once, with a warning about classes that can't be learnt or tested."""
+def test_class_sizes_are_logged(folders, capsys):
+    """Class sizes are logged once, with a warning about classes without enough pictures."""
     for path in [*(folders / 'val' / 'dog').iterdir(), *list((folders / 'train' / 'cat').iterdir())[1:]]:
         path.unlink()
     main(tiniest(folders, '--epochs', '1', '--batch-size', '2'))
@@ -290,16 +298,22 @@ def test_class_sizes_are_told(folders, capsys):
     ([(32, 32)], False), ([(28, 28)], False), ([(32, 32), (28, 28)], True), ([(60, 40), (50, 90)], True),
     ([(64, 64)], True)], ids=str)
 def test_small_inputs_of_own_pictures(tmp_path, sizes, resizes):
-    """At 32 pixels, small pictures of one size are padded and cropped, as CIFAR's; all others resized."""
+    """At 32 pixels, small pictures of one size are padded and cropped as CIFAR's are; all others are resized."""
     for split in ('train', 'val'):
         for i, size in enumerate(sizes * 2):
             for name in ('cat', 'dog'):
                 write_image(tmp_path / split / name / f'{i}.png', size=size)
-    args = parse_args([*TINY, '--data-set', 'FOLDER', '--data-path', str(tmp_path)])
-    for is_train, step in ((True, 'RandomCrop'), (False, 'Resize')):
-        dataset, _ = datasets.build_dataset(args, is_train)
-        names = [type(step).__name__ for step in dataset.transform.transforms]
-        assert (step in names) is (resizes != is_train)
-        assert resizes is False or dataset[0][0].shape == (3, 32, 32)
-    assert datasets.build_dataset(parse_args([*TINY, '--data-set', 'FOLDER', '--data-path', str(tmp_path),
-                                              '--resize']), False)[0].resizes
+    source = Source('FOLDER', str(tmp_path))
+    dataset, _ = datasets.load(source, is_train=True)
+    assert datasets.decide_resize(source, dataset, resize=None, input_size=32) is resizes
+    assert datasets.decide_resize(source, dataset, resize=True, input_size=32)
+    assert not datasets.decide_resize(source, dataset, resize=False, input_size=32)
+
+
+@pytest.mark.parametrize(('resize', 'train_step', 'eval_step'), [
+    ('--resize', 'RandomResizedCropAndInterpolation', 'Resize'), ('--no-resize', 'RandomCrop', 'ToNormalizedTensor')])
+def test_both_transforms_resize_or_neither(folders, resize, train_step, eval_step):
+    """--resize reaches the transforms of training and evaluation."""
+    train, evaluated, _ = build_datasets(parse_args(tiniest(folders, resize)))
+    assert type(train.transform.transforms[0]).__name__ == train_step
+    assert type(evaluated.transform.transforms[0]).__name__ == eval_step

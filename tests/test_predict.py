@@ -1,4 +1,4 @@
-"""python -m tools.predict"""
+"""Command python -m tools.predict."""
 import json
 import subprocess
 import sys
@@ -19,7 +19,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def trained(data, tmp_path_factory):
-    """A checkpoint of a short training at 48 pixels with --full-crop."""
+    """A checkpoint of a short run at 48 pixels with --full-crop."""
     run = tmp_path_factory.mktemp('run')
     train(tiny(data, '--input-size', '48', '--full-crop', '--epochs', '1', '--output-dir', str(run)))
     return run / 'checkpoint.pth'
@@ -38,7 +38,7 @@ def predict(*words) -> list:
 
 
 def test_classes_of_a_training(data, trained):
-    """The checkpoint says the model, the resolution, the crop and the names of its classes."""
+    """Model, resolution, crop and class names come from the checkpoint."""
     results = predict(data / 'val', '--pretrained', trained)
     assert len(results) == 12
     assert {p['class'] for p in results[0]} == {'cat', 'dog', 'fox'}
@@ -47,7 +47,7 @@ def test_classes_of_a_training(data, trained):
 
 @pytest.mark.parametrize('size', ['48', '32'])
 def test_agrees_with_evaluation(data, trained, size, tmp_path):
-    """As many pictures are right as main.py --eval counts, also where small images are not resized."""
+    """Accuracy is that of main.py --eval, also for small images, which are not resized."""
     flags = ['--model', 'xcit_nano_12_p16', '--input-size', size, *(['--no-full-crop'] if size == '32' else [])]
     small = write_folders(tmp_path / 'small', classes=('cat', 'dog', 'fox'), size=(40, 30)) if size == '32' else data
     results = predict(small / 'val', '--pretrained', trained, *flags)
@@ -57,7 +57,7 @@ def test_agrees_with_evaluation(data, trained, size, tmp_path):
 
 
 def test_names_of_imagenet(data, published, capsys):
-    """Weights of 1000 classes without names have ImageNet's; a file's published name tells the model."""
+    """Weights of 1000 unnamed classes have ImageNet's class names; the model follows from a published file name."""
     predict(data / 'val' / 'cat' / '0.png', '--pretrained', published, '--topk', '1000')
     out, err = capsys.readouterr()
     assert 'tench, Tinca tinca' in out
@@ -66,7 +66,7 @@ def test_names_of_imagenet(data, published, capsys):
 
 
 def test_topk_beyond_the_classes(data, trained):
-    """More classes than there are: all of them."""
+    """A larger --topk than the number of classes gives all classes."""
     assert [len(result) for result in predict(data / 'val' / 'cat', '--pretrained', trained, '--topk', '99')] == [3] * 4
 
 
@@ -81,7 +81,7 @@ def test_json_is_all_that_is_printed(data, trained):
 
 
 def test_unreadable_picture_among_others(tmp_path, trained, capsys):
-    """It is named at the end, the others are predicted, and the exit code is 1."""
+    """An unreadable picture is named at the end, the others are predicted, and the exit code is 1."""
     write_image(tmp_path / 'a.png')
     (tmp_path / 'b.png').write_bytes(b'no picture')
     write_image(tmp_path / 'c.png')
@@ -98,14 +98,14 @@ def test_unreadable_picture_among_others(tmp_path, trained, capsys):
     (['IMAGE', '--pretrained', 'no/such.pth'], r'--pretrained no/such\.pth: no such file'),
     (['IMAGE', '--pretrained', 'fb_in1k'], r'--pretrained fb_in1k: no such file'),
     (['IMAGE', '--pretrained', 'W', '--model', 'xcit_nano'], r'--model xcit_nano: no such model; similar: xcit_nano'),
-    (['IMAGE', '--pretrained', 'W', '--model', 'xcit_nano_12_p8'], 'the weights are not this model\'s'),
+    (['IMAGE', '--pretrained', 'W', '--model', 'xcit_nano_12_p8'], 'the weights do not match this model'),
     (['IMAGE', '--pretrained', 'BACKBONE', '--model', 'xcit_nano_12_p16'], 'has no head to predict classes with'),
-    (['IMAGE', '--pretrained', 'BACKBONE'], '--model: is needed'),
+    (['IMAGE', '--pretrained', 'BACKBONE'], '--model: needed, because'),
     (['IMAGE', '--pretrained', 'W', '--use-ema', '--amp', 'fp16'], '--amp fp16: needs cuda'),
     (['IMAGE', '--pretrained', 'W', '--topk', '0'], "'0' is not allowed"),
 ])
 def test_bad_input(tmp_path, data, trained, words, message):
-    """One line that says what is wrong."""
+    """Missing pictures, unusable weights and invalid flags are refused with flag and value."""
     (tmp_path / 'empty').mkdir()
     torch.save(seeded_model('xcit_nano_12_p16', num_classes=0).state_dict(), tmp_path / 'backbone.pth')
     places = {'EMPTY': tmp_path / 'empty', 'IMAGE': data / 'val' / 'cat' / '0.png', 'W': trained,

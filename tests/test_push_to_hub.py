@@ -1,4 +1,4 @@
-"""What is published: a folder that timm and this repository read, and a card with measured figures only."""
+"""tools.push_to_hub: a folder for timm and this repository, and a card with measured values only."""
 import json
 from pathlib import Path
 
@@ -19,7 +19,7 @@ FILES = ['README.md', 'config.json', 'model.safetensors']
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory) -> Path:
-    """A training that was evaluated in its folder."""
+    """A run that was evaluated in its folder."""
     folder = tmp_path_factory.mktemp('run')
     data = write_folders(folder / 'data')
     train(tiny(data, '--epochs', '1', '--output-dir', str(folder / 'run')))
@@ -33,7 +33,7 @@ def dry_run(folder: Path, weights_file, *words: str) -> str:
 
 
 def test_folder_is_read_by_timm_and_here(run, tmp_path):
-    """The same logits, names of classes and images."""
+    """timm and this repository read the folder, with the same logits, class names and image size."""
     dry_run(tmp_path / 'hub', run / 'best_model.pth')
     assert sorted(file.name for file in (tmp_path / 'hub').iterdir()) == FILES
     images = seeded_images(2, 3, 32, 32)
@@ -49,7 +49,7 @@ def test_folder_is_read_by_timm_and_here(run, tmp_path):
 
 
 def test_card_has_what_was_measured(run, tmp_path):
-    """By the training and by the evaluation beside it, with what it was measured on; and how to use the model."""
+    """The card has the accuracies of the run and of the evaluation beside it, and the commands to use the model."""
     card = dry_run(tmp_path / 'hub', run / 'best_model.pth', '--license', 'mit')
     stats = json.loads((run / 'eval.json').read_text())
     assert f'- {stats["acc1"]:.2f} % top-1 and {stats["acc5"]:.2f} % top-5 on 8 pictures (`--data-set FOLDER`)' in card
@@ -60,7 +60,7 @@ def test_card_has_what_was_measured(run, tmp_path):
 
 
 def test_card_of_bare_weights(tmp_path):
-    """It has no figures."""
+    """The card of bare weights has no accuracy."""
     torch.save(seeded_model(NAME, num_classes=3).state_dict(), tmp_path / 'w.pth')
     card = dry_run(tmp_path / 'hub', tmp_path / 'w.pth', '--model', NAME)
     assert 'Nothing was measured with this file.' in card
@@ -68,7 +68,7 @@ def test_card_of_bare_weights(tmp_path):
 
 
 def test_upload(run, tmp_path, monkeypatch, capsys):
-    """The three files, to the repository that is made if it is not there."""
+    """The three files are uploaded to a repository that is made if needed."""
     calls = []
     monkeypatch.setattr(huggingface_hub.HfApi, 'create_repo', lambda self, *args, **kwargs: (
         calls.append((args, kwargs))))
@@ -81,7 +81,7 @@ def test_upload(run, tmp_path, monkeypatch, capsys):
 
 
 def test_hub_that_cannot_be_reached(run, monkeypatch):
-    """One line, with what a token needs."""
+    """A failed upload is one line with the command for a token."""
     def fail(*args, **kwargs):
         raise ConnectionError('no network\nat all')
 
@@ -95,9 +95,9 @@ def test_hub_that_cannot_be_reached(run, monkeypatch):
 @pytest.mark.parametrize(('words', 'message'), [
     (['--repo', 'me', '--dry-run'], '--repo me: must be OWNER/NAME'),
     (['--repo', 'me/x', '--dry-run'], '--dry-run: needs --output-dir'),
-    (['--repo', 'me/x', '--dry-run', '--output-dir', 'OTHER'], 'holds other files')])
+    (['--repo', 'me/x', '--dry-run', '--output-dir', 'OTHER'], 'contains other files')])
 def test_mistakes(run, tmp_path, words, message):
-    """One line, before anything is written."""
+    """Bad flags are refused before anything is written."""
     (tmp_path / 'thesis.tex').write_text('mine')
     with pytest.raises(InputError, match=message):
         main(['--pretrained', str(run / 'best_model.pth'), *(str(tmp_path) if w == 'OTHER' else w for w in words)])

@@ -1,4 +1,4 @@
-"""What README and docs say is true of the code."""
+"""README and docs: their commands run, and their tables, links and limits match the code."""
 import importlib
 import itertools
 import json
@@ -55,7 +55,7 @@ def test_command_parses(command, tmp_path):
 
 
 def words_of(command: str, folder) -> list:
-    """A command with flags from a file that is there."""
+    """Return the words of a command, with an existing file for --config."""
     words = shlex.split(command, comments=True)
     if '--config' in words:
         file = folder / 'config.json'
@@ -69,19 +69,19 @@ TOOLS = sorted(path.stem for path in (ROOT / 'tools').glob('*.py') if 'def get_a
 
 @pytest.mark.parametrize('tool', TOOLS)
 def test_tool_command_parses(tool):
-    """Every tool has a command in the README, and each of them is accepted."""
-    found = commands(f'-m tools.{tool}')
-    assert found
-    for command in found:
+    """Every tool has a command in the docs, and each of its commands is accepted."""
+    tool_commands = commands(f'-m tools.{tool}')
+    assert tool_commands
+    for command in tool_commands:
         importlib.import_module(f'tools.{tool}').get_args_parser().parse_args(shlex.split(command))
 
 
 @pytest.mark.parametrize('program', ['train', 'knn', 'linear'])
 def test_dino_command_parses(program):
-    """So is every command of the programs of DINO."""
-    found = commands(f'-m dino.{program}')
-    assert found
-    for command in found:
+    """Every program of DINO has a command in the docs, and each of its commands is accepted."""
+    program_commands = commands(f'-m dino.{program}')
+    assert program_commands
+    for command in program_commands:
         args = importlib.import_module(f'dino.{program}').get_args_parser().parse_args(shlex.split(command))
         name = args.arch if program == 'train' else args.model
         assert name is None or timm.is_model(name)
@@ -96,14 +96,14 @@ def test_python_runs(block):
 
 @pytest.mark.parametrize('command', commands('run_with_submitit.py'))
 def test_slurm_command_parses(command):
-    """So is every command of the SLURM wrapper."""
+    """Every command of the SLURM wrapper is accepted by the wrapper and by its program."""
     job, words = run_with_submitit.get_args_parser().parse_known_args(shlex.split(command))
     args = importlib.import_module(job.program).get_args_parser().parse_args(words)
     assert timm.is_model(args.model if job.program == 'main' else args.arch)
 
 
 def test_model_table_is_the_codes():
-    """Size, width, depth, heads, parameters of both patch sizes."""
+    """The model table has the code's width, depth, heads, and parameters of both patch sizes."""
     rows = table('model')
     assert [row[0].strip('`') for row in rows] == [f'xcit_{size}' for size in xcit.SIZES]
     for row, (size, config) in zip(rows, xcit.SIZES.items()):
@@ -172,13 +172,13 @@ def test_every_difference_is_listed():
 
 
 def test_readme_is_read_to_its_end():
-    """At most 200 lines."""
+    """README.md has at most 200 lines."""
     assert len((ROOT / 'README.md').read_text().splitlines()) <= 200
 
 
 @pytest.mark.parametrize('page', [*PAGES, ROOT / 'CONTRIBUTING.md', ROOT / 'RESULTS.md'], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    """To a file of the repository, and to a heading of it."""
+    """Every link leads to a file of the repository and, with an anchor, to one of the file's headings."""
     for target in re.findall(r'\]\(([^)\s]+)\)', page.read_text()):
         name, _, anchor = target.partition('#')
         if '://' in target:
@@ -198,5 +198,5 @@ def test_the_map_names_files_that_are_there():
 
 
 def test_the_top_level_is_small():
-    """At most 17 Python files."""
+    """The top level has at most 17 Python files."""
     assert len(list(ROOT.glob('*.py'))) <= 17

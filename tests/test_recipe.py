@@ -4,7 +4,9 @@ import timm
 import torch
 
 import main
-from main import build_mixup, build_optimizer, build_scheduler, get_args_parser, parse_args, uses_soft_targets
+from classification import recipe
+from main import REFERENCE_BATCH, get_args_parser, parse_args
+from run import flags, optimization, pace, schedules
 from run.commandline import respelled
 from utils import InputError
 
@@ -12,8 +14,17 @@ from utils import InputError
 CHANGED_DEFAULTS = {'model': 'xcit_small_12_p16', 'device': 'auto', 'dist_eval': True}
 
 
+def build_optimizer(args, model: torch.nn.Module) -> torch.optim.Optimizer:
+    lr = flags.pace(args, reference_batch=REFERENCE_BATCH).scaled_lr
+    return optimization.build_optimizer(model, lr=lr, **flags.optimizer_options(args))
+
+
+def build_scheduler(args, optimizer: torch.optim.Optimizer):
+    return schedules.by_epoch(optimizer, **flags.schedule_options(args))
+
+
 def test_every_flag_of_the_original_is_there(reference):
-    """Each spelling is accepted, word for word."""
+    """Each spelling of the original is accepted."""
     takes_none = {'--eval', '--full_crop', '--dist-eval', '--model-ema', '--no-model-ema', '--model-ema-force-cpu',
                   '--pin-mem', '--no-pin-mem', '--repeated-aug', '--no-repeated-aug', '--resplit'}
     value = {'--device': 'cpu', '--distillation-type': 'hard', '--inat-category': 'name', '--mixup-mode': 'pair',
@@ -34,19 +45,19 @@ def test_every_flag_of_the_original_is_there(reference):
     '--distillation-type hard --teacher-model regnety_160 --teacher-path '
     'https://dl.fbaipublicfiles.com/deit/regnety_160-a5fe301d.pth'])
 def test_commands_of_the_original(command):
-    """Those of its README, word for word."""
+    """The commands of the original's README are accepted unchanged."""
     parse_args([*command.split(), '--device', 'cpu'])
 
 
 def test_defaults_are_the_originals(reference):
-    """Except the ones listed above."""
+    """Defaults are the original's, except for CHANGED_DEFAULTS."""
     own = vars(get_args_parser().parse_args([]))
     expected = {**reference['cli_defaults'], **CHANGED_DEFAULTS}
     assert {key: own[key] for key in expected} == expected
 
 
 def test_every_flag_has_two_spellings():
-    """With dashes and with underscores, in part too, `--no-...` and `--flag=value` included."""
+    """Dashes and underscores are equivalent, also mixed, in `--no-...` and in `--flag=value`."""
     for dashed, *others in (['--output-dir=x', '--output_dir=x'],
                             ['--no-model-ema', '--no_model_ema', '--no-model_ema'],
                             ['--warmup-epochs=3', '--warmup_epochs=3'], ['--full-crop', '--full_crop']):
@@ -56,7 +67,7 @@ def test_every_flag_has_two_spellings():
 
 
 def test_values_keep_their_spelling():
-    """Only options are respelled, and nothing after `--`; abbreviations are not accepted."""
+    """Only options are respelled, not their values; abbreviations are not accepted."""
     assert get_args_parser().parse_args(['--output_dir', 'a_b-c', '--data_path=--x_y']).data_path == '--x_y'
     with pytest.raises(InputError, match='unrecognized arguments: --out'):
         get_args_parser().parse_args(['--out', 'x'])
@@ -64,10 +75,10 @@ def test_values_keep_their_spelling():
 
 
 def test_learning_rates_equal_the_originals(reference, monkeypatch):
-    """The rate that each epoch is trained with, for every command line of the reference."""
+    """The learning rate of each epoch is the original's for every command line of the reference."""
     for expected in reference['lr']:
         args = parse_args([*expected['argv'], '--batch-size', str(expected['batch_size']), '--device', 'cpu'])
-        monkeypatch.setattr(main.processes, 'get_world_size', lambda expected=expected: expected['world_size'])
+        monkeypatch.setattr(pace, 'get_world_size', lambda expected=expected: expected['world_size'])
         optimizer = build_optimizer(args, torch.nn.Linear(2, 2))
         scheduler = build_scheduler(args, optimizer)
         used = []
@@ -79,19 +90,19 @@ def test_learning_rates_equal_the_originals(reference, monkeypatch):
 
 @pytest.mark.parametrize(('name', 'fused'), [('adamw', True), ('sgd', True), ('lamb', None)])
 def test_optimizers_that_have_one_kernel_use_it(name, fused):
-    """torch's own update all parameters at once; timm's others have no such option."""
+    """torch's own optimizers update all parameters at once; timm's others have no such option."""
     optimizer = build_optimizer(parse_args(['--device', 'cpu', '--opt', name]), torch.nn.Linear(2, 2))
     assert optimizer.defaults.get('fused') is fused
 
 
 def test_form_of_xca_reaches_the_model():
-    """--xca is set on every block."""
+    """--xca sets the model's form of attention."""
     args = parse_args(['--device', 'cpu', '--model', 'xcit_nano_12_p16', '--xca', 'gram'])
-    assert {block.attn.form for block in main.build_model(args, 10, new_head=True).blocks} == {'gram'}
+    assert main.build_model(args, 10, new_head=True).xca_form == 'gram'
 
 
 def test_parameter_groups_equal_the_originals(reference):
-    """Class, who is decayed, betas and eps."""
+    """Class, weight decays, betas and eps are the original's."""
     expected = reference['optimizer']
     optimizer = build_optimizer(parse_args(['--device', 'cpu']), timm.create_model('xcit_nano_12_p16'))
     assert type(optimizer).__name__ == expected['class']
@@ -103,7 +114,7 @@ def test_parameter_groups_equal_the_originals(reference):
 
 
 def test_decayed_parameters_are_the_originals(reference):
-    """The names in each group: the temperatures are decayed, the CLS token is not."""
+    """The names in each group are the original's: temperatures are decayed, the CLS token is not."""
     model = timm.create_model('xcit_nano_12_p16')
     names = {id(p): name for name, p in model.named_parameters()}
     optimizer = build_optimizer(parse_args(['--device', 'cpu']), model)
@@ -120,19 +131,19 @@ def test_accumulated_batches_enter_the_learning_rate():
 
 @pytest.mark.parametrize(('mixup', 'cutmix', 'soft'), [('0.8', '0', True), ('0', '1', True), ('0', '0', False)])
 def test_mixup_and_criterion_agree_on_soft_targets(mixup, cutmix, soft):
-    """Cutmix alone, too, makes targets soft and takes the criterion for them."""
+    """Mixup and cutmix make targets soft, each alone, with the criterion for soft targets."""
     args = parse_args(['--device', 'cpu', '--mixup', mixup, '--cutmix', cutmix])
-    assert uses_soft_targets(args) == soft
-    assert (build_mixup(args, 10) is not None) == soft
-    criterion = main.build_criterion(args, 10, torch.device('cpu'))
+    assert recipe.uses_soft_targets(args) == soft
+    assert (recipe.build_mixup(args, 10) is not None) == soft
+    criterion = recipe.build_criterion(args, 10)
     targets = torch.tensor([1, 2])
     if soft:
-        targets = build_mixup(args, 10)(torch.randn(2, 3, 8, 8), targets)[1]
+        targets = recipe.build_mixup(args, 10)(torch.randn(2, 3, 8, 8), targets)[1]
     assert criterion(None, torch.randn(2, 10), targets).isfinite()
 
 
 def test_plateau_lowers_the_rate_after_warm_up():
-    """Two epochs of warm-up, then after `patience` epochs without progress the rate times --decay-rate."""
+    """After a warm-up and `patience` epochs without progress the rate is multiplied by --decay-rate."""
     args = parse_args(['--device', 'cpu', '--sched', 'plateau', '--patience-epochs', '1', '--cooldown-epochs', '0',
                        '--warmup-epochs', '2', '--decay-rate', '0.5'])
     optimizer = build_optimizer(args, torch.nn.Linear(2, 2))

@@ -1,4 +1,4 @@
-"""The report of a run: its figures by hand, its files, and when it is made."""
+"""Reports of runs: metrics by hand, files, and the occasions of a report."""
 import csv
 import json
 import shutil
@@ -12,6 +12,7 @@ from conftest import ROOT, tiniest, tiny, write_folders
 from PIL import Image
 from processes import run
 
+from classification import evaluation
 from main import main
 from reports import drawings, predictions, tables
 from tools import report
@@ -21,18 +22,18 @@ FILES = {'predictions.csv', 'per_class.csv', 'confusion.csv', 'confusion.png', '
 
 
 class Alone:
-    """What `gather` asks of a loader."""
+    """A loader, as far as `gather` uses it."""
     shares_images = counts_batches = True
 
 
-def predicted(truth: list, taken_for: list, classes: int) -> predictions.Predictions:
-    """Predictions whose most probable class is given."""
-    found = predictions.Predictions()
-    logits = torch.nn.functional.one_hot(torch.tensor(taken_for), classes) * 3.
+def predicted(truth: list, labels: list, classes: int) -> predictions.Predictions:
+    """Return predictions with these most probable classes."""
+    result = predictions.Predictions()
+    logits = torch.nn.functional.one_hot(torch.tensor(labels), classes) * 3.
     for part in (slice(0, 3), slice(3, None)):
-        found(logits[part], torch.tensor(truth)[part])
-    found.gather(Alone)
-    return found
+        result(logits[part], torch.tensor(truth)[part])
+    result.gather(Alone)
+    return result
 
 
 def rows_of(path: Path) -> list:
@@ -40,12 +41,12 @@ def rows_of(path: Path) -> list:
         return list(csv.DictReader(file))
 
 
-# ----- figures
+# ----- metrics
 
-def test_figures_by_hand(tmp_path):
-    """Precision, recall, F1 and support of each class; 0 for one that is not there or never predicted."""
-    found = predicted([0, 0, 0, 0, 1, 1, 2], [0, 0, 0, 1, 1, 0, 0], classes=4)
-    tables.write(tmp_path / 'report', found, ['a', 'b', 'c', 'd'], None)
+def test_metrics_by_hand(tmp_path):
+    """Precision, recall, F1 and support of each class are right, and 0 for a class without images or predictions."""
+    result = predicted([0, 0, 0, 0, 1, 1, 2], [0, 0, 0, 1, 1, 0, 0], classes=4)
+    tables.write(tmp_path / 'report', result, ['a', 'b', 'c', 'd'], None)
     rows = [list(row.values()) for row in rows_of(tmp_path / 'report' / 'per_class.csv')]
     assert rows == [['a', '0.6000', '0.7500', '0.6667', '4'], ['b', '0.5000', '0.5000', '0.5000', '2'],
                     ['c', '0.0000', '0.0000', '0.0000', '1'], ['d', '0.0000', '0.0000', '0.0000', '0']]
@@ -56,9 +57,9 @@ def test_figures_by_hand(tmp_path):
 
 
 def test_predictions_of_each_image(tmp_path):
-    """File, truth, and the most probable classes with their probabilities; names with commas and quotes stay whole."""
-    found = predicted([0, 1], [1, 1], classes=3)
-    predictions.write(tmp_path / 'p.csv', found, ['a, b', 'c "d"', 'e'], ['x/1.png', 'x/2.png'])
+    """A row has file, class, and the most probable classes; names with commas and quotes stay whole."""
+    result = predicted([0, 1], [1, 1], classes=3)
+    predictions.write(tmp_path / 'p.csv', result, ['a, b', 'c "d"', 'e'], ['x/1.png', 'x/2.png'])
     first, second = rows_of(tmp_path / 'p.csv')
     p = float(torch.tensor([0., 3., 0.]).softmax(0)[1])
     assert (first['file'], first['truth'], first['class_1']) == ('x/1.png', 'a, b', 'c "d"')
@@ -70,13 +71,13 @@ def test_predictions_of_each_image(tmp_path):
 def test_thousand_classes_show_pairs(tmp_path):
     """The picture of the 30 most confused pairs stays small."""
     rng = np.random.default_rng(0)
-    found = predicted(rng.integers(0, 1000, 4000).tolist(), rng.integers(0, 1000, 4000).tolist(), classes=1000)
-    tables.write(tmp_path, found, [f'class {i}' for i in range(1000)], None)
+    result = predicted(rng.integers(0, 1000, 4000).tolist(), rng.integers(0, 1000, 4000).tolist(), classes=1000)
+    tables.write(tmp_path, result, [f'class {i}' for i in range(1000)], None)
     drawings.draw_confusion(tmp_path)
     assert max(Image.open(tmp_path / 'confusion.png').size) < 2000
 
 
-# ----- a run's
+# ----- of a run
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory) -> Path:
@@ -91,7 +92,7 @@ def trained(data, tmp_path_factory) -> Path:
 
 
 def test_training_makes_a_report(trained, data):
-    """Of the best epoch and the better of model and average, as best_model.pth says."""
+    """The report is that of the best epoch and the better of model and EMA, as in best_model.pth."""
     assert {file.name for file in (trained / 'report').iterdir()} >= FILES - {'mistakes.png'}
     rows = rows_of(trained / 'report' / 'predictions.csv')
     assert [row['file'] for row in rows] == sorted(map(str, (data / 'val').rglob('*.png')))
@@ -103,36 +104,35 @@ def test_training_makes_a_report(trained, data):
     assert line['test_ema_acc1' if accuracy['better_is_average'] else 'test_acc1'] == best
 
 
-def test_last_lines_say_what_is_best(data, tmp_path, capsys):
-    """Model or average, and commands that take it: evaluation gives that accuracy, and predict runs."""
+def test_last_lines_name_the_best_model(data, tmp_path, capsys):
+    """The last lines name the model or the EMA, and commands that use it."""
     main(tiny(data, '--epochs', '1', '--output-dir', str(tmp_path / 'run'), '--model-ema-decay', '.5'))
     out = capsys.readouterr().out
     accuracy = torch.load(tmp_path / 'run' / 'best_model.pth', weights_only=True)['accuracy']
-    assert ('Best: epoch 0, the moving average' in out) == bool(accuracy['better_is_average'])
+    assert ('Best: epoch 0, the EMA' in out) == bool(accuracy['better_is_average'])
     assert out.count(' --use-ema') == (2 if accuracy['better_is_average'] else 0)
     assert f'python -m tools.predict PICTURE.jpg --pretrained {tmp_path}/run/best_model.pth' in out
 
 
-def test_better_average_is_named(data, tmp_path, monkeypatch, capsys):
-    """And taken for the report, where it is better."""
-    import main as program
-    monkeypatch.setattr(program, 'test', lambda *args, **kwargs: (
+def test_better_ema_is_named(data, tmp_path, monkeypatch, capsys):
+    """An EMA that is better than the model is named and marked as the best."""
+    monkeypatch.setattr(evaluation, 'evaluate_with_ema', lambda *args, **kwargs: (
         {'test_acc1': 50., 'test_acc5': 100., 'test_loss': 1., 'test_ema_acc1': 75.}, {}))
     main(tiniest(data, '--epochs', '1', '--output-dir', str(tmp_path)))
     out = capsys.readouterr().out
-    assert 'Best: epoch 0, the moving average, Acc@1 75.000' in out
+    assert 'Best: epoch 0, the EMA, Acc@1 75.000' in out
     assert out.count(' --use-ema') == 2
     assert torch.load(tmp_path / 'best_model.pth', weights_only=True)['accuracy']['better_is_average'] == 1
 
 
 def test_no_report(data, tmp_path):
-    """Where it is not wanted, or nothing is written."""
+    """--no-report writes none."""
     main(tiniest(data, '--epochs', '1', '--no-report', '--output-dir', str(tmp_path)))
     assert not (tmp_path / 'report').exists()
 
 
 def test_evaluation_makes_a_report(data, trained, tmp_path):
-    """Of what was evaluated; without curves, which a training has."""
+    """An evaluation has a report without curves."""
     stats = main(tiny(data, '--eval', '--resume', str(trained / 'best_model.pth'), '--output-dir', str(tmp_path)))
     rows = rows_of(tmp_path / 'report' / 'predictions.csv')
     assert 100 * np.mean([row['truth'] == row['class_1'] for row in rows]) == pytest.approx(stats['acc1'])
@@ -141,17 +141,17 @@ def test_evaluation_makes_a_report(data, trained, tmp_path):
 
 @pytest.mark.parametrize('flags', [[], ['--no-dist-eval']], ids=['shared', 'each'])
 def test_two_processes_have_the_same_report(data, trained, tmp_path, flags):
-    """Each image once, in order."""
-    words = tiny(data, '--eval', '--resume', str(trained / 'best_model.pth'), '--batch-size', '2', *flags)
-    main([*words, '--output-dir', str(tmp_path / 'one')])
-    run([ROOT / 'main.py', *words, '--output-dir', str(tmp_path / 'two')], 2)
-    one, two = (rows_of(tmp_path / name / 'report' / 'predictions.csv') for name in ('one', 'two'))
-    assert [(row['file'], row['truth'], row['class_1']) for row in one] == [
-        (row['file'], row['truth'], row['class_1']) for row in two]
+    """Each image is listed once, in order."""
+    argv = tiny(data, '--eval', '--resume', str(trained / 'best_model.pth'), '--batch-size', '2', *flags)
+    main([*argv, '--output-dir', str(tmp_path / 'one')])
+    run([ROOT / 'main.py', *argv, '--output-dir', str(tmp_path / 'two')], 2)
+    rows, rows_of_two = (rows_of(tmp_path / name / 'report' / 'predictions.csv') for name in ('one', 'two'))
+    assert [(row['file'], row['truth'], row['class_1']) for row in rows] == [
+        (row['file'], row['truth'], row['class_1']) for row in rows_of_two]
 
 
 def test_without_matplotlib(data, tmp_path, monkeypatch, capsys):
-    """The tables and the sheet are made all the same, and a line says what is missing."""
+    """Without matplotlib the tables are written, and a line names the missing pictures."""
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     main(tiniest(data, '--epochs', '1', '--output-dir', str(tmp_path)))
     assert 'without confusion.png and curves.png, which need matplotlib (pip install matplotlib; ' in (
@@ -161,28 +161,38 @@ def test_without_matplotlib(data, tmp_path, monkeypatch, capsys):
 
 
 def test_sheet_of_mistakes(tmp_path):
-    """The wrong ones alone, the surest first; none where all is right."""
-    asked = []
+    """The sheet has the wrong predictions, the most probable first; without mistakes there is no sheet."""
+    drawn = []
 
     def picture(index: int) -> Image.Image:
-        asked.append(index)
+        drawn.append(index)
         return Image.new('RGB', (30, 20 + 20 * index), 'red')
 
-    found = predicted([0, 1, 1, 0], [0, 0, 0, 1], classes=2)
-    found.probability[:, 0] = [.9, .6, .8, .7]
-    predictions.write(tmp_path / 'predictions.csv', found, ['a' * 99, 'ß and 猫'], None)
+    result = predicted([0, 1, 1, 0], [0, 0, 0, 1], classes=2)
+    result.probability[:, 0] = [.9, .6, .8, .7]
+    predictions.write(tmp_path / 'predictions.csv', result, ['a' * 99, 'ß and 猫'], None)
     drawings.draw_mistakes(tmp_path, picture)
-    assert asked == [2, 3, 1]
+    assert drawn == [2, 3, 1]
     assert Image.open(tmp_path / 'mistakes.png').size[0] == drawings.COLUMNS * (drawings.SIDE + 8)
     predictions.write(tmp_path / 'predictions.csv', predicted([0], [0], classes=2), ['a', 'b'], None)
     drawings.draw_mistakes(tmp_path, picture)
     assert not (tmp_path / 'mistakes.png').exists()
 
 
+def test_curves_of_any_keys_and_unit(tmp_path):
+    """The caller gives the panels, their curves and the unit; each panel has about a square on the page."""
+    lines = [{'iteration': i, 'loss_masks': 1 / (1 + i), 'mIoU': i} for i in range(5)]
+    (tmp_path / 'log.txt').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    drawings.draw(tmp_path, tmp_path / 'log.txt', None, unit='iteration',
+                  curves={'loss': {'loss_masks': 'masks'}, 'IoU': {'mIoU': 'model', 'ema_mIoU': 'EMA'}})
+    width, height = Image.open(tmp_path / 'curves.png').size
+    assert width / height == pytest.approx(2 * 13 / 3 / 4, rel=.02)
+
+
 # ----- later
 
 def test_report_of_a_run_without_one(trained, tmp_path):
-    """best_model.pth is evaluated on the run's own data, and all is drawn."""
+    """best_model.pth is evaluated on the run's own data, and missing pictures are drawn again."""
     folder = shutil.copytree(trained, tmp_path / 'run')
     shutil.rmtree(folder / 'report')
     report.main([str(folder), '--device', 'cpu', '--num-workers', '0'])
@@ -193,20 +203,24 @@ def test_report_of_a_run_without_one(trained, tmp_path):
 
 
 def test_report_on_other_pictures(trained, tmp_path):
-    """--data-path evaluates them."""
+    """--data-path evaluates other pictures."""
     folder = shutil.copytree(trained, tmp_path / 'run')
     other = write_folders(tmp_path / 'other', per_class=4)
     report.main([str(folder), '--data-path', str(other), '--device', 'cpu', '--num-workers', '0'])
     assert len(rows_of(folder / 'report' / 'predictions.csv')) == 4
+    assert json.loads((folder / 'eval.json').read_text())['images'] == 4
 
 
 @pytest.mark.parametrize(('make', 'message'), [
     (lambda folder: None, 'no such folder'), (lambda folder: folder.mkdir(), 'has no args.json and no eval.json'),
     (lambda folder: (folder.mkdir(), (folder / 'args.json').write_text('{}')), 'args.json: can.t be read'),
     (lambda folder: (folder.mkdir(), (folder / 'args.json').write_text('{"args": {"model": "xcit_nano_12_p16"}}')),
-     'has neither best_model.pth nor checkpoint.pth')], ids=['missing', 'empty', 'damaged', 'no weights'])
+     'has neither best_model.pth nor checkpoint.pth'),
+    (lambda folder: (folder.mkdir(), (folder / 'args.json').write_text('{"args": {"pretrained": "w.pth"}}')),
+     'its flags lack model, data_set, data_path, input_size')],
+    ids=['missing', 'empty', 'damaged', 'no weights', 'another program'])
 def test_folder_without_a_run(tmp_path, make, message):
-    """One line."""
+    """A folder that is not a run of main.py is refused."""
     make(tmp_path / 'run')
     with pytest.raises(InputError, match=message):
         report.main([str(tmp_path / 'run')])

@@ -20,7 +20,7 @@ def indices(*args, **kwargs) -> list:
 
 @pytest.mark.parametrize('case', range(5))
 def test_repeated_augmentation_equals_the_originals(case, reference):
-    """Length, first indices and checksum of all, for 1, 3, 4 and 8 processes."""
+    """Length, first indices and checksum of all indices, for 1, 3, 4 and 8 processes."""
     expected = reference['ra_sampler'][case]
     own = indices(expected['dataset_len'], world=expected['num_replicas'], rank=expected['rank'],
                   epoch=expected['epoch'])
@@ -30,7 +30,7 @@ def test_repeated_augmentation_equals_the_originals(case, reference):
 
 
 def test_order_without_repetition_is_torchs():
-    """As the original: DistributedSampler with seed 0, reshuffled every epoch."""
+    """The order is that of DistributedSampler with seed 0, reshuffled every epoch, as in the original."""
     theirs = DistributedSampler(range(10), num_replicas=2, rank=1, shuffle=True, seed=0)
     theirs.set_epoch(3)
     assert indices(10, repeated_aug=False, world=2, rank=1, epoch=3) == list(theirs)
@@ -38,12 +38,12 @@ def test_order_without_repetition_is_torchs():
 
 @pytest.mark.parametrize('length', [1, 7, 255])
 def test_fewer_images_than_a_group_make_an_epoch(length):
-    """Where the original's epoch is empty, as many samples as images."""
+    """An epoch has as many samples as images, while the original's is empty."""
     assert len(indices(length)) == len(sampler(length)) == length
 
 
 def test_epochs_differ():
-    """One process, too, sees another third of the data each epoch."""
+    """Each epoch has another third of the data, also for one process."""
     assert indices(300, epoch=0) != indices(300, epoch=1)
 
 
@@ -55,7 +55,7 @@ def test_every_sample_has_its_own_seed():
 
 
 def test_samples_depend_on_the_seed():
-    """--seed decides order and augmentation."""
+    """--seed changes order and augmentation."""
     own, other = (dict(sampler(300, repeated_aug=False, seed=seed)) for seed in (0, 1))
     assert list(own) != list(other)
     assert own != other

@@ -109,7 +109,7 @@ def epochs_of(output_dir: Path) -> list:
 def stops_of(log: str) -> list:
     """Return the positions of a job's stops; check that the job resumed there."""
     stopped = re.findall(r'stopped at (epoch \d+, step \d+)', log)
-    assert re.findall(r'goes on at (epoch \d+, step \d+)', log) == stopped
+    assert re.findall(r'resumes at (epoch \d+, step \d+)', log) == stopped
     return stopped
 
 
@@ -173,7 +173,7 @@ def test_dry_run_prints_the_script_and_submits_nothing(tmp_path, monkeypatch, ca
     (['--use-volta32', '--constraint', 'a100'], ['--use-volta32', 'a100']),
     (['--job-dir', 'runs/%u'], ['--job-dir runs/%u', '%j']),
     (['--output-dir', 'runs/%u'], ['--output-dir runs/%u', '%j']),
-    (['--job-dir', __file__ + '/%j', '--ngpus', '0', '--cluster', 'local'], ['--job-dir', 'is not a directory']),
+    (['--job-dir', __file__ + '/%j', '--ngpus', '0', '--cluster', 'local'], ['--job-dir', 'is not a writable']),
     (['--dry-run', '--cluster', 'local'], ['--dry-run', '--cluster local']),
     (['--cluster', 'local', '--nodes', '1000'], ['--nodes 1000 --ngpus 8', '--ngpus 0']),
 ])
@@ -335,7 +335,7 @@ def test_srun_starts_ranks_and_a_batch_script_one_process(cluster, data, tmp_pat
     assert end_of(job_id) == 'COMPLETED', (tmp_path / 'log').read_text()
     derived = {name: json.loads((tmp_path / name / 'args.json').read_text())['derived'] for name in ('alone', 'ranks')}
     assert (derived['alone']['processes'], derived['ranks']['processes']) == (1, 2)
-    assert 'srun has started 2 processes' in (tmp_path / 'log').read_text()
+    assert '2 processes started by srun work together' in (tmp_path / 'log').read_text()
 
 
 # ----- time limit and preemption

@@ -98,7 +98,7 @@ def test_derivatives(function, index):
     ('blocks.0.attn', xcit.speed_up_training),
 ])
 def test_refusals(name, change):
-    """The message names the layer, and the model is unchanged."""
+    """A model with a changed layer is refused with the name of the layer, and is not modified."""
     model = seeded_model('xcit_nano_12_p16', depth=2)
     change(model)
     modules = dict(model.named_modules())

@@ -1,4 +1,4 @@
-"""The programs around a model, one after another, from a checkpoint trained on SAMPLE and on its pictures."""
+"""Programs around a model in a row, from a checkpoint of a run on SAMPLE and with pictures of SAMPLE."""
 import numpy as np
 import onnxruntime
 import pytest
@@ -8,6 +8,8 @@ from conftest import TINY
 from PIL import Image
 
 import datasets
+from loaders.pictures import load_rgb
+from loaders.transforms import eval_transform
 from main import main as train
 from tools.convert_checkpoint import main as convert
 from tools.export import main as export
@@ -42,7 +44,7 @@ def trained(tmp_path_factory):
 
 
 def labels(pictures) -> list:
-    """The label of each picture in the order of its file's path."""
+    """Return the labels of the pictures in the order of their paths."""
     dataset = datasets.FashionMNIST(datasets.SAMPLE_DATA, train=False)
     return [int(dataset.labels[int(path.stem)]) for path in sorted(pictures.rglob('*.png'))]
 
@@ -54,33 +56,33 @@ def predicted(pictures, weights, *more) -> list:
 
 def test_predictions_are_mostly_right(pictures, trained):
     """The classes have Fashion-MNIST's names, and the accuracy is that of a trained model."""
-    found = predict([str(pictures), '--pretrained', trained, '--num-workers', '0', '--device', 'cpu'])
-    assert found[0][0]['class'] in datasets.datasets.FashionMNIST.classes
-    right = sum(result[0]['index'] == label for result, label in zip(found, labels(pictures)))
+    results = predict([str(pictures), '--pretrained', trained, '--num-workers', '0', '--device', 'cpu'])
+    assert results[0][0]['class'] in datasets.datasets.FashionMNIST.classes
+    right = sum(result[0]['index'] == label for result, label in zip(results, labels(pictures)))
     assert right > .4 * COUNT
 
 
 def test_larger_pictures_are_resized(pictures, trained, tmp_path):
-    """A model of small images is shown a larger copy of one about as it is shown the original."""
+    """A larger copy of a small picture is predicted about as the original."""
     path = sorted(pictures.rglob('*.png'))[0]
     Image.open(path).resize((280, 280), Image.BICUBIC).save(tmp_path / 'large.png')
     flags = ['--pretrained', trained, '--topk', '10', '--input-size', '28', '--num-workers', '0', '--device', 'cpu']
     small, large = (predict([str(p), *flags])[0] for p in (path, tmp_path / 'large.png'))
-    probability = [{entry['index']: entry['probability'] for entry in found} for found in (small, large)]
+    probability = [{entry['index']: entry['probability'] for entry in entries} for entries in (small, large)]
     assert all(abs(probability[0][i] - probability[1][i]) < .1 for i in range(10))
 
 
 def test_features_tell_classes_apart(pictures, trained, tmp_path):
     """The nearest other picture by its features is of the same class more often than by chance."""
-    found = extract([str(pictures), '--pretrained', trained, '--output', str(tmp_path / 'f.npz'), '--num-workers', '0',
-                     '--device', 'cpu'])
-    features = found['features'] / np.linalg.norm(found['features'], axis=1, keepdims=True)
+    arrays = extract([str(pictures), '--pretrained', trained, '--output', str(tmp_path / 'f.npz'), '--num-workers', '0',
+                      '--device', 'cpu'])
+    features = arrays['features'] / np.linalg.norm(arrays['features'], axis=1, keepdims=True)
     similarity = features @ features.T - 2 * np.eye(COUNT)
-    assert (found['labels'][similarity.argmax(axis=1)] == found['labels']).mean() > .3
+    assert (arrays['labels'][similarity.argmax(axis=1)] == arrays['labels']).mean() > .3
 
 
 def test_attention_is_drawn(pictures, trained, tmp_path):
-    """One sheet that is no plain area."""
+    """The drawn attention of a trained model is not uniform: the sheet has varied colours."""
     picture = sorted(pictures.rglob('*.png'))[0]
     sheet, = visualize([str(picture), '--pretrained', trained, '--output-dir', str(tmp_path), '--input-size', '112',
                         '--device', 'cpu'])
@@ -88,21 +90,21 @@ def test_attention_is_drawn(pictures, trained, tmp_path):
 
 
 def test_exported_model_predicts_the_same(pictures, trained, tmp_path):
-    """ONNX's logits name the same classes."""
+    """The ONNX file predicts the same classes."""
     export(['--format', 'onnx', '--pretrained', trained, '--dynamic', '--output', str(tmp_path / 'm.onnx')])
     session = onnxruntime.InferenceSession(tmp_path / 'm.onnx', providers=['CPUExecutionProvider'])
-    transform = datasets.build_eval_transform(type('args', (), dict(input_size=32, full_crop=False)))
-    images = torch.stack([transform(datasets.load_rgb(str(path))) for path in sorted(pictures.rglob('*.png'))])
-    found = session.run(None, {'images': images.numpy()})[0].argmax(axis=1)
-    assert found.tolist() == predicted(pictures, trained)
+    transform = eval_transform(input_size=32, full_crop=False, resize=False)
+    images = torch.stack([transform(load_rgb(str(path))) for path in sorted(pictures.rglob('*.png'))])
+    predictions = session.run(None, {'images': images.numpy()})[0].argmax(axis=1)
+    assert predictions.tolist() == predicted(pictures, trained)
 
 
 def test_converted_model_predicts_the_same(pictures, trained, tmp_path):
-    """So does timm's own class with the converted weights, and the way back."""
+    """timm's model with converted weights, and weights converted back, predict the same classes."""
     convert([trained, str(tmp_path / 't.safetensors'), '--to', 'timm'])
     model = timm.create_model('xcit_nano_12_p16_224', num_classes=10, checkpoint_path=str(tmp_path / 't.safetensors'))
-    transform = datasets.build_eval_transform(type('args', (), dict(input_size=32, full_crop=False)))
-    images = torch.stack([transform(datasets.load_rgb(str(path))) for path in sorted(pictures.rglob('*.png'))])
+    transform = eval_transform(input_size=32, full_crop=False, resize=False)
+    images = torch.stack([transform(load_rgb(str(path))) for path in sorted(pictures.rglob('*.png'))])
     with torch.no_grad():
         assert model.eval()(images).argmax(dim=1).tolist() == predicted(pictures, trained)
     convert([str(tmp_path / 't.safetensors'), str(tmp_path / 'o.pth'), '--to', 'original'])

@@ -1,4 +1,4 @@
-"""Attention maps: right in number and place, good to look at, for pictures of any size and for videos."""
+"""tools.visualize_attention: number, position and colours of the maps, for pictures of any size and for videos."""
 import struct
 import subprocess
 import sys
@@ -12,9 +12,10 @@ import torch
 from conftest import REFERENCE, ROOT, seeded_model, write_image
 from PIL import Image
 
+from inference.video import read_frames
 from reports.maps import color_table, enlarge
 from tools import visualize_attention
-from tools.visualize_attention import contact_sheet, get_args_parser, main, read_frames
+from tools.visualize_attention import contact_sheet, get_args_parser, main
 from utils import InputError, RunStopped
 
 PICTURE = REFERENCE / 'pattern.png'  # 420 x 300
@@ -22,7 +23,7 @@ PICTURE = REFERENCE / 'pattern.png'  # 420 x 300
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory) -> dict:
-    """Files of weights without a head, as DINO's backbones are."""
+    """Files of weights without a head, like backbones of DINO."""
     folder = tmp_path_factory.mktemp('weights')
     for name in ('xcit_nano_12_p16', 'xcit_nano_12_p8'):
         torch.save(seeded_model(name, num_classes=0).state_dict(), folder / f'{name}.pth')
@@ -48,7 +49,7 @@ def files(folder: Path) -> set:
 # ----- pictures
 
 def test_a_picture_gives_a_map_of_each_head_their_mean_and_a_sheet(weights, tmp_path):
-    """Four heads, four maps; nothing else is left behind, and `main` returns the sheet."""
+    """Four heads give four maps, the mean and the sheet, which `main` returns, and no other file."""
     assert draw(weights, tmp_path, PICTURE, '--input-size', 100) == [tmp_path / 'pattern_sheet.png']
     assert files(tmp_path) == {f'pattern_{name}.png' for name in ('head0', 'head1', 'head2', 'head3', 'mean', 'sheet')}
 
@@ -56,7 +57,7 @@ def test_a_picture_gives_a_map_of_each_head_their_mean_and_a_sheet(weights, tmp_
 @pytest.mark.parametrize('model', ['xcit_nano_12_p16', 'xcit_nano_12_p8'])
 @pytest.mark.parametrize('size', [(100, 37), (33, 90), (64, 64), (200, 1)])
 def test_maps_have_the_pictures_shape(model, size, weights, tmp_path):
-    """The longer side is --input-size, the picture keeps its shape, whatever the patch; every map is painted."""
+    """The longer side is --input-size, the aspect ratio is kept for each patch size, and every map is painted."""
     write_image(tmp_path / 'a.png', size=size)
     draw(weights, tmp_path / 'out', tmp_path / 'a.png', '--input-size', 120, model=model)
     expected = tuple(max(1, round(side * 120 / max(size))) for side in size)
@@ -67,12 +68,12 @@ def test_maps_have_the_pictures_shape(model, size, weights, tmp_path):
 
 
 def test_default_size_is_high():
-    """1024 pixels, the resolution that this model is made for."""
+    """Attention is drawn at 1024 pixels by default."""
     assert get_args_parser().parse_args(['--pretrained', 'x', '--output-dir', 'y']).input_size == 1024
 
 
 def test_raw_attention_is_that_of_the_models_own_forward(weights, tmp_path):
-    """The weights, with the values, give the CLS token that class attention computed; (heads, H, W), float32."""
+    """Raw attention (heads, H, W) times the values gives the CLS token of the class attention."""
     draw(weights, tmp_path, PICTURE, '--input-size', 100, '--save-raw')
     raw = torch.from_numpy(np.load(tmp_path / 'pattern_attention.npy'))
     assert (raw.shape, raw.dtype) == ((4, 5, 7), torch.float32)
@@ -93,16 +94,16 @@ def test_raw_attention_is_that_of_the_models_own_forward(weights, tmp_path):
 
 
 def test_heads_are_chosen(weights, tmp_path):
-    """Only those asked for are drawn, under their own numbers, and the mean is theirs."""
+    """Only the chosen heads are drawn and averaged, under their own numbers."""
     draw(weights, tmp_path / 'two', PICTURE, '--input-size', 64, '--heads', '3,1', '--save-raw')
     draw(weights, tmp_path / 'all', PICTURE, '--input-size', 64, '--save-raw')
     draw(weights, tmp_path / 'one', PICTURE, '--input-size', 64, '--heads', '3')
     assert {'pattern_head1.png', 'pattern_head3.png'} == {n for n in files(tmp_path / 'two') if 'head' in n}
     two, every = (np.load(tmp_path / name / 'pattern_attention.npy') for name in ('two', 'all'))
     np.testing.assert_array_equal(two, every[[3, 1]])
-    one = tmp_path / 'one'
-    assert (one / 'pattern_mean.png').read_bytes() == (one / 'pattern_head3.png').read_bytes()
-    assert (one / 'pattern_mean.png').read_bytes() != (tmp_path / 'all' / 'pattern_mean.png').read_bytes()
+    head_3 = tmp_path / 'one'
+    assert (head_3 / 'pattern_mean.png').read_bytes() == (head_3 / 'pattern_head3.png').read_bytes()
+    assert (head_3 / 'pattern_mean.png').read_bytes() != (tmp_path / 'all' / 'pattern_mean.png').read_bytes()
 
 
 def test_layer_is_chosen(weights, tmp_path):
@@ -115,7 +116,7 @@ def test_layer_is_chosen(weights, tmp_path):
 
 
 def test_equal_stems_do_not_overwrite_each_other(weights, tmp_path):
-    """Pictures of one name in several folders or formats, and one named as a numbered one would be."""
+    """Pictures of equal names in several folders or formats, and one with a number in its name, are all kept."""
     paths = [tmp_path / name for name in ('a/x.png', 'b/x.png', 'b/X.jpg', 'b/x-2.png')]
     for seed, path in enumerate(paths):
         write_image(path, seed=seed)
@@ -125,7 +126,7 @@ def test_equal_stems_do_not_overwrite_each_other(weights, tmp_path):
 
 
 def test_folders_and_cameras_rotation(weights, tmp_path):
-    """A folder stands for the images in it; a photograph is turned as its EXIF orientation says."""
+    """Images in a folder are drawn, turned by their EXIF orientation."""
     write_image(tmp_path / 'in/a.jpg', size=(64, 32))
     image = Image.open(tmp_path / 'in/a.jpg')
     image.getexif()[0x112] = 6  # a quarter turn
@@ -135,7 +136,7 @@ def test_folders_and_cameras_rotation(weights, tmp_path):
 
 
 def test_attention_is_drawn_where_the_token_looks():
-    """The stem centres token (i, j) on pixel (i * patch, j * patch), and there its colour is."""
+    """The colour of token (i, j) is at pixel (i * patch, j * patch), the centre of its receptive field."""
     model = seeded_model('xcit_nano_12_p16').eval()
     image = torch.zeros(1, 3, 200, 230, requires_grad=True)
     model.patch_embed(image)[0, :, 5, 7].square().sum().backward()
@@ -170,7 +171,7 @@ def test_colors_get_lighter_evenly():
 
 
 def test_one_hot_patch_does_not_darken_the_rest():
-    """A patch with a thousand times the attention of any other leaves the others' colours as they would be."""
+    """A patch with a thousand times the attention of any other does not change the others' colours."""
     values = torch.linspace(0, 1, 400).reshape(20, 20)
     hot = values.clone()
     hot[10, 10] = 1000
@@ -182,7 +183,7 @@ def test_one_hot_patch_does_not_darken_the_rest():
 
 
 def test_uniform_attention_is_painted():
-    """A map without any differences is one colour, not an error."""
+    """A uniform map has one colour, without an error."""
     flat = visualize_attention.paint(Image.new('RGB', (32, 32)), torch.full((2, 2), .25), np.array([.25, .25]), 16)
     assert len(flat.getcolors()) == 1
 
@@ -190,13 +191,13 @@ def test_uniform_attention_is_painted():
 @pytest.mark.parametrize('size', [(300, 200), (200, 300), (1000, 30), (30, 1000), (1, 1000)])
 @pytest.mark.parametrize('heads', [1, 3, 4, 16])
 def test_sheet_is_readable(size, heads):
-    """Neither tiny nor huge, on white, with every tile complete: each one's own colour covers its share."""
+    """A sheet has a limited size and a white border, and every tile is complete."""
     colors = [(250 - 10 * i, 20 + 3 * i, 40) for i in range(heads + 2)]
     tiles = [visualize_attention.Tile(Image.new('RGB', size, c), 'head 15', '0.3 to 12.5 x uniform') for c in colors]
     sheet = contact_sheet(tiles[:2], tiles[2:])
     assert 900 < max(sheet.size) < 3000
-    found = {color: count for count, color in sheet.getcolors(sheet.width * sheet.height)}
-    areas = [found[color] for color in colors]
+    counts = {color: count for count, color in sheet.getcolors(sheet.width * sheet.height)}
+    areas = [counts[color] for color in colors]
     assert areas[0] == areas[1]
     assert len(set(areas[2:])) == 1
     border = np.array(sheet)
@@ -205,7 +206,7 @@ def test_sheet_is_readable(size, heads):
 
 
 def test_training_checkpoint_needs_no_model_name(tmp_path):
-    """A checkpoint written by training says what it is; a head is no obstacle."""
+    """The model of a training checkpoint is named in the file, and its head is ignored."""
     model = seeded_model('xcit_nano_12_p16', num_classes=3)
     torch.save({'model': model.state_dict(), 'args': {'model': 'xcit_nano_12_p16'}}, tmp_path / 'run.pth')
     main([str(PICTURE), '--pretrained', str(tmp_path / 'run.pth'), '--output-dir', str(tmp_path / 'out'),
@@ -219,7 +220,7 @@ RATE = Fraction(30000, 1001)
 
 
 def write_video(path: Path, *, times=range(12), size=(64, 48)):
-    """A bright square that wanders over smooth random colours, one frame for each time (in units of 1 / RATE)."""
+    """Write a video of a bright square moving over smooth random colours, a frame per time in units of 1 / RATE."""
     write_image(path.with_suffix('.png'), size=size)
     background = Image.open(path.with_suffix('.png'))
     with av.open(str(path), 'w') as container:
@@ -235,7 +236,7 @@ def write_video(path: Path, *, times=range(12), size=(64, 48)):
 
 
 def read_video(path: Path) -> tuple:
-    """Frame rate, times in seconds, pictures."""
+    """Return frame rate, times in seconds, and pictures."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         pictures, times = zip(*read_frames(container))
@@ -244,7 +245,7 @@ def read_video(path: Path) -> tuple:
 
 @pytest.mark.parametrize('times', [range(12), [0, 1, 2, 6, 7, 20]], ids=['even', 'uneven'])
 def test_video_keeps_its_frames_and_times(times, weights, tmp_path):
-    """As many frames at the same moments and rate, twice as wide."""
+    """The video has the same frames, times and rate, and twice the width."""
     write_video(tmp_path / 'in.mp4', times=times)
     path = draw(weights, tmp_path / 'out', '--video', tmp_path / 'in.mp4', '--input-size', 80)
     assert path == tmp_path / 'out' / 'in_attention.mp4'
@@ -257,7 +258,7 @@ def test_video_keeps_its_frames_and_times(times, weights, tmp_path):
 
 
 def test_video_shows_the_picture_beside_its_attention(weights, tmp_path):
-    """Left each frame as it was; right its map, which changes with the frames."""
+    """The left half is the frame; the right half is its map, which changes with the frames."""
     write_video(tmp_path / 'in.mp4')
     _, _, before = read_video(tmp_path / 'in.mp4')
     _, _, after = read_video(draw(weights, tmp_path, '--video', tmp_path / 'in.mp4', '--input-size', 64))
@@ -270,7 +271,7 @@ def test_video_shows_the_picture_beside_its_attention(weights, tmp_path):
 
 
 def test_a_turned_video_is_turned(weights, tmp_path):
-    """A phone's upright video, stored lying with a note of its rotation, comes out upright."""
+    """A video with a rotation in its header is turned upright."""
     write_video(tmp_path / 'in.mp4', times=range(2))
     # The matrix in an MP4's track header, which comes after the one of the movie: a quarter turn to the left
     upright, turned = (struct.pack('>9i', *(0x10000 * x for x in rotation), 0, 0, 0x40000000)
@@ -285,7 +286,7 @@ def test_a_turned_video_is_turned(weights, tmp_path):
 
 
 def test_video_colors_follow_slowly(weights, tmp_path):
-    """The colour scale of a frame keeps most of the scale before, so that a flickering light makes no flicker."""
+    """The colour scale keeps most of the previous frame's scale, so a flickering light does not flicker in the maps."""
     attention = visualize_attention.build_attention(visualize_attention.parse_args(
         ['--video', 'x', '--model', 'xcit_nano_12_p16', '--pretrained', str(weights['xcit_nano_12_p16']),
          '--output-dir', str(tmp_path), '--device', 'cpu']))
@@ -300,13 +301,14 @@ def test_video_colors_follow_slowly(weights, tmp_path):
 # ----- bad input
 
 def test_program_prints_one_line_and_exits_with_2(tmp_path):
-    """As a user sees it: no traceback, and nothing is made."""
+    """The program refuses another model in one line with exit code 2, and makes no folder."""
     result = subprocess.run(
         [sys.executable, '-m', 'tools.visualize_attention', PICTURE, '--model', 'resnet18', '--pretrained', 'x.pth',
          '--output-dir', tmp_path / 'out'], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.splitlines() == [result.stderr.rstrip('\n')]
-    assert 'error: --model resnet18: is no XCiT, which this program is for; allowed: xcit_nano_12_p16' in result.stderr
+    assert ('error: --model resnet18: not an XCiT model, which this program needs; allowed: xcit_nano_12_p16'
+            in result.stderr)
     assert not (tmp_path / 'out').exists()
 
 
@@ -328,26 +330,26 @@ def test_program_prints_one_line_and_exits_with_2(tmp_path):
     ([PICTURE, '--full-crop'], ['--full-crop']),
 ], ids=lambda value: ' '.join(map(str, value[1:3])) if value and value[0] == PICTURE else '')
 def test_bad_flag(argv, words, weights, tmp_path):
-    """One line that says what is allowed, and nothing is written."""
+    """A bad flag is refused with the allowed values before anything is written."""
     model = ['--model', 'xcit_nano_12_p16', '--pretrained', weights['xcit_nano_12_p16'], '--device', 'cpu']
     refused([*model, '--output-dir', tmp_path / 'out', *argv], *words)
     assert not (tmp_path / 'out').exists()
 
 
 def test_other_models_checkpoint_is_refused(tmp_path):
-    """Also where its file, not the command line, says that it is no XCiT."""
+    """A checkpoint that names another model than XCiT is refused."""
     model = seeded_model('resnet10t', num_classes=2)
     torch.save({'model': model.state_dict(), 'args': {'model': 'resnet10t'}}, tmp_path / 'run.pth')
     refused([PICTURE, '--pretrained', tmp_path / 'run.pth', '--output-dir', tmp_path / 'out'],
-            'resnet10t: is no XCiT')
+            'resnet10t: not an XCiT model')
 
 
 def test_inputs_are_not_written_over(weights, tmp_path):
-    """A picture whose name another one's map would get, in the same folder, stays."""
+    """A picture with the name of another picture's map in the output folder is not overwritten."""
     for name in ('a.png', 'a_mean.png'):
         write_image(tmp_path / name)
     before = (tmp_path / 'a_mean.png').read_bytes()
-    with pytest.raises(InputError, match='would be written over'):
+    with pytest.raises(InputError, match='would be overwritten'):
         draw(weights, tmp_path, tmp_path / 'a.png', tmp_path / 'a_mean.png', '--input-size', 32)
     assert (tmp_path / 'a_mean.png').read_bytes() == before
 
@@ -361,7 +363,7 @@ def test_missing_pyav_is_named(weights, tmp_path, monkeypatch):
 
 
 def test_damaged_video_is_refused(weights, tmp_path):
-    """A file that ends before its first frame: one line, and no directory is made."""
+    """A video that ends before its first frame is refused before a folder is made."""
     write_video(tmp_path / 'whole.mkv')
     (tmp_path / 'cut.mkv').write_bytes((tmp_path / 'whole.mkv').read_bytes()[:600])
     refused(['--video', tmp_path / 'cut.mkv', '--pretrained', weights['xcit_nano_12_p16'],
@@ -371,7 +373,7 @@ def test_damaged_video_is_refused(weights, tmp_path):
 
 @pytest.mark.parametrize('taken', ['in_attention.mp4', 'pattern_mean.png'])
 def test_what_cannot_be_written_leaves_nothing_unfinished(taken, weights, tmp_path):
-    """Where a directory has the name of a result, the run stops with one line and takes away what it had begun."""
+    """If a directory has the name of a result, the program ends in one line and leaves no unfinished file."""
     write_video(tmp_path / 'in.mp4', times=range(2))
     (tmp_path / 'out' / taken).mkdir(parents=True)
     given = ['--video', tmp_path / 'in.mp4'] if taken.endswith('mp4') else [PICTURE]

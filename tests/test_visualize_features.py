@@ -1,4 +1,4 @@
-"""python -m tools.visualize_features, and the principal components that it draws"""
+"""Command python -m tools.visualize_features, and principal components of tokens."""
 import numpy as np
 import pytest
 import torch
@@ -17,13 +17,13 @@ def backbone(tmp_path_factory):
     return path
 
 
-def draw(backbone, *words) -> list:
-    return main([*map(str, words), '--model', 'xcit_nano_12_p16', '--pretrained', str(backbone), '--input-size', '96',
+def draw(backbone, *argv) -> list:
+    return main([*map(str, argv), '--model', 'xcit_nano_12_p16', '--pretrained', str(backbone), '--input-size', '96',
                  '--device', 'cpu'])
 
 
 def test_pictures_are_drawn(tmp_path, backbone):
-    """Each in its shape, odd ones too, and all on one page."""
+    """Pictures keep their shapes, also odd ones, and are all on the sheet."""
     for i, size in enumerate([(96, 96), (70, 50), (31, 97)]):
         write_image(tmp_path / 'in' / f'{i}.png', size=size, seed=i)
     files = draw(backbone, tmp_path / 'in', '--output-dir', tmp_path / 'out')
@@ -33,22 +33,23 @@ def test_pictures_are_drawn(tmp_path, backbone):
 
 
 def test_two_pictures_of_one_name_are_both_kept(tmp_path, backbone):
+    """Drawings of pictures with equal names in two folders get different names."""
     for folder in 'ab':
         write_image(tmp_path / folder / 'x.png', seed=ord(folder))
     files = draw(backbone, tmp_path / 'a', tmp_path / 'b', '--output-dir', tmp_path / 'out')
     assert [file.name for file in files] == ['x_features.png', 'x-2_features.png', 'features.png']
 
 
-@pytest.mark.parametrize(('words', 'message'), [
-    (['/nowhere.png'], '/nowhere.png: no such file'),
-    (['{folder}'], 'unreadable image'),
+@pytest.mark.parametrize(('picture', 'message'), [
+    ('/nowhere.png', '/nowhere.png: no such file'),
+    ('{folder}', 'unreadable image'),
 ])
-def test_bad_pictures_are_refused(tmp_path, backbone, words, message):
+def test_bad_pictures_are_refused(tmp_path, backbone, picture, message):
+    """A missing picture, and a folder with an unreadable picture, are refused without an output folder."""
     (tmp_path / 'in').mkdir()
     (tmp_path / 'in' / 'bad.png').write_text('no picture')
-    words = [word.format(folder=tmp_path / 'in') for word in words]
     with pytest.raises(InputError, match=message):
-        draw(backbone, *words, '--output-dir', tmp_path / 'out')
+        draw(backbone, picture.format(folder=tmp_path / 'in'), '--output-dir', tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
 
 
@@ -63,7 +64,7 @@ def test_components_are_common_to_all_pictures():
 
 
 def test_background_is_what_lies_at_the_edges():
-    """An object in the middle is coloured, and the rest is black."""
+    """With remove_background, an object in the middle is coloured and the rest is black."""
     torch.manual_seed(0)
     tokens, object_ = .1 * torch.randn(1, 9, 9, 8), torch.zeros(9, 9, dtype=torch.bool)
     object_[3:6, 2:7] = True
@@ -74,10 +75,12 @@ def test_background_is_what_lies_at_the_edges():
 
 
 def test_threshold_divides_two_groups():
+    """The threshold of values around 0 and around 10 is between the two groups."""
     assert 1 <= maps.threshold(torch.tensor([0., 1., 10., 11., .5])) < 10
 
 
 def test_drawing_over_a_picture_is_refused(tmp_path, backbone):
+    """An --output-dir in which a drawing would overwrite an input picture is refused."""
     write_image(tmp_path / 'features.png')
-    with pytest.raises(InputError, match='would be written over'):
+    with pytest.raises(InputError, match='would be overwritten'):
         draw(backbone, tmp_path / 'features.png', '--output-dir', tmp_path)

@@ -1,4 +1,4 @@
-"""Weights in every format that XCiT weights come in, by every entry; and downloads from real servers."""
+"""Weights in every published format of XCiT, by every entry; and downloads from real servers."""
 import argparse
 import contextlib
 import dataclasses
@@ -16,12 +16,15 @@ import safetensors.torch
 import timm
 import torch
 from conftest import ROOT, seeded_images, seeded_model, tiny, write_folders
-from processes import free_port
+from processes import finish, free_port, start
 from servers import downloads, serve
 
+import datasets
 import main
 import weights
 import xcit_zoo
+from loaders.source import Source
+from loaders.transforms import ToNormalizedTensor
 from run import checkpoints
 from utils import InputError
 
@@ -30,10 +33,10 @@ PUBLISHED = xcit_zoo.ZOO[f'{NAME}.fb_in1k']
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Formats: functions of a model that give what a file holds
+# Formats: functions from a model to the content of a file
 
 class DinoHead(torch.nn.Module):
-    """The names of DINO's projection head."""
+    """Module with the names of DINO's projection head."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +45,7 @@ class DinoHead(torch.nn.Module):
 
 
 class MultiCrop(torch.nn.Module):
-    """As DINO wraps its networks."""
+    """Wrapper of DINO's networks."""
 
     def __init__(self, backbone: torch.nn.Module):
         super().__init__()
@@ -51,7 +54,7 @@ class MultiCrop(torch.nn.Module):
 
 @contextlib.contextmanager
 def process_group():
-    """A group of one process, which DistributedDataParallel needs."""
+    """Join a group of one process, which DistributedDataParallel needs."""
     torch.distributed.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{free_port()}', rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
@@ -86,7 +89,7 @@ FORMATS = {
 
 
 def assert_expected_keys(content: dict, *parts: str):
-    """The wrappers did put these into the names."""
+    """Assert that the wrappers have put `parts` into the names."""
     names = [name for value in (content, *content.values()) if isinstance(value, dict) for name in value]
     assert all(any(part in name for name in names) for part in parts)
 
@@ -106,7 +109,7 @@ def model():
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory) -> dict:
-    """A file of each format; bare ones as .safetensors too."""
+    """A file of each format; bare state dicts as .safetensors too."""
     folder = tmp_path_factory.mktemp('formats')
     paths = {}
     for name, content_of in FORMATS.items():
@@ -128,14 +131,14 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def loaded(source, **kwargs) -> torch.nn.Module:
-    """A fresh model with weights as `main.py` loads them."""
+    """Build a fresh model with weights as main.py loads them."""
     model = timm.create_model(NAME, num_classes=CLASSES)
     weights.load(model, weights.read(str(source), '--pretrained', NAME, **kwargs))
     return model
 
 
-def test_files_are_in_the_formats_that_they_stand_for(files):
-    """Every format is there, and the wrappers' prefixes are in the names."""
+def test_files_have_their_formats(files):
+    """Every format exists, and the names contain the wrappers' prefixes."""
     assert set(files) == set(ALL)
     for name, part in (('distributed', 'module.'), ('compiled', '_orig_mod.'), ('compiled blocks', '0._orig_mod.'),
                        ('distributed, then compiled', '_orig_mod.module.'), ('timm', 'attn.q.weight'),
@@ -145,13 +148,13 @@ def test_files_are_in_the_formats_that_they_stand_for(files):
 
 @pytest.mark.parametrize('name', ALL)
 def test_format_is_read(files, model, name):
-    """weights.read gives the model's logits back, bitwise."""
+    """weights.read restores the model's logits bitwise."""
     assert torch.equal(logits(loaded(files[name])), logits(model))
 
 
 @pytest.mark.parametrize('name', ALL)
 def test_format_is_read_by_timm(files, model, name):
-    """So does timm.create_model with the file in its pretrained_cfg."""
+    """timm.create_model with the file in its pretrained_cfg restores the logits bitwise."""
     own = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=dict(
         file=str(files[name]), num_classes=CLASSES), num_classes=CLASSES)
     assert torch.equal(logits(own), logits(model))
@@ -159,16 +162,17 @@ def test_format_is_read_by_timm(files, model, name):
 
 @pytest.mark.parametrize('name', ALL)
 def test_format_is_read_by_create_model(files, model, name):
-    """So does weights.create_model, which finds the number of classes in the file."""
+    """weights.create_model restores the logits bitwise, with the file's number of classes."""
     assert torch.equal(logits(weights.create_model(NAME, files[name])), logits(model))
 
 
 @pytest.mark.parametrize('name', ['original', 'timm, safetensors', 'compiled, then distributed', 'namespace'])
 def test_format_is_evaluated(files, model, name, tmp_path):
-    """main.py --eval --pretrained finds the loss of these weights."""
+    """main.py --eval --pretrained computes the loss of these weights."""
     data = write_folders(tmp_path, classes=('a', 'b', 'c'), per_class=2)
     stats = main.main(tiny(data, '--eval', '--pretrained', str(files[name])))
-    dataset, _ = main.datasets.build_dataset(main.parse_args(tiny(data)), is_train=False)
+    dataset, _ = datasets.load(Source('FOLDER', str(data)), is_train=False)
+    dataset = dataset.with_transform(ToNormalizedTensor())
     with torch.no_grad():
         expected = torch.nn.functional.cross_entropy(
             model(torch.stack([image for image, _ in dataset])), torch.tensor([target for _, target in dataset]))
@@ -177,7 +181,7 @@ def test_format_is_evaluated(files, model, name, tmp_path):
 
 @pytest.mark.parametrize('name', ['xcit_nano_12_p16', 'xcit_tiny_12_p16'])
 def test_naming_is_that_of_timms_own_model(name, tmp_path):
-    """Weights of timm's class give the same logits in ours."""
+    """Weights of timm's class have equal logits in ours."""
     theirs = timm.create_model(f'{name}_224', num_classes=CLASSES)
     theirs.load_state_dict(xcit_zoo.to_timm_names(seeded_model(name, num_classes=CLASSES).state_dict()))
     assert type(theirs).__module__ == 'timm.models.xcit'
@@ -186,10 +190,10 @@ def test_naming_is_that_of_timms_own_model(name, tmp_path):
 
 
 @pytest.mark.parametrize(('format_name', 'words'), [
-    ('original', "'model'"), ('timm', "a bare state dict, timm's names"), ('namespace', "'model', of epoch 3"),
+    ('original', "'model'"), ('timm', "a bare state dict, timm's names"), ('namespace', "'model', epoch 3"),
     ('compiled, then distributed', 'a bare state dict, names without _orig_mod. and module.')])
-def test_says_what_it_read(files, capsys, format_name, words):
-    """One line that names the source and what it holds."""
+def test_source_is_logged(files, capsys, format_name, words):
+    """One line has the source and its content."""
     loaded(files[format_name])
     assert capsys.readouterr().out == f'--pretrained {files[format_name]}: {words}\n'
 
@@ -198,7 +202,7 @@ def test_says_what_it_read(files, capsys, format_name, words):
 
 @pytest.fixture(scope='module')
 def dino(tmp_path_factory) -> Path:
-    """A checkpoint of a DINO training, whose student differs from its teacher."""
+    """A checkpoint of a DINO run, whose student differs from its teacher."""
     student, teacher = MultiCrop(timm.create_model(NAME, num_classes=0)), MultiCrop(seeded_model(NAME, num_classes=0))
     with process_group():
         content = {'student': distributed(student).state_dict(), 'teacher': teacher.state_dict(),
@@ -208,7 +212,7 @@ def dino(tmp_path_factory) -> Path:
 
 
 def test_dino_training_gives_the_teachers_backbone(dino):
-    """By every entry, without the projection head."""
+    """Every entry loads the teacher's backbone, without the projection head."""
     expected = logits(seeded_model(NAME, num_classes=0))
     backbone = timm.create_model(NAME, num_classes=0)
     weights.load(backbone, weights.read(str(dino), '--pretrained', NAME))
@@ -219,7 +223,7 @@ def test_dino_training_gives_the_teachers_backbone(dino):
 
 
 def test_wrapped_teacher_is_read(tmp_path):
-    """A teacher under DistributedDataParallel, as with BatchNorm in the head."""
+    """A teacher under DistributedDataParallel is read, as with BatchNorm in the head."""
     with process_group():
         content = {'teacher': distributed(MultiCrop(seeded_model(NAME, num_classes=0))).state_dict()}
     path = write(content, tmp_path / 'wrapped.pth')
@@ -227,27 +231,27 @@ def test_wrapped_teacher_is_read(tmp_path):
 
 
 def test_dino_backbone_gets_a_fresh_head(dino, tmp_path, capsys):
-    """A training starts from it, and says that there was no head; evaluation refuses."""
+    """A run starts from the backbone, and logs that there was no head; evaluation refuses."""
     data = write_folders(tmp_path / 'data')
     assert main.main(tiny(data, '--epochs', '1', '--pretrained', str(dino)))['epoch'] == 0
-    assert 'the weights have no head: all but the head is taken' in capsys.readouterr().out
+    assert 'the weights have no head: all but the head is loaded' in capsys.readouterr().out
     with pytest.raises(InputError, match='the weights have no head'):
         main.main(tiny(data, '--eval', '--pretrained', str(dino)))
 
 
 def test_what_is_beside_a_backbone_is_an_error(tmp_path):
-    """A detector's neck is neither backbone nor DINO's head: the file is named as what it is."""
+    """A file with a detector's neck is refused as weights of a detector."""
     content = {f'backbone.{key}': value for key, value in seeded_model(NAME, num_classes=0).state_dict().items()}
     path = write({'state_dict': {**content, 'neck.conv.weight': torch.zeros(1)}}, tmp_path / 'detector.pth')
     with pytest.raises(InputError, match=r'the weights of a detector or a segmenter \(neck\)'):
         weights.create_model(NAME, path)
 
 
-# ----- trainings of our own
+# ----- runs of main.py
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory) -> Path:
-    """The checkpoint of a real training whose average differs from its weights."""
+    """The checkpoint of a run whose EMA differs from its weights."""
     data = write_folders(tmp_path_factory.mktemp('data'), classes=('a', 'b', 'c'), per_class=4)
     run = tmp_path_factory.mktemp('run')
     main.main(tiny(data, '--epochs', '1', '--output-dir', str(run)))
@@ -258,27 +262,27 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(('entry', 'use_ema'), [('model', False), ('model_ema', True)])
 def test_training_checkpoint_is_read(trained, entry, use_ema):
-    """Raw, and the moving average with use_ema."""
+    """The weights are read, and the EMA with use_ema."""
     expected = timm.create_model(NAME, num_classes=CLASSES)
     expected.load_state_dict(torch.load(trained, weights_only=True)[entry])
     assert torch.equal(logits(loaded(trained, use_ema=use_ema)), logits(expected))
 
 
-def test_timm_takes_the_average_of_a_training(trained):
-    """timm itself prefers the average of a checkpoint that has one."""
+def test_timm_loads_the_ema_of_a_run(trained):
+    """timm's own loader prefers the EMA of a checkpoint."""
     expected = loaded(trained, use_ema=True)
     overlay = dict(file=str(trained), num_classes=CLASSES)
     own = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=CLASSES)
     assert torch.equal(logits(own), logits(expected))
 
 
-def test_average_that_is_not_there(files):
-    """--use-ema on weights without one says what the file has."""
-    with pytest.raises(InputError, match='holds no moving average'):
+def test_missing_ema(files):
+    """--use-ema on weights without an EMA is refused with the content of the file."""
+    with pytest.raises(InputError, match='has no EMA'):
         weights.read(str(files['original']), '--pretrained', use_ema=True)
 
 
-# ----- what is left over or missing
+# ----- unexpected and missing weights
 
 def damage(tensors: dict, kind: str) -> dict:
     tensors = dict(tensors)
@@ -298,7 +302,7 @@ def damage(tensors: dict, kind: str) -> dict:
     'missing keys: blocks.3.mlp.fc1.weight', 'unexpected keys: blocks.12.gamma1',
     'other shapes: norm.weight (64,), model has (128,)', 'unexpected keys: cls_attn_blocks.0.attn.k.weight'])
 def test_leftovers_are_listed(model, tmp_path, kind):
-    """Weights that do not fit are an error that lists them, at every entry of ours."""
+    """Every entry refuses weights that do not match, and lists them."""
     path = write({'model': damage(model.state_dict(), kind)}, tmp_path / 'odd.pth')
     for entry in (lambda: loaded(path), lambda: weights.create_model(NAME, path),
                   lambda: weights.create_model(NAME, path, num_classes=7)):
@@ -310,7 +314,7 @@ def test_leftovers_are_listed(model, tmp_path, kind):
 
 @pytest.mark.parametrize('num_classes', [CLASSES, 7])
 def test_leftovers_are_listed_to_timm(model, tmp_path, num_classes):
-    """By timm's entry too, where timm alone would be silent when the head is for other classes."""
+    """timm's entry lists them too, also for a head of other classes, where timm alone would not."""
     tensors = damage(model.state_dict(), 'missing keys: blocks.3.mlp.fc1.weight')
     path = write(tensors, tmp_path / 'odd.pth')
     overlay = dict(file=str(path), num_classes=CLASSES)
@@ -319,7 +323,7 @@ def test_leftovers_are_listed_to_timm(model, tmp_path, num_classes):
 
 
 def test_another_models_weights_are_refused(tmp_path):
-    """Tiny's into nano: missing, left over and shapes, in one line that does not list hundreds."""
+    """Tiny's weights for nano are refused in one line with a part of the hundreds of keys."""
     path = write(timm.create_model('xcit_tiny_24_p16', num_classes=CLASSES).state_dict(), tmp_path / 'tiny.pth')
     with pytest.raises(InputError, match=r'unexpected keys: blocks\.12\..*more; other shapes: cls_token') as caught:
         loaded(path)
@@ -329,14 +333,14 @@ def test_another_models_weights_are_refused(tmp_path):
 @pytest.mark.parametrize('content', [
     {'model': {}}, {}, {'epoch': 3}, {'model': {'a': 1}}, {'model': {0: torch.ones(1)}}, {'model': [1, 2]}])
 def test_files_without_weights_are_refused(tmp_path, content):
-    """The message tells what the file has."""
+    """A file without tensors by name is refused as a file without weights."""
     torch.save(content, tmp_path / 'empty.pth')
     with pytest.raises(InputError, match='no weights'):
         weights.read(str(tmp_path / 'empty.pth'), '--pretrained')
 
 
 def test_head_of_other_classes_is_left_out(files, model):
-    """All but the head is taken; the fresh one has the number that was asked for."""
+    """All but the head is loaded; the fresh head has the requested number of classes."""
     own = weights.create_model(NAME, files['timm'], num_classes=7)
     assert own.head.weight.shape == (7, 128)
     assert torch.equal(own.norm.weight, model.norm.weight)
@@ -347,7 +351,7 @@ def test_head_of_other_classes_is_left_out(files, model):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """torch.hub's folder of checkpoints, empty; Hugging Face's is empty too."""
+    """torch.hub's folder of checkpoints, empty."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     return tmp_path / 'torch' / 'hub' / 'checkpoints'
 
@@ -360,17 +364,17 @@ def thousand(tmp_path_factory) -> Path:
 
 
 def published_at(url: str, monkeypatch, **changes):
-    """Let the first tag of the model be at `url`."""
+    """Move the first tag of the model to `url`."""
     monkeypatch.setitem(xcit_zoo.ZOO, f'{NAME}.fb_in1k', dataclasses.replace(PUBLISHED, url=url, **changes))
 
 
 def kept(cache: Path) -> list:
-    """The files of the cache, but for the locks."""
+    """Return the files of the cache without the locks."""
     return sorted(path.name for path in cache.iterdir() if path.suffix != '.lock')
 
 
 def test_tag_is_downloaded_and_kept(cache, thousand, monkeypatch):
-    """From the authors' URL, once: the second time the file is there."""
+    """A tag is downloaded from the authors' URL once, and read from the cache the second time."""
     with serve({'nano.pth': thousand}) as server:
         published_at(f'{server.url}/nano.pth', monkeypatch)
         for _ in range(2):
@@ -381,14 +385,14 @@ def test_tag_is_downloaded_and_kept(cache, thousand, monkeypatch):
 
 
 def test_tag_is_found_in_torch_hubs_cache(cache, thousand):
-    """Under the published name, without a network."""
+    """A file under the published name is read without a network."""
     cache.mkdir(parents=True)
     (cache / 'xcit_nano_12_p16_224.pth').write_bytes(thousand.read_bytes())
     assert torch.equal(logits(weights.create_model(NAME, True)), logits(seeded_model(NAME)))
 
 
 def test_interrupted_download_starts_anew(cache, thousand, monkeypatch):
-    """What was cut half way is an error and leaves nothing; the second try succeeds."""
+    """A download that is cut is an error and leaves nothing; the second one succeeds."""
     with serve({'nano.pth': thousand}, cut=1) as server:
         url = f'{server.url}/nano.pth'
         with pytest.raises(checkpoints.DownloadError, match=r'nano\.pth: the downloaded file: damaged, truncated'):
@@ -399,7 +403,7 @@ def test_interrupted_download_starts_anew(cache, thousand, monkeypatch):
 
 
 def test_interrupted_safetensors_starts_anew(cache, files):
-    """The same for .safetensors."""
+    """A .safetensors file that is cut is an error and leaves nothing; the second download succeeds."""
     with serve({'x.safetensors': files['bare, safetensors']}, cut=1) as server:
         with pytest.raises(checkpoints.DownloadError, match='damaged, truncated'):
             weights.read(f'{server.url}/x.safetensors', '--pretrained')
@@ -408,7 +412,7 @@ def test_interrupted_safetensors_starts_anew(cache, files):
 
 
 def test_leftovers_of_a_killed_download_go(cache, thousand):
-    """What kill -9 left half-written in the cache is gone after the next download, and other files are not."""
+    """A download removes half-written files of killed processes, and no other files."""
     cache.mkdir(parents=True)
     for name in ('new-nano.pth.0123.partial', 'other.pth'):
         (cache / name).write_bytes(b'half')
@@ -419,7 +423,7 @@ def test_leftovers_of_a_killed_download_go(cache, thousand):
 
 @pytest.mark.parametrize('right', [True, False])
 def test_hash_in_the_name_is_checked(cache, thousand, right):
-    """name-HASH.pth must be the first digits of the file's SHA-256."""
+    """HASH in name-HASH.pth must be the first digits of the file's SHA-256."""
     digest = hashlib.sha256(thousand.read_bytes()).hexdigest()[:8] if right else '00000000'
     with serve({f'nano-{digest}.pth': thousand}) as server:
         url = f'{server.url}/nano-{digest}.pth'
@@ -432,14 +436,14 @@ def test_hash_in_the_name_is_checked(cache, thousand, right):
 
 
 def test_missing_file_is_an_error(cache):
-    """404, with the URL."""
+    """A missing file is an error with the URL."""
     with serve({}) as server, pytest.raises(checkpoints.DownloadError, match=r'gone\.pth: can\'t be .*404'):
         weights.read(f'{server.url}/gone.pth', '--pretrained')
     assert kept(cache) == []
 
 
 def test_without_a_server_the_error_says_where_the_file_goes(cache, thousand, monkeypatch):
-    """The path in the message is the right one: a file put there is read."""
+    """A file at the path in the message is read."""
     url = f'http://127.0.0.1:{free_port()}/nano.pth'
     published_at(url, monkeypatch, hf_hub_id=None)
     with pytest.raises(checkpoints.DownloadError) as caught:
@@ -452,13 +456,13 @@ def test_without_a_server_the_error_says_where_the_file_goes(cache, thousand, mo
 
 @pytest.mark.parametrize('url', ['http://127.0.0.1:port/x.pth', 'http://[::/x.pth', 'http:///x.pth'])
 def test_malformed_url_is_an_error(cache, url):
-    """One line, as for any other."""
+    """A malformed URL is refused in one line."""
     with pytest.raises(InputError):
         weights.read(url, '--pretrained')
 
 
 def test_damaged_file_in_the_cache_is_downloaded_anew(cache, thousand, capsys):
-    """Flipped bytes are found by the checksums, and a message tells."""
+    """Checksums find flipped bytes, and a message is printed."""
     cache.mkdir(parents=True)
     content = bytearray(thousand.read_bytes())
     content[len(content) // 2] ^= 255
@@ -466,20 +470,20 @@ def test_damaged_file_in_the_cache_is_downloaded_anew(cache, thousand, capsys):
     with serve({'nano.pth': thousand}) as server:
         assert weights.read(f'{server.url}/nano.pth', '--pretrained').tensors
         assert downloads(server) == ['/nano.pth']
-    assert 'downloading it again' in capsys.readouterr().err
+    assert 'downloading the file again' in capsys.readouterr().err
     assert (cache / 'nano.pth').read_bytes() == thousand.read_bytes()
 
 
-def test_same_name_from_elsewhere_is_another_file(cache, thousand, files):
-    """Two URLs whose files are both called model.pth don't get each other's weights."""
+def test_same_name_at_another_url_is_another_file(cache, thousand, files):
+    """Two URLs of files named model.pth give their own weights."""
     with serve({'a/model.pth': thousand, 'b/model.pth': files['original']}) as server:
         sizes = [len(weights.read(f'{server.url}/{folder}/model.pth', '--pretrained').tensors['head.bias'])
                  for folder in 'abba']
     assert sizes == [1000, CLASSES, CLASSES, 1000]
 
 
-def test_file_put_into_the_cache_by_hand_is_taken(cache, thousand, files):
-    """Whatever was downloaded under its name before."""
+def test_file_put_into_the_cache_by_hand_is_read(cache, thousand, files):
+    """A file of a user is read, whatever was downloaded under its name before."""
     with serve({'a/model.pth': thousand}) as server:
         weights.read(f'{server.url}/a/model.pth', '--pretrained')
     os.replace(write(torch.load(files['original']), cache / 'mine'), cache / 'model.pth')
@@ -488,7 +492,7 @@ def test_file_put_into_the_cache_by_hand_is_taken(cache, thousand, files):
 
 
 def test_cache_that_cannot_be_written_is_read(cache, thousand):
-    """Others' cache serves what it has, and an error says that it takes nothing new."""
+    """A cache without write access is read; a new download is refused."""
     for name in ('nano.pth', 'other.pth'):
         (cache / f'{name}.lock').mkdir(parents=True)  # as if it could not be opened
     (cache / 'nano.pth').write_bytes(thousand.read_bytes())
@@ -498,17 +502,16 @@ def test_cache_that_cannot_be_written_is_read(cache, thousand):
 
 
 def test_two_processes_download_once(cache, thousand):
-    """The second waits for the first, and reads its file."""
+    """The second process waits for the first one, and reads its file."""
     script = 'import sys, weights; print(len(weights.read(sys.argv[1], "--pretrained").tensors))'
     with serve({'nano.pth': thousand}) as server:
-        both = [subprocess.Popen([sys.executable, '-c', script, f'{server.url}/nano.pth'], text=True, cwd=ROOT,
-                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
-        outputs = [process.communicate(timeout=60) for process in both]
+        command = ['-c', script, f'{server.url}/nano.pth']
+        results = finish([*start(command, 1), *start(command, 1)])
         assert downloads(server) == ['/nano.pth']
-    assert outputs == [(f'{len(torch.load(thousand)["model"])}\n', '')] * 2
+    assert results == [(0, f'{len(torch.load(thousand)["model"])}\n', '')] * 2
 
 
-# ----- the Hugging Face hub, whose address is read when its library is imported: in a process of its own
+# ----- the Hugging Face hub, in a process of its own because its library reads the address on import
 
 READER = '''
 import dataclasses, json, sys
@@ -529,7 +532,7 @@ HUB_FILE = f'{PUBLISHED.hf_hub_id}/resolve/main/model.safetensors'
 
 
 class Reader:
-    """A process that reads weights, with a hub at `port` (if a server runs there) and caches in `folder`."""
+    """Process that reads weights, with a hub at `port` and caches in `folder`."""
 
     def __init__(self, folder: Path):
         self.port, self.folder = free_port(), folder
@@ -540,7 +543,7 @@ class Reader:
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
     def read(self, source: str = 'fb_in1k', *, url: str = NOWHERE):
-        """What `source` gives, with the authors' file at `url`: [description, sum of a tensor], or the error."""
+        """Return [description, sum of a tensor], or the error, of `source` with the authors' file at `url`."""
         self.process.stdin.write(json.dumps([NAME, url, source]) + '\n')
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
@@ -559,7 +562,7 @@ def reader_process(tmp_path_factory):
 
 @pytest.fixture
 def reader(reader_process) -> Reader:
-    """With empty caches."""
+    """The process with empty caches."""
     for folder in ('hf', 'torch'):
         shutil.rmtree(reader_process.folder / folder, ignore_errors=True)
     return reader_process
@@ -578,7 +581,7 @@ def expected() -> list:
 
 
 def test_tag_comes_from_the_hub_when_the_url_fails(reader, hub_file, expected):
-    """And from the hub's cache the next time, without a network."""
+    """A tag is read from the hub, and the next time from the hub's cache without a network."""
     with serve({HUB_FILE: hub_file}, port=reader.port) as server:
         assert reader.read() == expected
         assert downloads(server) == [f'/{HUB_FILE}']
@@ -586,7 +589,7 @@ def test_tag_comes_from_the_hub_when_the_url_fails(reader, hub_file, expected):
 
 
 def test_damaged_file_in_the_hubs_cache_is_replaced_by_the_hub(reader, hub_file, expected):
-    """Where the authors' URL fails."""
+    """A damaged file is downloaded from the hub again if the authors' URL fails."""
     with serve({HUB_FILE: hub_file}, port=reader.port) as server:
         reader.read()
         reader.damage_cache()
@@ -595,7 +598,7 @@ def test_damaged_file_in_the_hubs_cache_is_replaced_by_the_hub(reader, hub_file,
 
 
 def test_damaged_file_in_the_hubs_cache_is_replaced_by_the_authors(reader, hub_file, thousand, expected):
-    """Where the hub can't be reached."""
+    """A damaged file is downloaded from the authors if the hub can't be reached."""
     with serve({HUB_FILE: hub_file}, port=reader.port):
         reader.read()
     reader.damage_cache()
@@ -604,13 +607,13 @@ def test_damaged_file_in_the_hubs_cache_is_replaced_by_the_authors(reader, hub_f
 
 
 def test_hub_name_is_read(reader, hub_file, expected):
-    """hf-hub:OWNER/NAME."""
+    """hf-hub:OWNER/NAME is read from the hub."""
     with serve({HUB_FILE: hub_file}, port=reader.port):
         assert reader.read(f'hf-hub:{PUBLISHED.hf_hub_id}') == expected
 
 
-def test_hub_name_that_is_not_there(reader):
-    """One line with the name."""
+def test_missing_hub_name(reader):
+    """A missing name is refused in one line."""
     with serve({}, port=reader.port):
         error = reader.read('hf-hub:no/such')
     assert error.startswith("--pretrained hf-hub:no/such: can't be read from the Hugging Face hub")
@@ -618,7 +621,7 @@ def test_hub_name_that_is_not_there(reader):
 
 
 def test_neither_home_can_be_reached(reader):
-    """The message names the authors' file and where to put it, after seconds."""
+    """Without a network, the error has the authors' file and its place in the cache, within seconds."""
     start = time.monotonic()
     error = reader.read()
     assert NOWHERE in error
@@ -627,7 +630,7 @@ def test_neither_home_can_be_reached(reader):
 
 
 class Payload:
-    """What a pickle does when it is executed."""
+    """Object whose unpickling creates a file."""
 
     def __init__(self, target: Path):
         self.target = target
@@ -637,7 +640,7 @@ class Payload:
 
 
 def test_python_code_on_the_hub_is_not_executed(reader, tmp_path):
-    """A repository with nothing but a pickle of other objects is refused."""
+    """A repository with only a pickle of other objects is refused."""
     torch.save({'model': Payload(tmp_path / 'executed')}, tmp_path / 'pytorch_model.bin')
     with serve({'evil/model/resolve/main/pytorch_model.bin': tmp_path / 'pytorch_model.bin'}, port=reader.port):
         error = reader.read('hf-hub:evil/model')
@@ -648,23 +651,23 @@ def test_python_code_on_the_hub_is_not_executed(reader, tmp_path):
 # ----- names and models
 
 def test_full_name_is_a_tag(tmp_path, monkeypatch):
-    """MODEL.TAG names the same file as TAG with the model, and only that model's."""
+    """MODEL.TAG is the file of TAG with this model, and with no other model."""
     assert weights.published('', PUBLISHED.model + '.fb_in1k') is weights.published(PUBLISHED.model, 'fb_in1k')
     assert weights.published('xcit_large_24_p8', PUBLISHED.model + '.fb_in1k') is None
-    with pytest.raises(InputError, match=r"needs its model's name before it, as in xcit_nano_12_p16\.fb_in1k"):
+    with pytest.raises(InputError, match=r"needs its model's name in front: xcit_nano_12_p16\.fb_in1k"):
         weights.check_exists('fb_in1k', '--pretrained', '')
 
 
 def test_address_of_a_file_is_read_anew(tmp_path):
-    """file:// is no download: what is there now counts."""
+    """file:// is not cached: the current content is read."""
     for value in (1., 2.):
         torch.save({'weight': torch.full((2,), value)}, tmp_path / 'w.pth')
         given = weights.read(f'file://{tmp_path}/w.pth', '--pretrained')
         assert given.tensors['weight'].tolist() == [value, value]
 
 
-def test_timms_own_model_goes_on(tmp_path, folders):
-    """A training of timm's XCiT, whose weights have other names, can be evaluated, resumed and be a teacher."""
+def test_timms_own_model(tmp_path, folders):
+    """A run of timm's XCiT, whose weights have other names, can be evaluated, resumed and be a teacher."""
     flags = tiny(folders, '--model', 'xcit_nano_12_p16_224', '--epochs', '1', '--output-dir', str(tmp_path))
     main.main(flags)
     best = str(tmp_path / 'best_model.pth')
@@ -677,7 +680,7 @@ def test_timms_own_model_goes_on(tmp_path, folders):
 
 
 def test_checkpoint_of_timms_program(tmp_path, folders):
-    """The flags that timm's train.py stores are no obstacle: its model's name counts, its unset size does not."""
+    """The model's name in a checkpoint of timm's train.py is used, its unset size is not."""
     from tools.predict import main as predict
     model = seeded_model('xcit_nano_12_p16', num_classes=2)
     args = argparse.Namespace(model='xcit_nano_12_p16_224', input_size=None, img_size=None)

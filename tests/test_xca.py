@@ -270,7 +270,7 @@ def test_model_computes_the_same_in_every_form():
 
 
 def test_unknown_form_is_refused():
-    """The message has the value and the allowed values."""
+    """An unknown `xca_form` is refused with the value and the allowed values."""
     with pytest.raises(ValueError, match=r"'fast' is not one of .*gram"):
         seeded_model('xcit_nano_12_p16').xca_form = 'fast'
 

@@ -323,7 +323,7 @@ def test_global_pool(pool):
 
 
 def test_unknown_global_pool_is_refused():
-    """The message has the value and the allowed values."""
+    """An unknown `global_pool` is refused with the value and the allowed values."""
     with pytest.raises(ValueError, match="'max' is not one of"):
         timm.create_model(NANO, global_pool='max')
 

@@ -1,13 +1,11 @@
 """Evaluate the published ImageNet checkpoints, each at its resolution and crop, and compare with the published top-1.
 
-Those trained without labels (DINO) have two: fb_dino by 20 nearest neighbours, which needs the training images, too;
-fb_dino_linear by the published linear classifier.
+Backbones trained without labels (DINO) have two results: fb_dino by 20 nearest neighbours, which also needs the
+training images, and fb_dino_linear by the published linear classifier.
 
-Goes through them one after another. What is measured stands in zoo.csv and zoo.md of the output directory as soon as it
-is known, and what main.py says meanwhile in zoo.log; called again, the program goes on with what is missing.
+Each result is written at once to zoo.csv and zoo.md of the output directory, and the log lines of all evaluations to
+zoo.log. A further call continues with the missing results.
 """
-import run.startup  # noqa: F401  first of all
-
 import argparse
 import contextlib
 import csv
@@ -15,20 +13,25 @@ import dataclasses
 import io
 import time
 from pathlib import Path
-from typing import Dict, Iterable, List, Optional
+from typing import Dict, List, Optional, Tuple
 
 import torch
 
 import datasets
-import main as classification
 import utils
 import xcit
 import xcit_zoo
-from dino import classifiers, knn, linear
-from run import commandline, flags, folder
-from run.commandline import COUNT, COUNT_OR_0, PATH, PATH_OBJECT, Parser
-from run.processes import notice
-from utils import InputError, RunStopped
+from classification.evaluation import View, evaluate_classifier
+from dino import classifiers, features, frozen, neighbours
+from engine import accuracy_line
+from inference.loaded import load
+from loaders.samples import inspect
+from loaders.source import Source
+from run import commandline, flags, folder, session
+from run.commandline import COUNT, PATH, PATH_OBJECT, Parser
+from run.output import log
+from run.settings import Loading
+from utils import InputError, RunStopped, UnreadableImage
 
 CLASSIFIERS = [published for published in xcit_zoo.ZOO.values() if published.num_classes]
 BACKBONES = [published for published in xcit_zoo.ZOO.values() if not published.num_classes]
@@ -40,57 +43,43 @@ ENTRIES = {f'{entry.model}.{entry.tag}': entry for entry in [*CLASSIFIERS, *(
 TAGS = list(dict.fromkeys(entry.tag for entry in ENTRIES.values()))
 NEIGHBOURS = 20
 VAL_IMAGES = 50000  # of ImageNet
-TOLERANCE = .1  # percent, that a measured top-1 may be away from the published one
+TOLERANCE = .1  # percent by which a measured top-1 may differ from the published top-1
 COLUMNS = ('model', 'tag', 'resolution', 'crop', 'published_top1', 'top1', 'top5', 'loss', 'images_per_s', 'images',
            'data_path', 'weights', 'device', 'dtype', 'error')
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser('python -m tools.eval_zoo', description=__doc__,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--data-path', required=True, type=PATH, metavar='DIR',
-                        help='ImageNet: val/ with its class folders')
-    parser.add_argument('--models', nargs='+', choices=xcit.MODELS, metavar='NAME',
-                        help='some of the 14 models; all if unset')
+    parser = Parser('python -m tools.eval_zoo', description=__doc__)
+    parser.add_argument('--data-path', required=True, type=PATH, metavar='DIR', help='folder of ImageNet, with val/')
+    parser.add_argument('--models', nargs='+', choices=xcit.MODELS, metavar='NAME', help='model names; all if unset')
     parser.add_argument('--tags', nargs='+', choices=TAGS, metavar='TAG',
-                        help=f'some of {", ".join(TAGS)}; all if unset')
+                        help=f'tags of checkpoints, some of {", ".join(TAGS)}; all if unset')
     parser.add_argument('--checkpoints', type=PATH_OBJECT, metavar='DIR',
-                        help='take the files from here, by their published names, and download nothing')
+                        help='folder of the checkpoints under their published names; if set, nothing is downloaded')
     parser.add_argument('--output-dir', type=PATH_OBJECT, default=Path('runs/zoo'), metavar='DIR',
-                        help='where the tables go')
+                        help='folder for the tables')
     parser.add_argument('--batch-size', default=64, type=COUNT, metavar='IMAGES',
-                        help='as for main.py, which evaluates 1.5 times as many at once')
-    parser.add_argument('--num-workers', default=10, type=COUNT_OR_0, metavar='N', help='as for main.py')
+                        help='two thirds of the images per forward pass, as in main.py')
+    flags.add_workers_flag(parser)
     flags.add_device_flag(parser)
     flags.add_amp_flag(parser)
     return parser
 
 
-def evaluation_flags(args, published: xcit_zoo.Published) -> list:
-    """main.py's command line for a checkpoint, without the weights."""
-    return ['--eval', '--model', published.model, '--input-size', str(published.resolution),
-            '--full-crop' if published.crop == 1. else '--no-full-crop', '--data-path', args.data_path,
-            '--batch-size', str(args.batch_size), '--num-workers', str(args.num_workers), '--device', args.device,
-            *(['--amp', args.amp] if args.amp else [])]
-
-
 def check(args) -> int:
-    """Refuse what would fail for every checkpoint; returns the number of evaluation images."""
+    """Raise InputError for flags that would fail for every checkpoint; return the number of evaluation images."""
     if args.tags is None:
         has_train = Path(args.data_path, 'train').is_dir()
         args.tags = [tag for tag in TAGS if tag != KNN or has_train]
         if not has_train:
-            notice(f'--data-path {args.data_path}: has no train/, so that {KNN} is left out')
+            log(f'--data-path {args.data_path}: has no train/, so {KNN} is left out')
     if not chosen(args):
         raise InputError(f'--models {" ".join(args.models)}: have none of the tags {", ".join(args.tags)}')
     if args.checkpoints is not None and not args.checkpoints.is_dir():
         raise InputError(f'--checkpoints {args.checkpoints}: no such directory')
-    parsed = classification.parse_args(evaluation_flags(args, CLASSIFIERS[0]))
-    dataset, _ = datasets.build_dataset(parsed, is_train=False)
-    datasets.probe_images(dataset)
+    flags.choose_device(args)
+    dataset, _ = datasets.load(Source('IMNET', args.data_path), is_train=False)
+    inspect(None, dataset)
     return len(dataset)
 
 
@@ -99,25 +88,22 @@ def chosen(args) -> List[xcit_zoo.Published]:
             if published.model in (args.models or xcit.MODELS) and published.tag in args.tags]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The table
-
 def name_of(row: dict) -> str:
     return f'{row["model"]}.{row["tag"]}'
 
 
 def read_rows(path: Path) -> Dict[str, dict]:
-    """The rows of earlier calls by name; those cut short are left out."""
+    """Read the rows of earlier calls by name, without damaged rows."""
     text = path.read_text(errors='replace') if path.exists() else ''
     reader = csv.DictReader(io.StringIO(text))
     if text and tuple(reader.fieldnames or ()) != COLUMNS:
-        raise InputError(f'{path}: is not a table of this program; choose another --output-dir')
+        raise InputError(f'{path}: not a table of this program; choose another --output-dir')
     rows = list(reader)
-    whole = {name_of(row): row for row in rows if None not in row and name_of(row) in ENTRIES
-             and (is_measured(row) or row['error'])}
-    if len(whole) < len(rows):
-        notice(f'{path}: {len(rows) - len(whole)} damaged rows are left out')
-    return whole
+    intact = {name_of(row): row for row in rows if None not in row and name_of(row) in ENTRIES
+              and (is_measured(row) or row['error'])}
+    if len(intact) < len(rows):
+        log(f'{path}: {len(rows) - len(intact)} damaged rows are left out')
+    return intact
 
 
 def is_measured(row: dict) -> bool:
@@ -128,23 +114,15 @@ def is_measured(row: dict) -> bool:
     return row['error'] == ''  # the last column
 
 
-def check_same_images(rows: Iterable[dict], path: Path, *, data_path: str, images: int):
-    """Refuse to mix measurements on different images."""
-    for row in rows:
-        if (row['data_path'], row['images']) != (data_path, str(images)):
-            raise InputError(f'{path}: was measured on {row["images"]} images of {row["data_path"]}, these are '
-                             f'{images} of {data_path}; choose another --output-dir')
-
-
-def write_tables(rows: Dict[str, dict], folder: Path):
-    """zoo.csv and zoo.md, each whole or as before, in the order of the zoo."""
+def write_tables(rows: Dict[str, dict], output_dir: Path):
+    """Write zoo.csv and zoo.md, in the order of the zoo."""
     in_order = [rows[name] for name in ENTRIES if name in rows]
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
     writer.writeheader()
     writer.writerows(in_order)
-    for name, content in (('zoo.csv', text.getvalue()), ('zoo.md', markdown(in_order))):
-        utils.write_text(folder / name, content)
+    utils.write_text(output_dir / 'zoo.csv', text.getvalue())
+    utils.write_text(output_dir / 'zoo.md', markdown(in_order))
 
 
 def markdown(rows: List[dict]) -> str:
@@ -152,94 +130,104 @@ def markdown(rows: List[dict]) -> str:
              '|---|---|---|---|---|---|---|---|']
     for row in rows:
         cells = [f'`{row["model"]}`', f'`{row["tag"]}`', row['resolution'], row['published_top1']]
-        if row['error']:
-            cells += ['not measured', '', '', '']
-        else:
-            cells += [f'{float(row["top1"]):.3f}', deviation(row), f'{float(row["top5"]):.3f}',
-                      f'{float(row["images_per_s"]):.0f}']
+        cells += ['not measured', '', '', ''] if row['error'] else [
+            f'{float(row["top1"]):.3f}', deviation(row), f'{float(row["top5"]):.3f}',
+            f'{float(row["images_per_s"]):.0f}']
         lines.append(f'| {" | ".join(map(str, cells))} |')
-    measured = [row for row in rows if not row['error']]
-    if measured:
-        row = measured[0]
-        lines += ['', f'Measured on {row["images"]} images of `{row["data_path"]}`; deviations '
-                  f'above {TOLERANCE} are marked with an exclamation mark.']
-    lines += [''] * any(row['error'] for row in rows)
-    lines += [f'- not measured: `{name_of(row)}`: {row["error"]}' for row in rows if row['error']]
+    if measured := [row for row in rows if not row['error']]:
+        lines += ['', f'Measured on {measured[0]["images"]} images of `{measured[0]["data_path"]}`; deviations above '
+                  f'{TOLERANCE} are marked with an exclamation mark.']
+    if errors := [f'- not measured: `{name_of(row)}`: {row["error"]}' for row in rows if row['error']]:
+        lines += ['', *errors]
     return '\n'.join(lines) + '\n'
 
 
 def deviation(row: dict) -> str:
-    """Measured minus published top-1, percent, marked if it is too large."""
+    """Format measured minus published top-1, in percent, with a mark above TOLERANCE."""
     difference = round(float(row['top1']) - float(row['published_top1']), 3)
     return f'{difference:+.3f}' + ' !' * (abs(difference) > TOLERANCE)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The program
-
-def measure(args, published: xcit_zoo.Published, images: int) -> dict:
-    """Evaluate a checkpoint; returns its row, with the reason in `error` if the weights can't be had."""
+def measure(args, published: xcit_zoo.Published) -> dict:
+    """Evaluate a checkpoint; return its row, with the reason in `error` if the weights can't be used."""
     row = dict.fromkeys(COLUMNS, '') | {
         'model': published.model, 'tag': published.tag, 'resolution': published.resolution, 'crop': published.crop,
-        'published_top1': published.top1, 'images': images, 'data_path': data_path(args), **setting(args, published)}
+        'published_top1': published.top1, **setting(args, published)}
+    loading = Loading(args.batch_size, flags.choose_device(args), num_workers=args.num_workers)
+    source, amp_dtype = Source('IMNET', args.data_path), amp_dtype_of(args, published)
     try:
-        with open(args.output_dir / 'zoo.log', 'a') as log, contextlib.redirect_stdout(log):
-            return row | MEASURES.get(published.tag, by_classifier)(args, published)
-    except datasets.UnreadableImage:  # the fault of the data, not of the weights
+        with open(args.output_dir / 'zoo.log', 'a') as log_file, contextlib.redirect_stdout(log_file), session.joined(
+                args.device):
+            file = file_of(args, published)
+            if published.tag not in (KNN, LINEAR):
+                return row | by_classifier(published, file, source, loading, amp_dtype)
+            start = time.perf_counter()
+            backbone_file = file_of(args, ENTRIES[f'{published.model}.{KNN}'])
+            backbone = frozen.load(backbone_file, model=published.model, device=loading.device, amp_dtype=amp_dtype)
+            results, count = (by_neighbours(backbone, source, loading) if published.tag == KNN else
+                              by_linear(backbone, file, source, loading))
+            return row | results | {'images_per_s': count / (time.perf_counter() - start)}
+    except UnreadableImage:  # an error of the data, not of the weights
         raise
     except InputError as error:
         return row | {'error': error}
 
 
 def file_of(args, published: xcit_zoo.Published) -> str:
-    """Where a checkpoint is, or the tag that means it."""
+    """Return the path of a checkpoint in --checkpoints, or its tag."""
     return str(args.checkpoints / Path(published.url).name) if args.checkpoints else published.tag
 
 
-def by_classifier(args, published: xcit_zoo.Published) -> dict:
-    stats = classification.main([*evaluation_flags(args, published), '--pretrained', file_of(args, published)])
+def by_classifier(published: xcit_zoo.Published, file: str, source: Source, loading: Loading,
+                  amp_dtype: Optional[torch.dtype]) -> dict:
+    model = load(file, model=published.model, device=loading.device, fuse=False).model
+    if model.num_classes != published.num_classes:
+        raise InputError(f'--pretrained {file}: is for {model.num_classes} classes, not {published.num_classes}')
+    dataset, _ = datasets.load(source, is_train=False)
+    view = View(published.resolution, full_crop=published.crop == 1., resize=True)
+    stats, _ = evaluate_classifier(model, dataset, view, loading, amp_dtype=amp_dtype, name=published.model)
     return {'top1': stats['acc1'], 'top5': stats['acc5'], 'loss': stats['loss'], 'images_per_s': stats['images_per_s']}
 
 
-def by_neighbours(args, published: xcit_zoo.Published) -> dict:
-    start = time.perf_counter()
-    found = knn.main([*backbone_flags(args, published), '--nb-knn', str(NEIGHBOURS)])
-    tops = found['results'][str(NEIGHBOURS)]
-    return {**tops, 'images_per_s': sum(found['images'].values()) / (time.perf_counter() - start)}
+def by_neighbours(backbone: frozen.Frozen, source: Source, loading: Loading) -> Tuple[dict, int]:
+    """Return the accuracies by nearest neighbours, and the number of images of both splits."""
+    images = backbone.images(source)
+    sets = features.build_datasets(images)
+    neighbours.check([NEIGHBOURS], len(sets[0]))
+    train, val = frozen.features_of_both(backbone, images, sets, loading)
+    top1, top5 = neighbours.classify(train, val, ks=[NEIGHBOURS], temperature=neighbours.TEMPERATURE,
+                                     device=loading.device)[NEIGHBOURS]
+    log(neighbours.line(NEIGHBOURS, top1, top5))
+    return {'top1': top1, 'top5': top5}, len(train) + len(val)
 
 
-def by_linear(args, published: xcit_zoo.Published) -> dict:
-    start = time.perf_counter()
-    stats = linear.main([*backbone_flags(args, published), '--evaluate', '--linear-weights', file_of(args, published)])
-    return {'top1': stats['acc1'], 'top5': stats['acc5'], 'loss': stats['loss'],
-            'images_per_s': stats['images'] / (time.perf_counter() - start)}
+def by_linear(backbone: frozen.Frozen, file: str, source: Source, loading: Loading) -> Tuple[dict, int]:
+    """Return the metrics of a linear classifier, and the number of images."""
+    dataset = features.build_dataset(backbone.images(source), is_train=False)
+    layer = classifiers.read_matching(file, width=backbone.loaded.model.num_features, classes=dataset.class_names(),
+                                      backbone=backbone.identity)
+    val = backbone.extract(dataset, loading, 'val')
+    stats = classifiers.evaluate(layer.to(loading.device), val, loading.device)
+    log(accuracy_line(stats))
+    return {'top1': stats['acc1'], 'top5': stats['acc5'], 'loss': stats['loss']}, len(val)
 
 
-MEASURES = {KNN: by_neighbours, LINEAR: by_linear}
-
-
-def backbone_flags(args, published: xcit_zoo.Published) -> list:
-    """The command line of dino.knn and dino.linear."""
-    return ['--arch', published.model, '--pretrained', file_of(args, ENTRIES[f'{published.model}.{KNN}']),
-            '--data-path', args.data_path, '--batch-size', str(args.batch_size), '--num-workers',
-            str(args.num_workers), '--device', args.device, *(['--amp', args.amp] if args.amp else [])]
+def amp_dtype_of(args, published: xcit_zoo.Published) -> Optional[torch.dtype]:
+    """Return the autocast dtype; frozen backbones are evaluated in full precision unless --amp is set."""
+    is_backbone = published.tag in (KNN, LINEAR)
+    return None if is_backbone and args.amp is None else flags.amp_dtype(args, flags.choose_device(args))
 
 
 def setting(args, published: xcit_zoo.Published) -> dict:
-    """What else a row depends on: where the weights come from, and what they are run with."""
-    device = flags.choose_device(args)
-    file = args.checkpoints and (args.checkpoints / Path(published.url).name).resolve()
-    amp_dtype = None if published.tag in MEASURES and args.amp is None else flags.amp_dtype(args, device)
-    return {'weights': str(file or published.url), 'device': str(device), 'dtype': str(amp_dtype or torch.float32)}
+    """Return further values that a row depends on: origin of the weights, device and dtype."""
+    weights = Path(file_of(args, published)).resolve() if args.checkpoints else published.url
+    return {'weights': str(weights), 'device': str(flags.choose_device(args)),
+            'dtype': str(amp_dtype_of(args, published) or torch.float32)}
 
 
 def is_current(args, published: xcit_zoo.Published, row: Optional[dict]) -> bool:
-    """Whether a row need not be measured again."""
+    """Return True if a row does not have to be measured again."""
     return row is not None and is_measured(row) and setting(args, published).items() <= row.items()
-
-
-def data_path(args) -> str:
-    return str(Path(args.data_path).resolve())
 
 
 def summary(row: dict) -> str:
@@ -250,29 +238,32 @@ def summary(row: dict) -> str:
 
 
 def main(argv: Optional[list] = None) -> List[dict]:
-    """Evaluate what is not in the table yet; returns its rows as the table has them.
+    """Evaluate the checkpoints that the table lacks; return its rows.
 
     Raises:
-        InputError: bad arguments or data, or a table of other images.
-        RunStopped: at the end, if some checkpoints are missing or damaged.
+        InputError: a flag or the data are invalid, or the table contains results on other images.
+        RunStopped: at the end, if checkpoints are missing or damaged.
     """
     args = get_args_parser().parse_args(argv)
     images = check(args)
     if images != VAL_IMAGES:
-        notice(f'--data-path {args.data_path}: {images} images, not the {VAL_IMAGES} of the published accuracies')
-    table = args.output_dir / 'zoo.csv'
+        log(f'--data-path {args.data_path}: {images} images, not the {VAL_IMAGES} of the published accuracies')
+    table, data_path = args.output_dir / 'zoo.csv', str(Path(args.data_path).resolve())
     with folder.DirectoryLock(args.output_dir):
         rows = read_rows(table)
-        check_same_images(rows.values(), table, data_path=data_path(args), images=images)
-        left = [p for p in chosen(args) if not is_current(args, p, rows.get(f'{p.model}.{p.tag}'))]
-        for number, published in enumerate(left, start=1):
-            row = measure(args, published, images)
+        for row in rows.values():
+            if (row['data_path'], row['images']) != (data_path, str(images)):
+                raise InputError(f'{table}: was measured on {row["images"]} images of {row["data_path"]}, not {images} '
+                                 f'of {data_path}; choose another --output-dir')
+        remaining = [p for p in chosen(args) if not is_current(args, p, rows.get(f'{p.model}.{p.tag}'))]
+        for number, published in enumerate(remaining, start=1):
+            row = measure(args, published) | {'images': images, 'data_path': data_path}
             rows[name_of(row)] = row
             write_tables(rows, args.output_dir)
-            notice(f'[{number}/{len(left)}] {summary(row)}')
+            log(f'[{number}/{len(remaining)}] {summary(row)}')
         rows = read_rows(table)
     rows = [rows[f'{p.model}.{p.tag}'] for p in chosen(args)]
-    notice(f'\n{markdown(rows)}\nIn {table} and {table.with_suffix(".md").name}.')
+    log(f'\n{markdown(rows)}\nIn {table} and {table.with_suffix(".md").name}.')
     failed = [name_of(row) for row in rows if row['error']]
     if failed:
         raise RunStopped(f'{len(failed)} of {len(rows)} checkpoints could not be evaluated: {utils.abridge(failed)}')

@@ -1,15 +1,14 @@
-"""Write the features of pictures to a file: for each, what the model's classifier sees of it.
+"""Extract the features of pictures to a file: the input of the model's classifier.
 
-In the file: `features` (n, C) float32 and `paths`, relative to a folder that was given; of a folder of class folders
-also `labels` (n,) int64 and `classes`, their names; with --patch-tokens `tokens` (n, H, W, C) float32, normalised.
-`made_of` is JSON: the model, and a fingerprint of its weights. In .safetensors, all but arrays is JSON in the metadata.
+The file contains `features` (n, C) float32 and `paths`, relative to DATA if DATA is one folder; for class folders also
+`labels` (n,) int64 and the names `classes`; with --patch-tokens normalised `tokens` (n, H, W, C) float32. `made_of` is
+JSON: the model, and a fingerprint of its weights. In a .safetensors file, arrays are tensors, and the rest is JSON in
+the metadata.
 """
-import run.startup  # noqa: F401  first of all
-
 import argparse
 import json
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 import safetensors.numpy
@@ -18,35 +17,32 @@ import torch
 import utils
 import weights
 import xcit
-from run import commandline, processes
-from run.commandline import COUNT_OR_0, PATH, Parser
-from tools import common
+from inference import flags, pictures
+from inference.loaded import LoadedModel, load
+from run.commandline import COUNT_OR_0, PATH, Parser, run_program
+from run.output import log
 from utils import InputError
 
-POOLS = ('token', 'avg')
 
-
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser('python -m tools.extract_features', description=__doc__,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('data', nargs='+', type=PATH, metavar='DATA',
-                        help='folders of images, with their subfolders, or files')
-    parser.add_argument('--output', required=True, type=PATH, metavar='FILE', help='.npz or .safetensors')
-    parser.add_argument('--pool', choices=POOLS,
-                        help='of an XCiT: the CLS token, or the mean of the patches; what the classifier sees if unset')
+def get_args_parser() -> Parser:
+    parser = Parser('python -m tools.extract_features', description=__doc__)
+    parser.add_argument('data', nargs='+', type=PATH, metavar='DATA', help='image files, or folders with images')
+    parser.add_argument('--output', required=True, type=PATH, metavar='FILE', help='.npz or .safetensors file to write')
+    parser.add_argument('--pool', choices=('token', 'avg'),
+                        help='features of an XCiT: CLS token, or mean of the patches; the model\'s own if unset')
     parser.add_argument('--patch-tokens', action=argparse.BooleanOptionalAction, default=False,
-                        help='of an XCiT: also what it makes of each patch; all of them are held in memory')
+                        help='patch tokens of an XCiT in addition; all tokens are held in memory')
     parser.add_argument('--skip-bad-images', default=0, type=COUNT_OR_0, metavar='N',
-                        help='leave out up to N images that can\'t be read')
-    common.add_weights_arguments(parser)
-    common.add_square_arguments(parser)
-    common.add_device_arguments(parser)
-    common.add_loading_arguments(parser)
+                        help='maximum number of unreadable images that are left out')
+    flags.add_weights_flags(parser)
+    flags.add_square_flags(parser)
+    flags.add_device_flags(parser)
+    flags.add_loading_flags(parser)
     return parser
 
 
 def class_folders(data: List[str], paths: List[Path]) -> Optional[Tuple[List[str], List[int]]]:
-    """(names, label of each path) where `data` is one folder with images in subfolders only, else None."""
+    """Return (names, label of each path) if `data` is one folder with images in subfolders only; else None."""
     if len(data) > 1 or not Path(data[0]).is_dir() or any(path.parent == Path(data[0]) for path in paths):
         return None
     folders = [path.relative_to(data[0]).parts[0] for path in paths]
@@ -54,90 +50,88 @@ def class_folders(data: List[str], paths: List[Path]) -> Optional[Tuple[List[str
     return names, [names.index(folder) for folder in folders]
 
 
-def extract(args, paths: List[Path], loaded: common.LoadedModel) -> Tuple[dict, List[int]]:
-    """Arrays by name of the readable images, features (n, C) and tokens (n, H, W, C), and their places in `paths`."""
-    if args.pool:
-        if not isinstance(loaded.model, xcit.Xcit):
-            raise InputError(f'--pool {args.pool}: is for XCiT models only, not {loaded.name}')
-        loaded.model.global_pool = args.pool
-    if args.patch_tokens and not isinstance(loaded.model, xcit.Xcit):
-        raise InputError(f'--patch-tokens: is for XCiT models only, not {loaded.name}')
-    function = outputs(loaded, patch_tokens=args.patch_tokens)
-    arrays, unreadable, places = {}, [], []
-    for images, indices in common.batches(paths, loaded, batch_size=args.batch_size, num_workers=args.num_workers,
-                                          unreadable=unreadable):
-        if len(unreadable) > args.skip_bad_images:
+def choose_outputs(loaded: LoadedModel, *, pool: Optional[str], patch_tokens: bool
+                   ) -> Callable[[torch.Tensor], Dict[str, torch.Tensor]]:
+    """Return a function from images (B, 3, img_h, img_w) to features (B, C), and perhaps tokens (B, H, W, C)."""
+    model = loaded.model
+    for flag, value in ((f'--pool {pool}', pool), ('--patch-tokens', patch_tokens)):
+        if value and not isinstance(model, xcit.Xcit):
+            raise InputError(f'{flag}: only works with XCiT models, not {loaded.name}')
+    if pool:
+        model.global_pool = pool
+
+    def outputs(images: torch.Tensor) -> Dict[str, torch.Tensor]:
+        tokens = model.forward_features(images)
+        features = {'features': model.forward_head(tokens, pre_logits=True)}
+        if not patch_tokens:
+            return features
+        grid = [-(-side // model.patch_size) for side in images.shape[-2:]]
+        return {**features, 'tokens': tokens[:, 1:].unflatten(1, grid)}
+
+    return outputs
+
+
+def extract(paths: List[Path], loaded: LoadedModel, outputs: Callable, *, batch_size: int, num_workers: int,
+            skip_bad_images: int) -> Tuple[dict, List[int]]:
+    """Return arrays (n, ...) of the outputs of all readable images by name, and the images' indices in `paths`."""
+    arrays, unreadable, kept = {}, [], []
+    for images, indices in pictures.batches(paths, loaded, batch_size=batch_size, num_workers=num_workers,
+                                            unreadable=unreadable):
+        if len(unreadable) > skip_bad_images:
             raise unreadable[0]
-        for name, rows in common.forward(loaded, function, images).items():
+        for name, rows in pictures.forward(loaded, outputs, images).items():
             rows = rows.numpy()
             whole = arrays.setdefault(name, np.empty((len(paths), *rows.shape[1:]), np.float32))
             if rows.shape[1:] != whole.shape[1:]:
                 raise InputError(f'--patch-tokens: {paths[indices[0]]} has {rows.shape[1]} x {rows.shape[2]} patches, '
                                  f'and pictures before it {whole.shape[1]} x {whole.shape[2]}')
-            whole[len(places):len(places) + len(indices)] = rows
-        places += indices
-    if len(unreadable) > args.skip_bad_images or not places:
+            whole[len(kept):len(kept) + len(indices)] = rows
+        kept += indices
+    if len(unreadable) > skip_bad_images or not kept:
         raise unreadable[0]
-    return {name: whole[:len(places)] for name, whole in arrays.items()}, places
-
-
-def outputs(loaded: common.LoadedModel, *, patch_tokens: bool):
-    """A function of images (B, 3, img_h, img_w): features (B, C) and, if they are asked for, tokens (B, H, W, C)."""
-    model = loaded.model
-
-    def function(images: torch.Tensor) -> Dict[str, torch.Tensor]:
-        found = model.forward_features(images)
-        features = {'features': model.forward_head(found, pre_logits=True)}
-        if not patch_tokens:
-            return features
-        grid = [-(-side // model.feature_info[0]['reduction']) for side in images.shape[-2:]]
-        return {**features, 'tokens': found[:, 1:].unflatten(1, grid)}
-
-    return function
+    return {name: whole[:len(kept)] for name, whole in arrays.items()}, kept
 
 
 def write(path: Path, arrays: dict, names: dict, made_of: dict):
-    """Write arrays and lists of strings, so that `path` is the old file or the whole new one.
-
-    Args:
-        made_of: by which model, in plain values.
-    """
+    """Write arrays, lists of strings by name, and a description of the model."""
     with utils.whole_file(path) as unfinished:
         if path.suffix == '.npz':
-            np.savez(unfinished, **arrays, **{name: np.array(words) for name, words in names.items()},
+            np.savez(unfinished, **arrays, **{name: np.array(texts) for name, texts in names.items()},
                      made_of=json.dumps(made_of))
         else:
-            metadata = {name: json.dumps(words) for name, words in {**names, 'made_of': made_of}.items()}
+            metadata = {name: json.dumps(texts) for name, texts in {**names, 'made_of': made_of}.items()}
             safetensors.numpy.save_file(arrays, unfinished, metadata=metadata)
 
 
 def main(argv: Optional[list] = None) -> dict:
-    """Extract, with a command line (`sys.argv` if None); returns the arrays of the file by name."""
+    """Extract, with a command line (`sys.argv` if None); return the arrays of the file by name."""
     args = get_args_parser().parse_args(argv)
     output = Path(args.output)
     if output.suffix not in ('.npz', '.safetensors'):
         raise InputError(f'--output {output}: must end in .npz or .safetensors')
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise InputError(f'--output {output}: {"is a folder" if output.is_dir() else "its folder is missing"}')
-    paths = common.find_images(args.data)
-    loaded = common.load_model(args, fuse=False)
+    paths = pictures.find_images(args.data)
+    loaded = load(**flags.weights(args), **flags.squares(args), **flags.device(args), fuse=False)
     made_of = {'model': loaded.name, 'fingerprint': weights.fingerprint(loaded.model)}
     if isinstance(loaded.model, xcit.Xcit):
         xcit.fuse(loaded.model)
-    arrays, places = extract(args, paths, loaded)
-    names = {}
+    outputs = choose_outputs(loaded, pool=args.pool, patch_tokens=args.patch_tokens)
+    arrays, kept = extract(paths, loaded, outputs, batch_size=args.batch_size, num_workers=args.num_workers,
+                           skip_bad_images=args.skip_bad_images)
+    shapes = ', '.join(f'{name} {array.shape}' for name, array in arrays.items())
+    message = f'{output}: {shapes} of {len(kept)} of {len(paths)} images'
     root = args.data[0] if len(args.data) == 1 and Path(args.data[0]).is_dir() else None
-    names['paths'] = [str(paths[i].relative_to(root) if root else paths[i]) for i in places]
+    names = {'paths': [str(paths[i].relative_to(root) if root else paths[i]) for i in kept]}
     labelled = class_folders(args.data, paths)
     if labelled:
         names['classes'], labels = labelled
-        arrays['labels'] = np.array(labels)[places]
+        arrays['labels'] = np.array(labels)[kept]
+        message += f', {len(names["classes"])} classes'
     write(output, arrays, names, made_of)
-    shapes = ', '.join(f'{name} {array.shape}' for name, array in arrays.items() if name != 'labels')
-    processes.notice(f'{output}: {shapes} of {len(places)} of {len(paths)} images'
-                     + (f', {len(names["classes"])} classes' if labelled else ''))
+    log(message)
     return {**arrays, **names}
 
 
 if __name__ == '__main__':
-    commandline.run_program(main)
+    run_program(main)

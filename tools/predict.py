@@ -1,11 +1,8 @@
-"""Say what is in pictures: the most probable classes of each.
+"""Predict the most probable classes of pictures.
 
-Prints a block for each picture, or with --json a line: {"path", "predictions": [{"class", "index", "probability"}]}.
-A picture that is not there or can't be read is named on stderr, and makes the exit code 1; the others are predicted.
+Prints a block per picture, or with --json a line: {"path", "predictions": [{"class", "index", "probability"}]}.
+A missing or unreadable picture is named on stderr and makes the exit code 1; the others are predicted.
 """
-import run.startup  # noqa: F401  first of all
-
-import argparse
 import contextlib
 import json
 import sys
@@ -14,28 +11,26 @@ from typing import List, Optional
 
 import torch
 
-from run import commandline
-from run.commandline import COUNT, PATH, Parser
-from tools import common
+from inference import flags, pictures
+from inference.loaded import load
+from run.commandline import COUNT, PATH, Parser, run_program
 from utils import InputError
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser('python -m tools.predict', description=__doc__,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('images', nargs='+', type=PATH, metavar='IMAGE',
-                        help='image files, and folders with all that is in them')
-    parser.add_argument('--topk', default=5, type=COUNT, metavar='K', help='classes to name for each picture')
-    parser.add_argument('--json', action='store_true', help='print a line of JSON for each picture')
-    common.add_weights_arguments(parser)
-    common.add_square_arguments(parser)
-    common.add_device_arguments(parser)
-    common.add_loading_arguments(parser)
+def get_args_parser() -> Parser:
+    parser = Parser('python -m tools.predict', description=__doc__)
+    parser.add_argument('images', nargs='+', type=PATH, metavar='IMAGE', help='image files, or folders with images')
+    parser.add_argument('--topk', default=5, type=COUNT, metavar='K', help='number of classes per picture')
+    parser.add_argument('--json', action='store_true', help='a line of JSON per picture')
+    flags.add_weights_flags(parser)
+    flags.add_square_flags(parser)
+    flags.add_device_flags(parser)
+    flags.add_loading_flags(parser)
     return parser
 
 
 def describe(probabilities: torch.Tensor, classes: Optional[List[str]], topk: int) -> List[dict]:
-    """The most probable classes of one picture, from its probabilities (K,)."""
+    """Return the most probable classes of a picture, from its probabilities (K,)."""
     top = probabilities.topk(min(topk, len(probabilities)))
     return [{'class': classes[index] if classes else None, 'index': index, 'probability': round(probability, 6)}
             for probability, index in zip(top.values.tolist(), top.indices.tolist())]
@@ -52,23 +47,23 @@ def print_prediction(path: Path, predictions: List[dict], *, as_json: bool):
 
 
 def main(argv: Optional[list] = None) -> List[List[dict]]:
-    """Predict, with a command line (`sys.argv` if None); returns what was printed of each readable picture."""
+    """Predict, with a command line (`sys.argv` if None); return the predictions of each readable picture."""
     args = get_args_parser().parse_args(argv)
     unreadable, results = [], []
-    with contextlib.redirect_stdout(sys.stderr):  # what is said of pictures and weights is no part of the output
-        paths = common.find_images(args.images, missing=unreadable)
-        loaded = common.load_model(args)
+    with contextlib.redirect_stdout(sys.stderr):  # log lines about pictures and weights are not results
+        paths = pictures.find_images(args.images, missing=unreadable)
+        loaded = load(**flags.weights(args), **flags.squares(args), **flags.device(args))
     if loaded.model.num_classes == 0:
         raise InputError(f'--pretrained {args.pretrained}: has no head to predict classes with')
-    for images, indices in common.batches(paths, loaded, batch_size=args.batch_size, num_workers=args.num_workers,
-                                          unreadable=unreadable):
-        logits = common.forward(loaded, loaded.model, images)
+    for images, indices in pictures.batches(paths, loaded, batch_size=args.batch_size,
+                                            num_workers=args.num_workers, unreadable=unreadable):
+        logits = pictures.forward(loaded, loaded.model, images)
         for index, probabilities in zip(indices, logits.softmax(dim=1)):
             results.append(describe(probabilities, loaded.classes, args.topk))
             print_prediction(paths[index], results[-1], as_json=args.json)
-    common.report_unreadable(unreadable, len(results) + len(unreadable))
+    pictures.report_unreadable(unreadable, len(results) + len(unreadable))
     return results
 
 
 if __name__ == '__main__':
-    commandline.run_program(main)
+    run_program(main)

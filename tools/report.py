@@ -1,91 +1,103 @@
-"""Make the report of a run, in its folder `report`: figures of each class, confusions, curves, the worst mistakes.
+"""Make the report of a run, in its folder `report`: metrics of each class, confusions, curves, the worst mistakes.
 
-A training and an evaluation with --output-dir make it themselves. This program makes it later, or again: of a run that
-was interrupted, or for another folder of pictures. It evaluates best_model.pth as main.py does, where the predictions
-are not there yet.
+main.py makes the report of a run with --output-dir itself. This program makes it later or again: for a run that was
+interrupted, or for another folder of pictures. Without predictions in the folder, best_model.pth is evaluated first.
 """
-import run.startup  # noqa: F401  first of all
-
-import argparse
 import json
 from pathlib import Path
 from typing import Optional
 
 import datasets
-import main as classification
+import xcit
+from classification import evaluation
+from inference.loaded import in_words, load
+from loaders import samples
+from loaders.samples import PictureSet
+from loaders.source import Source
 from reports import predictions, tables
-from run import commandline, flags
-from run.commandline import COUNT_OR_0, PATH, PATH_OBJECT, Parser
-from run.folder import BEST, CHECKPOINT
+from run import devices, flags, logs, session
+from run.commandline import PATH, PATH_OBJECT, Parser, run_program
+from run.folder import ARGS, BEST, CHECKPOINT
+from run.settings import Loading
 from utils import InputError, first_line
+from weights import check_input_size
 
-# Of a run's flags, those that an evaluation has
-KEPT = ('model', 'data_set', 'data_path', 'input_size', 'full_crop', 'mean', 'std', 'resize', 'exif', 'inat_category',
-        'val_split', 'num_classes', 'val_fraction', 'seed', 'batch_size', 'xca')
+NEEDED = ('model', 'data_set', 'data_path', 'input_size')  # flags of every run of main.py
+SOURCE = ('val_fraction', 'exif', 'inat_category', 'val_split', 'num_classes', 'seed', 'batch_size')
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser('python -m tools.report', description=__doc__,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('folder', type=PATH_OBJECT, metavar='DIR', help='of a run: with args.json or eval.json')
-    parser.add_argument('--data-path', type=PATH, metavar='DIR', help='evaluate these pictures; the run\'s if unset')
-    parser.add_argument('--num-workers', default=10, type=COUNT_OR_0, metavar='N', help='as for main.py')
+def get_args_parser() -> Parser:
+    parser = Parser('python -m tools.report', description=__doc__)
+    parser.add_argument('folder', type=PATH_OBJECT, metavar='DIR', help='folder of a run, with args.json or eval.json')
+    parser.add_argument('--data-path', type=PATH, metavar='DIR',
+                        help='pictures to evaluate; the run\'s pictures if unset')
+    flags.add_workers_flag(parser)
     flags.add_device_flag(parser)
     return parser
 
 
 def flags_of(folder: Path) -> dict:
-    """The flags of the run in a folder.
-
-    Raises:
-        InputError: it holds no run.
-    """
-    for name in ('args.json', 'eval.json'):
+    """Return the flags of the run in a folder."""
+    for name in (ARGS, 'eval.json'):
         if (folder / name).is_file():
             try:
                 return dict(json.loads((folder / name).read_text())['args'])
             except (OSError, ValueError, KeyError, TypeError) as error:
-                raise InputError(f'{folder / name}: can\'t be read ({type(error).__name__}: {first_line(error)})'
-                                 ) from None
-    raise InputError(f'DIR {folder}: has no args.json and no eval.json, and so is no folder of a run' if folder.is_dir()
-                     else f'DIR {folder}: no such folder')
+                reason = f'{type(error).__name__}: {first_line(error)}'
+                raise InputError(f'{folder / name}: can\'t be read ({reason})') from None
+    problem = 'has no args.json and no eval.json of a run' if folder.is_dir() else 'no such folder'
+    raise InputError(f'DIR {folder}: {problem}')
 
 
-def evaluation(args, run: dict) -> list:
-    """main.py's command line that evaluates the best model of a run."""
-    kept = {**{name: run.get(name) for name in KEPT}, **({'data_path': args.data_path} if args.data_path else {})}
-    words = []
-    for name, value in kept.items():
-        flag = f'--{name.replace("_", "-")}'
-        if isinstance(value, bool):
-            words.append(flag if value else f'--no-{flag[2:]}')
-        elif isinstance(value, list):
-            words += [flag, *map(str, value)]
-        elif value is not None:
-            words.append(f'{flag}={value}')
-    files = [args.folder / name for name in (BEST, CHECKPOINT)]
-    weights = next((str(file) for file in files if file.exists()), None)
-    if weights:
-        words += ['--resume', weights]
-    elif run.get('pretrained') or run.get('resume'):
-        words += ['--pretrained', run['pretrained'] or run['resume']]
+def weights_of(folder: Path, run: dict) -> str:
+    """Return the weights of a run with these flags: its best model, or the weights that it evaluated."""
+    files = [str(folder / name) for name in (BEST, CHECKPOINT) if (folder / name).exists()]
+    weights = [*files, run.get('pretrained'), run.get('resume')]
+    if not any(weights):
+        raise InputError(f'DIR {folder}: has neither {BEST} nor {CHECKPOINT} to evaluate')
+    missing = [name for name in NEEDED if name not in run]
+    if missing:
+        raise InputError(f'DIR {folder}: not a run of main.py, its flags lack {", ".join(missing)}')
+    return next(filter(None, weights))
+
+
+def evaluate(folder: Path, run: dict, weights: str, dataset: PictureSet, source: Source, loading: Loading):
+    """Evaluate a run's model, and write eval.json and the tables of its report."""
+    loaded = load(weights, model=run['model'], fuse=False)
+    names = dataset.class_names()
+    if loaded.model.num_classes != len(names):
+        raise InputError(f'{weights}: the weights are for {loaded.model.num_classes} classes, not {len(names)}')
+    size = run['input_size']
+    if isinstance(loaded.model, xcit.Xcit):
+        loaded.model.xca_form = run.get('xca', 'auto')
     else:
-        raise InputError(f'DIR {args.folder}: has neither {BEST} nor {CHECKPOINT} to evaluate')
-    return [*words, '--eval', '--output-dir', str(args.folder), '--device', args.device, '--num-workers',
-            str(args.num_workers)]
+        check_input_size(loaded.model, size, loaded.name)
+    resize = datasets.decide_resize(source, dataset, resize=run.get('resize'), input_size=size)
+    view = evaluation.View(size, run.get('full_crop', False), resize, run.get('mean'), run.get('std'))
+    samples.inspect(None, dataset, same_size=not view.resizes)
+    stats, predicted = evaluation.evaluate_classifier(
+        loaded.model, dataset, view, loading, amp_dtype=devices.amp_dtype_of(None, loading.device), name=loaded.name,
+        classes=names if loaded.classes in (None, in_words(names)) else loaded.classes, weights=weights)
+    logs.write_result(folder / 'eval.json', {**stats, 'model': loaded.name, 'weights': weights, 'crop': view.crop},
+                      {**run, 'eval': True, 'resume': weights, 'data_path': source.path, 'device': str(loading.device)})
+    evaluation.write_tables(folder, dataset, predicted)
 
 
 def main(argv: Optional[list] = None):
     """Make the report, with a command line (`sys.argv` if None)."""
     args = get_args_parser().parse_args(argv)
     run = flags_of(args.folder)
+    weights = weights_of(args.folder, run)
+    source = Source(run['data_set'], args.data_path or run['data_path'],
+                    run_folder=args.folder if Path(weights).parent == args.folder else None,
+                    **{name: run[name] for name in SOURCE if run.get(name) is not None})
+    dataset, _ = datasets.load_classes(source, is_train=False)
     if args.data_path or not (args.folder / tables.FOLDER / predictions.FILE).exists():
-        classification.main(evaluation(args, run))
-        return
-    parsed = classification.parse_args([*evaluation(args, run), '--no-report'])
-    dataset, _ = datasets.build_dataset(parsed, is_train=False)
-    classification.draw_report(str(args.folder), dataset)
+        with session.joined(args.device) as device:
+            evaluate(args.folder, run, weights, dataset, source,
+                     Loading(source.batch_size, device, num_workers=args.num_workers))
+    evaluation.draw_report(args.folder, dataset)
 
 
 if __name__ == '__main__':
-    commandline.run_program(main)
+    run_program(main)

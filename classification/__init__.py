@@ -1,0 +1,1 @@
+"""Image classification: evaluation with its report, and teachers for distillation; main.py is the program."""

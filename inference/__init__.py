@@ -1,0 +1,1 @@
+"""Models with their weights, ready for pictures and videos."""

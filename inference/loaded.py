@@ -1,0 +1,127 @@
+"""A model with its weights, class names and evaluation transform."""
+import dataclasses
+from typing import List, Optional
+
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo
+
+import weights
+import xcit
+from loaders.transforms import SMALL, eval_transform, resizes_for_evaluation
+from run.descriptions import names_of, number_of, side_of, trained_with
+from run.output import log
+from utils import InputError
+
+CPU = torch.device('cpu')
+
+
+@dataclasses.dataclass
+class LoadedModel:
+    """A model in eval mode on its device, with the settings of its evaluation.
+
+    Args:
+        name: name of the model, e.g. 'xcit_small_12_p16'.
+        classes: names of the classes 0, 1, ... in words; None: unknown, or no head.
+        input_size: side of the square images that the model is evaluated with, in pixels.
+        full_crop: use the whole shorter side of a picture; False: 0.875 of this side.
+        amp_dtype: autocast dtype; None: full precision.
+        mean, std: normalisation of each channel; None: ImageNet's.
+        seed: seed of the run that the weights come from, if known.
+    """
+    model: torch.nn.Module
+    name: str
+    classes: Optional[List[str]]
+    input_size: int
+    full_crop: bool
+    device: torch.device
+    amp_dtype: Optional[torch.dtype]
+    mean: Optional[List[float]] = None
+    std: Optional[List[float]] = None
+    seed: Optional[int] = None
+
+    @property
+    def resizes(self) -> bool:
+        """True if evaluation resizes and crops all pictures to squares."""
+        return resizes_for_evaluation(full_crop=self.full_crop, resize=self.input_size > SMALL)
+
+    def transform(self, image: Image.Image) -> torch.Tensor:
+        """Transform a picture for evaluation, (3, img_h, img_w); a picture above `input_size` is always resized."""
+        is_too_large = not self.resizes and max(image.size) > self.input_size
+        return eval_transform(input_size=self.input_size, full_crop=self.full_crop or is_too_large,
+                              resize=self.input_size > SMALL, mean=self.mean, std=self.std)(image)
+
+
+def load(pretrained: str, *, model: str = '', use_ema: bool = False, checkpoint_key: str = '',
+         input_size: Optional[int] = None, full_crop: Optional[bool] = None, device: torch.device = CPU,
+         amp_dtype: Optional[torch.dtype] = None, fuse: bool = True) -> LoadedModel:
+    """Build a model with weights, and with as many classes as the weights have.
+
+    Args:
+        pretrained: value of --pretrained, see weights.read.
+        model: name of the model; '': the name in the weights.
+        use_ema, checkpoint_key: choice of one of several sets of weights, see weights.read.
+        input_size, full_crop: see LoadedModel; None: the values of the model's own evaluation.
+        amp_dtype: autocast dtype; None: full precision.
+        fuse: prepare an XCiT for inference (xcit.fuse).
+
+    Raises:
+        InputError: the model or the weights do not exist, or do not match.
+    """
+    if model:
+        weights.check_model('--model', model)
+    weights.check_exists(pretrained, '--pretrained', model)
+    given = weights.read(pretrained, '--pretrained', model, use_ema=use_ema, key=checkpoint_key)
+    trained = trained_with(given.checkpoint)
+    published = weights.published_as(pretrained, model)
+    name = model or (published and published.model) or weights.model_of_training(given.checkpoint)
+    if name is None:
+        raise InputError(f'--model: needed, because {pretrained} does not contain the name of its model')
+    weights.check_model('--model', name)
+    network = timm.create_model(name, num_classes=weights.num_classes(name, given))
+    weights.load(network, given)
+    network.eval().requires_grad_(False)
+    if fuse and isinstance(network, xcit.Xcit):
+        xcit.fuse(network)
+    if published:
+        own_size, crop = published.resolution, published.crop
+    else:
+        own_size = side_of(trained.get('input_size')) or network.default_cfg['input_size'][-1]
+        crop = evaluation_crop(trained)
+    return LoadedModel(
+        network.to(device), name, class_names(given, network), input_size=input_size or own_size,
+        full_crop=crop == 1. if full_crop is None else full_crop, device=device, amp_dtype=amp_dtype,
+        mean=trained.get('mean'), std=trained.get('std'), seed=number_of(trained.get('seed')))
+
+
+def evaluation_crop(trained: dict) -> float:
+    """Return the fraction of a picture's shorter side in evaluation; `trained`: flags of the training run."""
+    # Runs of DINO have no --full-crop.
+    is_dino = 'teacher_temp' in trained and 'out_dim' in trained
+    return .875 if trained.get('full_crop') is False or is_dino else 1.
+
+
+def class_names(given: weights.Weights, model: torch.nn.Module) -> Optional[List[str]]:
+    """Return the class names of a checkpoint in words, or ImageNet's for a model of 1000 unnamed classes."""
+    stored = given.checkpoint.get('classes')
+    names = names_of(stored, model.num_classes)
+    if names is None and stored is not None and model.num_classes:
+        log(f'{given.source}: class names are ignored, because they do not match {model.num_classes} classes')
+    if names is None and model.num_classes == 1000:
+        names = ImageNetInfo('imagenet-1k').label_names()
+    return names and in_words(names)
+
+
+def in_words(names: List[str]) -> List[str]:
+    """Replace ImageNet's WordNet ids by words; keep other class names."""
+    info = ImageNetInfo('imagenet-1k' if len(names) == 1000 else 'imagenet-22k')
+    known = set(info.label_names()) if len(names) in (1000, 21841) else ()
+    return [info.label_name_to_description(name) if name in known else name for name in names]
+
+
+def check_xcit(name: str):
+    """Refuse a model that is not an XCiT."""
+    if not xcit.is_xcit_name(name):
+        raise InputError(f'--model {name}: not an XCiT model, which this program needs; allowed: '
+                         f'{", ".join(xcit.MODELS)}')

@@ -1,0 +1,60 @@
+"""Arithmetic and log lines of batches and learning rates."""
+import dataclasses
+from typing import Optional
+
+import torch
+
+from run.output import log
+from run.processes import get_world_size
+
+LOW_LR = 1e-5  # a peak below this value hardly trains anything
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """Batch size and learning rate of a run."""
+    lr: float  # peak learning rate, as given by --lr
+    batch_size: int  # images per process and forward pass
+    accum_iter: int = 1  # batches per optimizer step
+    reference_batch: Optional[int] = None  # images per step that `lr` refers to; None: `lr` is not scaled
+
+    @property
+    def images_per_batch(self) -> int:
+        """Images of one forward and backward pass of all processes."""
+        return self.batch_size * get_world_size()
+
+    @property
+    def images_per_step(self) -> int:
+        """Images of one optimizer step of all processes."""
+        return self.images_per_batch * self.accum_iter
+
+    @property
+    def scaled_lr(self) -> float:
+        """Peak learning rate for the actual number of images per step."""
+        return self.lr * self.images_per_step / (self.reference_batch or self.images_per_step)
+
+    def derived(self, device: torch.device, amp_dtype: Optional[torch.dtype]) -> dict:
+        """Return the values of a run that follow from its flags, for its log and args.json."""
+        return {'device': str(device), 'amp_dtype': str(amp_dtype), 'processes': get_world_size(),
+                'global_batch': self.images_per_step, 'scaled_lr': self.scaled_lr}
+
+    def log(self, *, batches: int, warmup_epochs: int, epochs: int, images: Optional[int] = None):
+        """Log learning rate and steps of a run in epochs; warn of a tiny learning rate or an endless warm-up.
+
+        Args:
+            batches, images: batches and images of an epoch on this process; the last images may not fill a batch.
+        """
+        steps = -(-batches // self.accum_iter)
+        dropped = 0 if images is None else (images - batches * self.batch_size) * get_world_size()
+        log(f'Learning rate {self.scaled_lr:.3g} at its peak: --lr {self.lr:g} x {self.images_per_step} images a step '
+            f'/ {self.reference_batch or self.images_per_step}')
+        left_out = (f'; the last {dropped} of {images * get_world_size()} images of an epoch do not fill a batch and '
+                    f'are left out' if dropped > 0 else '')
+        log(f'An epoch has {steps} steps, the warm-up {steps * warmup_epochs}{left_out}')
+        if self.scaled_lr < LOW_LR <= self.lr:
+            log(f'Warning: --lr {self.lr:g} is scaled to {self.scaled_lr:.3g}, because a step has '
+                f'{self.images_per_step} images, not {self.reference_batch}; for a learning rate of {self.lr:g}, give '
+                f'--lr {self.lr * self.reference_batch / self.images_per_step:.3g}')
+        if warmup_epochs >= epochs:
+            log(f'Warning: the warm-up (--warmup-epochs {warmup_epochs}) is as long as the run (--epochs {epochs}): '
+                f'the learning rate never reaches its peak')

@@ -27,6 +27,7 @@ def test_speed(capsys):
     assert re.search(r'\| 64x64 \| 2 \| [\d.]+ \| [\d.]+ \| (\d+ MB|-) \| [\d.]+ \| \d+ % of \d+ GFLOP/s', table[0])
 
 
+@pytest.mark.slow
 def test_speed_of_compiled_training():
     """A compiled training step has more operations than a forward pass."""
     arguments = ['speed', '--model', 'resnet10t', '--resolution', '32', '--batch-size', '2', *QUICK]  # soon compiled
@@ -80,7 +81,8 @@ def test_suite(monkeypatch, capsys):
     assert len(memory) == 3
 
 
-@pytest.mark.parametrize(('names', 'all_names'), [([], [NANO]), ([NANO], [NANO, 'xcit_nano_12_p8'])])
+@pytest.mark.parametrize(('names', 'all_names'), [
+    pytest.param([], [NANO], marks=pytest.mark.slow), ([NANO], [NANO, 'xcit_nano_12_p8'])])
 def test_against_timm(monkeypatch, names, all_names):
     """--against-timm measures the named models, or all if none is named."""
     monkeypatch.setattr(benchmark_models.xcit, 'MODELS', all_names)

@@ -9,6 +9,7 @@ import safetensors.torch
 import timm
 import torch
 from conftest import ROOT, seeded_images, seeded_model, tiny, write_folders
+from processes import finish, start
 
 import main as training
 import weights
@@ -254,10 +255,9 @@ def test_existing_file_is_replaced_only_when_complete(original, tmp_path):
         'import resource, signal, sys; from tools.convert_checkpoint import main; from run import commandline\n'
         'signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, 2 ** 20))\n'
         'commandline.run_program(lambda: main(sys.argv[1:]))')
-    result = subprocess.run([sys.executable, '-c', script, original, target, '--to', 'timm'], cwd=ROOT, text=True,
-                            capture_output=True)
-    assert result.returncode == RunStopped.exit_code
-    assert f'{target} can\'t be written' in result.stderr
+    (code, _, error), = finish(start(['-c', script, original, target, '--to', 'timm'], 1))
+    assert code == RunStopped.exit_code
+    assert f'{target} can\'t be written' in error
     assert target.read_bytes() == b'mine'
     assert not list(tmp_path.glob('*.tmp'))
     convert(original, target, 'timm')

@@ -184,7 +184,8 @@ def test_drop_path_is_constant_over_depth():
 
 # ----- training
 
-@pytest.mark.parametrize('name', xcit.MODELS)
+@pytest.mark.parametrize('name', [pytest.param(name, marks=pytest.mark.slow if 'large' in name else ())
+                                  for name in xcit.MODELS])
 def test_every_parameter_gets_a_gradient(name):
     """Every parameter of every variant is used, and backward works."""
     model = timm.create_model(name, num_classes=10).train()

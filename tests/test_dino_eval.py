@@ -334,6 +334,7 @@ def test_more_neighbours_than_images_are_refused(data, trained, saved, monkeypat
     (['--train-features', 'a.npz', '--val-features', 'b.npz', '--pretrained', 'x.pth'], '--pretrained: has no'),
     (['--train-features', 'a.npz', '--val-features', 'b.npz', '--data-set', 'SAMPLE'], '--data-set: has no effect'),
     (['--pretrained', '/nowhere.pth'], '--pretrained /nowhere.pth: no such file'),
+    (['--pretrained', 'fb_dino', '--amp', 'fp16'], '--amp fp16: needs cuda'),
     (['--pretrained', 'fb_dino', '--arch', 'xcit_nano_12_p8'], 'no such file; tags of xcit_nano_12_p8'),
     (['--pretrained', 'fb_dino', '--arch', 'xcit_smal_12_p8'], 'no such model'),
     (['--pretrained', 'fb_dino', '--arch', 'xcit_small_12_p8', '--data-set', 'X'], '--data-set X: must be one of'),

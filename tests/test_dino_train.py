@@ -545,6 +545,7 @@ def test_training_on_a_gpu(flat, tmp_path, flags):
     (['--use-fp16', 'true'], ['--amp fp16', 'needs cuda']),
     (['--arch', 'xcit_small_12_p16.fb_dino'], ['--arch xcit_small_12_p16.fb_dino', '--pretrained fb_dino']),
     (['--nb-knn', '5'], ['--nb-knn', 'without --knn-every']),
+    (['--compile-mode', 'max-autotune'], ['--compile-mode max-autotune', 'without --compile']),
     (['--pictures-count', '5'], ['--pictures-count', 'without --pictures-every']),
     (['--preview-count', '5'], ['--preview-count', 'without --preview-crops']),
     (['--train-split', 'x'], ['--train-split', 'PICTURES']),

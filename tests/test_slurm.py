@@ -439,6 +439,15 @@ def when(condition, action) -> threading.Thread:
     return thread
 
 
+def test_task_of_an_earlier_version_keeps_its_timeout():
+    """A pickled task whose timeout has its former name is restored with the timeout."""
+    state = dict(vars(Task('main', [], '', 30, True, {}, '')))
+    state['patience_s'] = state.pop('stop_timeout_s')
+    task = Task.__new__(Task)
+    task.__setstate__(state)
+    assert task.stop_timeout_s == 30
+
+
 def test_a_killed_rank_ends_the_job_with_its_code(cluster, data, tmp_path, capsys):
     """After SIGKILL of rank 1, with rank 0 stopped, --wait returns 137 within 20 s, and no process remains."""
     killed = []

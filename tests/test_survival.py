@@ -271,6 +271,19 @@ def test_truncation_is_detected(tmp_path, length):
     assert '\n' not in str(caught.value)
 
 
+def test_file_system_without_links_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
+    """The previous checkpoint is renamed if hard links fail, so that a store needs no third file."""
+    def no_links(*_):
+        raise OSError('no links')
+
+    monkeypatch.setattr(os, 'link', no_links)
+    monkeypatch.setattr(checkpoints.shutil, 'copyfile', no_links)
+    path, previous = tmp_path / 'checkpoint.pth', tmp_path / 'checkpoint_previous.pth'
+    for number in range(2):
+        checkpoints.save_checkpoint({'epoch': number}, path, keep=previous)
+    assert [torch.load(file)['epoch'] for file in (path, previous)] == [1, 0]
+
+
 def test_full_disk_leaves_the_last_checkpoint(flags, whole, tmp_path):
     """A checkpoint that can't be written ends the run in one line; the files before it are intact."""
     run = tmp_path / 'run'

@@ -353,6 +353,11 @@ def check_data_set(args, *, name: Optional[str] = None, flag: str = '--data-set'
                          f'have no EXIF data')
 
 
+def flags_of(name: str, path: str) -> dict:
+    """Return the flags of a data set for the command line of another program, see run.commandline.words_of."""
+    return {'data_set': name, 'data_path': None if name == SAMPLE else path}
+
+
 def source(args, *, resumes: bool = True) -> Source:
     """Return the source that the flags describe; `resumes`: the program has run.flags.add_checkpoint_flags."""
     run_folder = None

@@ -338,8 +338,8 @@ def print_next_steps(args, accuracy: parts.Metrics):
             f'{accuracy["best_ema" if is_ema else "best"]:.3f}, in {file}')
     ema = {'use_ema': is_ema or None}
     evaluate = words_of({
-        'resume': file, 'model': args.model, 'input_size': args.input_size, 'data_set': args.data_set,
-        'data_path': None if args.data_set == datasets.SAMPLE else args.data_path,
+        'resume': file, 'model': args.model, 'input_size': args.input_size,
+        **datasets.flags_of(args.data_set, args.data_path),
         'inat_category': args.inat_category if args.data_set.startswith('INAT') else None,
         'full_crop': args.full_crop or None, 'mean': args.mean, 'std': args.std, 'num_classes': args.num_classes,
         'val_split': args.val_split if readers.prefix_of(args.data_set) else None, **ema})

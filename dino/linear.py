@@ -249,8 +249,7 @@ def save_model(args, backbone: frozen.Frozen, layer: torch.nn.Linear, classes: L
     classifiers.save_with_backbone(path, layer, backbone, {'args': {'model': backbone.loaded.name, **settings},
                                                            'classes': list(classes)})
     options = words_of({'eval': True, 'pretrained': path, **settings, 'full_crop': settings['full_crop'] or None,
-                        'data_set': args.data_set,
-                        'data_path': None if args.data_set == datasets.SAMPLE else args.data_path})
+                        **datasets.flags_of(args.data_set, args.data_path)})
     command = shlex.join(['python', 'main.py', *options])
     log(f'{path}: backbone and classifier as one model; to evaluate it: {command}')
 

@@ -208,7 +208,8 @@ def train(args, device: torch.device, backbone: Optional[frozen.Frozen]) -> dict
                         classifiers.save(run.folder / FILE, linears.layers[args.lr.index(lr)], {
                             'backbone': source.backbone, 'classes': list(source.classes), 'lr': lr, **tested[lr]})
                 run.finish(epoch, stats, summary=table_row(stats, COLUMNS))
-        tested = test(args.lr, linears, val, device)
+        if is_over:  # else the last epoch was tested above
+            tested = test(args.lr, linears, val, device)
     for lr, metrics in tested.items():
         log(f'--lr {lr:g}: {accuracy_line(metrics)}')
     lr = best_lr(tested)

@@ -4,6 +4,7 @@ To add a data set, write a builder that takes (source, is_train) and returns a `
 the builder into `BUILDERS`. Transforms receive RGB pictures.
 """
 import argparse
+import dataclasses
 import gzip
 import json
 import pkgutil
@@ -23,7 +24,7 @@ from loaders import pictures, readers, split
 from loaders.class_folders import ClassFolders
 from loaders.samples import PictureSet
 from loaders.source import Source
-from loaders.transforms import SMALL
+from loaders.transforms import SMALL, View
 from run.checkpoints import is_url
 from run.commandline import COUNT, POSITIVE, number
 from run.flags import add_data_path_flag
@@ -284,10 +285,14 @@ def load_classes(source: Source, is_train: bool) -> Tuple[PictureSet, int]:
     return dataset, num_classes
 
 
-def decide_resize(source: Source, dataset: PictureSet, *, resize: Optional[bool], input_size: int) -> bool:
-    """Return --resize (`resize`), or, if unset, the value that a data set without a transform needs at `input_size`."""
-    if resize is not None or input_size > SMALL:
-        return resize is not False
+def decide_resize(source: Source, dataset: PictureSet, view: View) -> View:
+    """Return a view whose `resize`, if None, is the value that a data set without a transform needs."""
+    resize = view.resize if view.resize is not None else view.input_size > SMALL or needs_resize(source, dataset)
+    return dataclasses.replace(view, resize=resize)
+
+
+def needs_resize(source: Source, dataset: PictureSet) -> bool:
+    """Return True if pictures for a small input are themselves large, or of different sizes."""
     if source.name in ARRAYS or isinstance(dataset, IterableDataset):
         return False  # arrays are small; a stream can't go back to its beginning
     if dataset.files():

@@ -18,6 +18,7 @@ from engine import train_one_epoch
 from inference.flags import add_choice_of_weights
 from loaders import readers, samples
 from loaders.batches import build_eval_loader, build_train_loader, images_of_epoch
+from loaders.transforms import View
 from losses import DistillationLoss
 from reports import real_labels
 from run import assembly, flags, optimization, parts, processes, schedules
@@ -163,8 +164,8 @@ def build_datasets(args) -> Tuple[samples.PictureSet, samples.PictureSet, int]:
     source = datasets.source(args)
     train_set, num_classes = datasets.load_classes(source, is_train=True)
     eval_set, _ = datasets.load_classes(source, is_train=False)
-    args.resize = datasets.decide_resize(source, train_set, resize=args.resize, input_size=args.input_size)
-    view = build_view(args)
+    view = datasets.decide_resize(source, train_set, build_view(args))
+    args.resize = view.resize
     samples.log_class_sizes(train_set, eval_set)
     samples.inspect(train_set, eval_set, skips_bad=args.skip_bad_images > 0, same_size=not view.resizes)
     images = images_of_epoch(train_set, repeated_aug=args.repeated_aug)
@@ -176,8 +177,8 @@ def build_datasets(args) -> Tuple[samples.PictureSet, samples.PictureSet, int]:
             eval_set.with_transform(view.transform()), num_classes)
 
 
-def build_view(args) -> evaluation.View:
-    return evaluation.View(args.input_size, args.full_crop, args.resize, args.mean, args.std)
+def build_view(args) -> View:
+    return View(args.input_size, args.full_crop, args.resize, args.mean, args.std)
 
 
 def build_model(args, num_classes: int, *, new_head: bool) -> torch.nn.Module:
@@ -355,8 +356,8 @@ def evaluate_only(args, device: torch.device) -> dict:
     labels = args.real_labels and real_labels.read(args.real_labels)
     if labels:
         real_labels.numbers_of(dataset.files())  # raises InputError before the work
-    args.resize = datasets.decide_resize(source, dataset, resize=args.resize, input_size=args.input_size)
-    view = build_view(args)
+    view = datasets.decide_resize(source, dataset, build_view(args))
+    args.resize = view.resize
     samples.inspect(None, dataset, same_size=not view.resizes)
     model = build_model(args, num_classes, new_head=False)
     checkpoint, origin = load_for_resume(args.resume, args.output_dir, keeps_damaged=True)

@@ -1,19 +1,17 @@
 """Evaluation of classifiers: accuracy, predictions of each image, reassessed labels, and the report of a run."""
 import copy
-import dataclasses
 import math
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Tuple
 
 import torch
 from timm.utils import ModelEmaV3
-from torchvision import transforms
 
 import xcit
 from engine import evaluate
 from loaders.batches import build_eval_loader
 from loaders.samples import PictureSet, picture_of
-from loaders.transforms import Mean, eval_transform, resizes_for_evaluation
+from loaders.transforms import View
 from reports import drawings, real_labels, tables
 from reports.predictions import Predictions
 from run import processes
@@ -30,35 +28,6 @@ COLUMNS = {'loss': ('train_loss', '.4f'), 'lr': ('train_lr', '.2e'), 'Acc@1': ('
 CURVES = {'loss': {'train_loss': 'training', 'test_loss': 'evaluation', 'test_ema_loss': 'EMA, evaluation'},
           'Acc@1 in %': {'test_acc1': 'model', 'test_ema_acc1': 'EMA'},
           'learning rate': {'train_lr': 'learning rate'}}
-
-
-@dataclasses.dataclass(frozen=True)
-class View:
-    """Part and size of an image that a model is evaluated with.
-
-    Args:
-        input_size: side of the square images, in pixels.
-        full_crop: use the whole shorter side of an image; False: 0.875 of this side.
-        resize: resize images; False: images keep their size, unless `full_crop`.
-        mean, std: normalisation of each channel; None: ImageNet's.
-    """
-    input_size: int
-    full_crop: bool
-    resize: bool
-    mean: Mean = None
-    std: Mean = None
-
-    @property
-    def resizes(self) -> bool:
-        return resizes_for_evaluation(full_crop=self.full_crop, resize=self.resize)
-
-    @property
-    def crop(self) -> float:
-        """Used fraction of the shorter side of an image."""
-        return 1. if self.full_crop or not self.resizes else .875
-
-    def transform(self) -> transforms.Compose:
-        return eval_transform(**dataclasses.asdict(self))
 
 
 def evaluate_classifier(model: torch.nn.Module, dataset: PictureSet, view: View, loading: Loading, *,

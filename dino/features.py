@@ -2,7 +2,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Callable, Iterable, Iterator, List, Optional, Tuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -16,7 +16,7 @@ from loaders import pictures, readers
 from loaders.batches import build_eval_loader
 from loaders.samples import Part, PictureSet, inspect
 from loaders.source import Source
-from loaders.transforms import eval_transform, resizes_for_evaluation
+from loaders.transforms import View
 from run import processes
 from run.settings import Loading
 from utils import InputError, abridge, first_line, whole_file
@@ -49,24 +49,9 @@ class Features:
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """Labelled images, and the evaluation transform that a model needs.
-
-    Args:
-        source: data set.
-        input_size: side of the square images, in pixels.
-        full_crop: use the whole shorter side of a picture; False: 0.875 of it.
-        resize: resize instead of padding and cropping; None: depends on the pictures.
-        mean, std: normalisation of each channel; None: ImageNet's.
-    """
+    """Labelled images of a data set, and the view of them that a model needs."""
     source: Source
-    input_size: int
-    full_crop: bool = False
-    resize: Optional[bool] = None
-    mean: Optional[Sequence[float]] = None
-    std: Optional[Sequence[float]] = None
-
-    def resizes(self, dataset: PictureSet) -> bool:
-        return datasets.decide_resize(self.source, dataset, resize=self.resize, input_size=self.input_size)
+    view: View
 
 
 def build_dataset(images: Images, *, is_train: bool, most: Optional[int] = None) -> PictureSet:
@@ -75,12 +60,11 @@ def build_dataset(images: Images, *, is_train: bool, most: Optional[int] = None)
     if is_train and readers.prefix_of(source.name):  # for training, the order would vary
         source, is_train = dataclasses.replace(source, val_split=source.train_split), False
     dataset, _ = datasets.load(source, is_train)
-    resize = images.resizes(dataset)
-    inspect(None, dataset, same_size=not resizes_for_evaluation(full_crop=images.full_crop, resize=resize))
+    view = datasets.decide_resize(source, dataset, images.view)
+    inspect(None, dataset, same_size=not view.resizes)
     if most is not None and not readers.is_stream(source.name) and most < len(dataset):
         dataset = Part(dataset, pictures.evenly_spread(range(len(dataset)), most))
-    return dataset.with_transform(eval_transform(
-        input_size=images.input_size, full_crop=images.full_crop, resize=resize, mean=images.mean, std=images.std))
+    return dataset.with_transform(view.transform())
 
 
 def build_datasets(images: Images, *, most: Optional[int] = None) -> List[PictureSet]:

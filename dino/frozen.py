@@ -3,7 +3,7 @@ import argparse
 import dataclasses
 import os
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 
@@ -17,7 +17,7 @@ from dino.features import Features, Images
 from inference.loaded import LoadedModel
 from loaders import readers
 from loaders.samples import PictureSet
-from loaders.source import Source
+from loaders.transforms import Mean, View
 from run import devices, flags, parts, processes
 from run.commandline import PATH
 from run.folder import check_output_dir
@@ -50,11 +50,6 @@ class Frozen:
         """Name of the model and fingerprint of the weights, in plain values."""
         return {'model': self.loaded.name, 'fingerprint': self.fingerprint}
 
-    def setting(self, mean: Optional[Sequence[float]], std: Optional[Sequence[float]]) -> dict:
-        """Return size, crop and normalisation of the images for the evaluation; `mean`, `std`: if not the model's."""
-        return {'input_size': self.loaded.input_size, 'full_crop': self.loaded.full_crop,
-                'mean': mean or self.loaded.mean, 'std': std or self.loaded.std}
-
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, img_h, img_w) -> (B, C): the normalised CLS token."""
         model = self.loaded.model
@@ -63,10 +58,10 @@ class Frozen:
     def extract(self, dataset: PictureSet, loading: Loading, split: str) -> Features:
         return features.extract(self, dataset, loading, amp_dtype=self.loaded.amp_dtype, header=f'Features, {split}')
 
-    def images(self, source: Source, *, resize: Optional[bool] = None, mean: Optional[Sequence[float]] = None,
-               std: Optional[Sequence[float]] = None) -> Images:
-        """Return labelled images with this backbone's evaluation transform; `mean`, `std`: other normalisation."""
-        return Images(source, **self.setting(mean, std), resize=resize)
+    def view(self, *, resize: Optional[bool] = None, mean: Mean = None, std: Mean = None) -> View:
+        """Return the view of images for this backbone; `mean`, `std`: other normalisation."""
+        own = self.loaded.view
+        return dataclasses.replace(own, resize=resize, mean=mean or own.mean, std=std or own.std)
 
 
 def add_flags(parser, *, trains: bool):
@@ -179,14 +174,14 @@ def read_stored(path: Path, expected: dict) -> Features:
 
 def describe(frozen: Frozen, images: Images, dataset: PictureSet, split: str) -> Dict[str, object]:
     """Return the weights and images behind the features of a split, in plain values that can be compared."""
-    source, files = images.source, dataset.files()
+    source, view, files = images.source, images.view, dataset.files()
     notes = [f'{label} {os.path.getsize(file)}' for file, label in dataset.samples]
     return {**frozen.identity, 'data set': source.name, 'split': split,
             'files': parts.digest_of(files, notes, root=source.path) if files else os.path.realpath(source.path),
             'images': None if readers.is_stream(source.name) else len(dataset),
             'precision': next(name for name, dtype in devices.AMP_DTYPES.items() if dtype == frozen.loaded.amp_dtype),
-            'input size': images.input_size, 'full crop': images.full_crop, 'resize': images.resize,
-            'mean': images.mean, 'std': images.std, 'exif': source.exif, 'inat category': source.inat_category,
+            'input size': view.input_size, 'full crop': view.full_crop, 'resize': view.resize,
+            'mean': view.mean, 'std': view.std, 'exif': source.exif, 'inat category': source.inat_category,
             'train split': source.train_split, 'val split': source.val_split, 'val fraction': source.val_fraction}
 
 

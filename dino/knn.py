@@ -71,7 +71,8 @@ def evaluate(args, device: torch.device) -> dict:
         return {'results': classify(train, val), 'train_features': args.train_features,
                 'val_features': args.val_features, 'images': {'train': len(train), 'val': len(val)}}
     loading = Loading(args.batch_size, device, num_workers=args.num_workers, pin_memory=args.pin_mem)
-    images = backbone.images(datasets.source(args, resumes=False), resize=args.resize, mean=args.mean, std=args.std)
+    view = backbone.view(resize=args.resize, mean=args.mean, std=args.std)
+    images = features.Images(datasets.source(args, resumes=False), view)
     sets = features.build_datasets(images)
     if not readers.is_stream(args.data_set):
         neighbours.check(args.nb_knn, len(sets[0]))

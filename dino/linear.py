@@ -20,7 +20,7 @@ from dino.features import Features, Images
 from engine import accuracy_line, train_one_epoch
 from loaders.batches import build_train_loader
 from loaders.samples import PictureSet, inspect
-from loaders.transforms import PADDING, ToNormalizedTensor
+from loaders.transforms import PADDING, ToNormalizedTensor, View
 from run import checkpoints, flags, parts, processes
 from run.assembly import prepare
 from run.commandline import COUNT, PATH, POSITIVE, Parser, run_program, words_of
@@ -111,8 +111,12 @@ class Source:
     backbone: dict
 
 
+def build_view(args, backbone: frozen.Frozen) -> View:
+    return backbone.view(resize=args.resize, mean=args.mean, std=args.std)
+
+
 def build_images(args, backbone: frozen.Frozen) -> Images:
-    return backbone.images(datasets.source(args), resize=args.resize, mean=args.mean, std=args.std)
+    return Images(datasets.source(args), build_view(args, backbone))
 
 
 def build_source(args, device: torch.device, backbone: Optional[frozen.Frozen]) -> Source:
@@ -141,11 +145,11 @@ def build_train_dataset(images: Images, *, skips_bad: bool) -> PictureSet:
     """Build the training images with the original's augmentation; small images are padded and cropped as in main.py."""
     dataset, _ = datasets.load(images.source, is_train=True)
     inspect(dataset, skips_bad=skips_bad)
-    size = images.input_size
-    crop = (transforms.RandomResizedCrop(size) if images.resizes(dataset) else
-            transforms.RandomCrop(size, padding=PADDING, pad_if_needed=True))
+    view = datasets.decide_resize(images.source, dataset, images.view)
+    crop = (transforms.RandomResizedCrop(view.input_size) if view.resize else
+            transforms.RandomCrop(view.input_size, padding=PADDING, pad_if_needed=True))
     return dataset.with_transform(transforms.Compose([crop, transforms.RandomHorizontalFlip(),
-                                                      ToNormalizedTensor(images.mean, images.std)]))
+                                                      ToNormalizedTensor(view.mean, view.std)]))
 
 
 def build_optimizer(linears: Linears, lrs: List[float]) -> torch.optim.Optimizer:
@@ -183,7 +187,7 @@ def train(args, device: torch.device, backbone: Optional[frozen.Frozen]) -> dict
     schedule = Schedule(optimizer, cosine(pace.scaled_lr, 0., steps=args.epochs))
     derived = {**pace.derived(device, amp_dtype), 'scaled_lr': [lr * pace.scaled_lr for lr in args.lr],
                'images': source.images, 'classes': len(source.classes), 'width': source.width, **source.backbone,
-               **({} if backbone is None else backbone.setting(args.mean, args.std))}
+               **({} if backbone is None else build_view(args, backbone).setting())}
     with run.resumed():
         is_over = run.is_over()
         if is_over and not args.save_classifier:
@@ -246,7 +250,7 @@ def metrics_of(tested: Dict[float, dict]) -> dict:
 
 def save_model(args, backbone: frozen.Frozen, layer: torch.nn.Linear, classes: List[str]):
     """Write a classifier with its backbone, and log the command that evaluates the model."""
-    path, settings = Path(args.save_classifier), backbone.setting(args.mean, args.std)
+    path, settings = Path(args.save_classifier), build_view(args, backbone).setting()
     classifiers.save_with_backbone(path, layer, backbone, {'args': {'model': backbone.loaded.name, **settings},
                                                            'classes': list(classes)})
     options = words_of({'eval': True, 'pretrained': path, **settings, 'full_crop': settings['full_crop'] or None,
@@ -275,7 +279,7 @@ def evaluate(args, device: torch.device, backbone: Optional[frozen.Frozen]) -> d
     stats = {**classifiers.evaluate(layer.to(device), val, device), 'images': len(val)}
     log(accuracy_line(stats))
     if args.output_dir and processes.is_main_process():
-        setting = {} if backbone is None else backbone.setting(args.mean, args.std)
+        setting = {} if backbone is None else build_view(args, backbone).setting()
         write_result(Path(args.output_dir, 'eval.json'), {**stats, **setting}, vars(args))
     if args.save_classifier:
         save_model(args, backbone, layer, classes)

@@ -14,7 +14,7 @@ from dino.networks import MultiCrop
 from engine import evaluating
 from loaders import readers
 from loaders.samples import PictureSet
-from loaders.transforms import ToNormalizedTensor
+from loaders.transforms import ToNormalizedTensor, View
 from run import flags, parts, processes
 from run.commandline import COUNT, COUNT_OR_0, PATH, POSITIVE
 from run.output import log
@@ -164,7 +164,7 @@ def build_knn(args, loading: Loading, amp_dtype: Optional[torch.dtype]) -> Knn:
     name = args.knn_data_set or ('FOLDER' if args.data_set == data.ANY else args.data_set)
     source = dataclasses.replace(datasets.source(args), name=name, path=args.knn_data_path or args.data_path,
                                  flag='--knn-data-path' if args.knn_data_path else '--data-path', run_folder=None)
-    images = features.Images(source, args.input_size, mean=args.mean, std=args.std)
+    images = features.Images(source, View(args.input_size, mean=args.mean, std=args.std))
     try:
         sets = features.build_datasets(images, most=args.knn_images)
     except InputError as error:

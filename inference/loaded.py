@@ -9,7 +9,7 @@ from timm.data import ImageNetInfo
 
 import weights
 import xcit
-from loaders.transforms import SMALL, eval_transform, resizes_for_evaluation
+from loaders.transforms import SMALL, View
 from run.descriptions import names_of, number_of, side_of, trained_with
 from run.output import log
 from utils import InputError
@@ -24,33 +24,23 @@ class LoadedModel:
     Args:
         name: name of the model, e.g. 'xcit_small_12_p16'.
         classes: names of the classes 0, 1, ... in words; None: unknown, or no head.
-        input_size: side of the square images that the model is evaluated with, in pixels.
-        full_crop: use the whole shorter side of a picture; False: 0.875 of this side.
+        view: part and size of the pictures that the model is evaluated with.
         amp_dtype: autocast dtype; None: full precision.
-        mean, std: normalisation of each channel; None: ImageNet's.
         seed: seed of the run that the weights come from, if known.
     """
     model: torch.nn.Module
     name: str
     classes: Optional[List[str]]
-    input_size: int
-    full_crop: bool
+    view: View
     device: torch.device
     amp_dtype: Optional[torch.dtype]
-    mean: Optional[List[float]] = None
-    std: Optional[List[float]] = None
     seed: Optional[int] = None
 
-    @property
-    def resizes(self) -> bool:
-        """True if evaluation resizes and crops all pictures to squares."""
-        return resizes_for_evaluation(full_crop=self.full_crop, resize=self.input_size > SMALL)
-
     def transform(self, image: Image.Image) -> torch.Tensor:
-        """Transform a picture for evaluation, (3, img_h, img_w); a picture above `input_size` is always resized."""
-        is_too_large = not self.resizes and max(image.size) > self.input_size
-        return eval_transform(input_size=self.input_size, full_crop=self.full_crop or is_too_large,
-                              resize=self.input_size > SMALL, mean=self.mean, std=self.std)(image)
+        """Transform a picture for evaluation, (3, img_h, img_w); a picture above the input size is always resized."""
+        is_too_large = not self.view.resizes and max(image.size) > self.view.input_size
+        view = dataclasses.replace(self.view, full_crop=True) if is_too_large else self.view
+        return view.transform()(image)
 
 
 def load(pretrained: str, *, model: str = '', use_ema: bool = False, checkpoint_key: str = '',
@@ -62,7 +52,7 @@ def load(pretrained: str, *, model: str = '', use_ema: bool = False, checkpoint_
         pretrained: value of --pretrained, see weights.read.
         model: name of the model; '': the name in the weights.
         use_ema, checkpoint_key: choice of one of several sets of weights, see weights.read.
-        input_size, full_crop: see LoadedModel; None: the values of the model's own evaluation.
+        input_size, full_crop: see `View`; None: the values of the model's own evaluation.
         amp_dtype: autocast dtype; None: full precision.
         fuse: prepare an XCiT for inference (xcit.fuse).
 
@@ -89,10 +79,10 @@ def load(pretrained: str, *, model: str = '', use_ema: bool = False, checkpoint_
     else:
         own_size = side_of(trained.get('input_size')) or network.default_cfg['input_size'][-1]
         crop = evaluation_crop(trained)
-    return LoadedModel(
-        network.to(device), name, class_names(given, network), input_size=input_size or own_size,
-        full_crop=crop == 1. if full_crop is None else full_crop, device=device, amp_dtype=amp_dtype,
-        mean=trained.get('mean'), std=trained.get('std'), seed=number_of(trained.get('seed')))
+    size, full_crop = input_size or own_size, crop == 1. if full_crop is None else full_crop
+    view = View(size, full_crop, size > SMALL, trained.get('mean'), trained.get('std'))
+    return LoadedModel(network.to(device), name, class_names(given, network), view, device, amp_dtype,
+                       seed=number_of(trained.get('seed')))
 
 
 def evaluation_crop(trained: dict) -> float:

@@ -71,8 +71,10 @@ def batches(paths: List[Path], loaded: LoadedModel, *, batch_size: int, num_work
     Yields:
         images (B, 3, img_h, img_w) on the model's device, and their indices in `paths`.
     """
+    if not loaded.view.resizes:
+        batch_size = 1  # images that keep their sizes can't be stacked
     loader = Loader(ImageFiles(paths, loaded.transform), num_workers=num_workers, collate_fn=list,
-                    batch_size=batch_size if loaded.resizes else 1)  # images that keep their sizes can't be stacked
+                    batch_size=batch_size)
     with tqdm(total=len(paths), unit=' images', disable=not shows_bar()) as bar:
         for samples in loader:
             unreadable += [image for image, _ in samples if isinstance(image, UnreadableImage)]

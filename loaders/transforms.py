@@ -1,4 +1,5 @@
 """Transforms of classification, from RGB pictures to normalised tensors."""
+import dataclasses
 import itertools
 from functools import cache
 from typing import Iterator, Optional, Sequence, Tuple
@@ -49,25 +50,48 @@ def train_transform(*, input_size: int, resize: bool, color_jitter: float, auto_
     return transform
 
 
-def eval_transform(*, input_size: int, full_crop: bool, resize: bool, mean: Mean = None, std: Mean = None
-                   ) -> transforms.Compose:
-    """Build the evaluation transform: resize, centre crop, normalise.
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Part and size of an image that a model is evaluated with, and the normalisation.
 
     Args:
-        full_crop: use the whole shorter side of a picture; False: 0.875 of it.
-
-    Source: original datasets.py, build_transform.
+        input_size: side of the square images, in pixels.
+        full_crop: use the whole shorter side of an image; False: 0.875 of this side.
+        resize: resize images; False: images keep their size, unless `full_crop`; None: depends on the images, see
+            `datasets.decide_resize`.
+        mean, std: normalisation of each channel; None: ImageNet's.
     """
-    steps = [ToNormalizedTensor(mean, std)]
-    if resizes_for_evaluation(full_crop=full_crop, resize=resize):
-        # faithful: without --full_crop the shorter side becomes 256/224 of the size, and the centre is cropped
-        shorter_side = input_size if full_crop else int(input_size * 256 / 224)
-        steps[:0] = [transforms.Resize(shorter_side, InterpolationMode.BICUBIC), transforms.CenterCrop(input_size)]
-    return transforms.Compose(steps)
+    input_size: int
+    full_crop: bool = False
+    resize: Optional[bool] = None
+    mean: Mean = None
+    std: Mean = None
 
+    @property
+    def resizes(self) -> bool:
+        """True if all images become squares of one size."""
+        return self.full_crop or self.resize is not False
 
-def resizes_for_evaluation(*, full_crop: bool, resize: bool) -> bool:
-    return full_crop or resize
+    @property
+    def crop(self) -> float:
+        """Used fraction of the shorter side of an image."""
+        return 1. if self.full_crop or not self.resizes else .875
+
+    def setting(self) -> dict:
+        """Return the values that another program's flags need for the same view."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != 'resize'}
+
+    def transform(self) -> transforms.Compose:
+        """Build the transform: resize, centre crop, normalise.
+
+        Source: original datasets.py, build_transform.
+        """
+        steps = [ToNormalizedTensor(self.mean, self.std)]
+        if self.resizes:
+            # faithful: without --full_crop the shorter side becomes 256/224 of the size, and the centre is cropped
+            side = self.input_size if self.full_crop else int(self.input_size * 256 / 224)
+            steps[:0] = [transforms.Resize(side, InterpolationMode.BICUBIC), transforms.CenterCrop(self.input_size)]
+        return transforms.Compose(steps)
 
 
 def augment_ops(transform: transforms.Compose) -> Iterator[auto_augment.AugmentOp]:

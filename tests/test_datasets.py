@@ -27,7 +27,7 @@ from loaders.batches import build_eval_loader, build_train_loader
 from loaders.class_folders import ClassFolders
 from loaders.samples import CleanHalfErasing, SeededSamples, collate
 from loaders.source import Source
-from loaders.transforms import SMALL, ToNormalizedTensor, augment_ops, eval_transform
+from loaders.transforms import SMALL, ToNormalizedTensor, View, augment_ops
 from run.settings import Loading
 from utils import InputError, UnreadableImage
 
@@ -473,7 +473,7 @@ def test_load_rgb(tmp_path, mode, color, expected):
 @pytest.mark.parametrize('size', [224, 384, 32])
 def test_eval_transform(reference, crop, size):
     """Agrees with the original's: shape, mean, standard deviation, and the values of a grid, to 1e-6."""
-    transform = eval_transform(input_size=size, full_crop=crop == 'full_crop', resize=size > SMALL)
+    transform = View(size, full_crop=crop == 'full_crop', resize=size > SMALL).transform()
     image = transform(pictures.load_rgb(REFERENCE / 'pattern.png'))
     key, step = f'eval_transform/{crop}/{size}', max(1, size // 16)
     assert list(image.shape) == reference[key]['shape']
@@ -594,7 +594,7 @@ def mixed_sizes(folders) -> Path:
 
 def first_eval_batch(folders: Path, *, full_crop: bool):
     dataset, _ = build('FOLDER', folders, is_train=False)
-    transform = eval_transform(input_size=32, full_crop=full_crop, resize=False)
+    transform = View(32, full_crop=full_crop, resize=False).transform()
     return next(iter(build_eval_loader(dataset.with_transform(transform), Loading(8, CPU))))
 
 

@@ -17,7 +17,7 @@ from dino.crops import Crops
 from dino.loss import DinoLoss
 from dino.networks import Head, MultiCrop
 from loaders.pictures import load_rgb
-from loaders.transforms import eval_transform
+from loaders.transforms import View
 from run.optimization import parameter_groups
 from run.schedules import cosine, ramp
 
@@ -472,7 +472,7 @@ def test_crops_depend_on_torchs_generator_alone():
 def test_evaluation_transform_is_the_originals():
     """An evaluation image equals the original's pixel by pixel."""
     expected = NUMBERS['eval_transforms']['knn_and_linear']
-    image = eval_transform(input_size=224, full_crop=False, resize=True)(load_rgb(REFERENCE / 'pattern.png'))
+    image = View(224, full_crop=False, resize=True).transform()(load_rgb(REFERENCE / 'pattern.png'))
     step = expected['step']
     assert list(image.shape) == expected['shape']
     assert float(image.mean()) == pytest.approx(expected['mean'], abs=1e-5)

@@ -15,6 +15,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import xcit_fuse
 from inference.loaded import LoadedModel
+from loaders.transforms import View
 from tools.export import FORMATS, export, main, prepare
 from utils import InputError, RunStopped
 
@@ -62,7 +63,7 @@ def export_shallow(tmp_path_factory):
     @functools.cache
     def exported(name: str, format_name: str, *, dynamic: bool, input_size: int = 64) -> Path:
         path = tmp_path_factory.mktemp('shallow') / f'model{FORMATS[format_name][0]}'
-        loaded = LoadedModel(shallow_model(name), name, CLASSES, input_size=input_size, full_crop=False,
+        loaded = LoadedModel(shallow_model(name), name, CLASSES, View(input_size, resize=input_size > 32),
                              device=torch.device('cpu'), amp_dtype=None)
         export(loaded, path, format_name=format_name, dynamic=dynamic, tolerance=1e-4)
         return path
@@ -178,7 +179,7 @@ def test_what_an_exporter_refuses_is_one_line(tmp_path):
     """An exporter's error becomes RunStopped with its reason."""
     model = shallow_model(NANO)
     model.head = PositiveOnly()
-    loaded = LoadedModel(model, NANO, None, input_size=64, full_crop=True, device=torch.device('cpu'), amp_dtype=None)
+    loaded = LoadedModel(model, NANO, None, View(64, full_crop=True), device=torch.device('cpu'), amp_dtype=None)
     with pytest.raises(RunStopped, match=rf'^{NANO} can\'t be exported as torch-export \(.*data-dependent.*\)$'):
         export(loaded, tmp_path / 'nano.pt2', format_name='torch-export', dynamic=False, tolerance=1e-4)
 

@@ -9,7 +9,7 @@ import torch
 from conftest import seeded_model, write_folders, write_image
 
 from loaders.pictures import load_rgb
-from loaders.transforms import eval_transform
+from loaders.transforms import View
 from tools.extract_features import main
 from utils import InputError, UnreadableImage
 
@@ -39,7 +39,7 @@ def test_features_are_the_models(tmp_path, data, backbone, pool):
     with np.load(tmp_path / 'f.npz') as arrays:
         features, paths = arrays['features'], arrays['paths']
     model = seeded_model('xcit_nano_12_p16', num_classes=0, global_pool=pool).eval()
-    transform = eval_transform(input_size=48, full_crop=True, resize=True)
+    transform = View(48, full_crop=True, resize=True).transform()
     image = transform(load_rgb(str(data / paths[5])))[None]
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(features[5:6]), model(image), rtol=1e-4, atol=1e-4)
@@ -100,7 +100,7 @@ def test_patch_tokens_are_the_models(tmp_path, data, backbone):
         tokens, features, paths = arrays['tokens'], arrays['features'], arrays['paths']
     assert tokens.shape == (16, 3, 3, 128)
     model = seeded_model('xcit_nano_12_p16', num_classes=0).eval()
-    transform = eval_transform(input_size=48, full_crop=True, resize=True)
+    transform = View(48, full_crop=True, resize=True).transform()
     image = transform(load_rgb(str(data / paths[5])))[None]
     with torch.no_grad():
         expected = model.forward_features(image)[0]

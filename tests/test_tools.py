@@ -9,7 +9,7 @@ from PIL import Image
 
 import datasets
 from loaders.pictures import load_rgb
-from loaders.transforms import eval_transform
+from loaders.transforms import View
 from main import main as train
 from tools.convert_checkpoint import main as convert
 from tools.export import main as export
@@ -93,7 +93,7 @@ def test_exported_model_predicts_the_same(pictures, trained, tmp_path):
     """The ONNX file predicts the same classes."""
     export(['--format', 'onnx', '--pretrained', trained, '--dynamic', '--output', str(tmp_path / 'm.onnx')])
     session = onnxruntime.InferenceSession(tmp_path / 'm.onnx', providers=['CPUExecutionProvider'])
-    transform = eval_transform(input_size=32, full_crop=False, resize=False)
+    transform = View(32, full_crop=False, resize=False).transform()
     images = torch.stack([transform(load_rgb(str(path))) for path in sorted(pictures.rglob('*.png'))])
     predictions = session.run(None, {'images': images.numpy()})[0].argmax(axis=1)
     assert predictions.tolist() == predicted(pictures, trained)
@@ -103,7 +103,7 @@ def test_converted_model_predicts_the_same(pictures, trained, tmp_path):
     """timm's model with converted weights, and weights converted back, predict the same classes."""
     convert([trained, str(tmp_path / 't.safetensors'), '--to', 'timm'])
     model = timm.create_model('xcit_nano_12_p16_224', num_classes=10, checkpoint_path=str(tmp_path / 't.safetensors'))
-    transform = eval_transform(input_size=32, full_crop=False, resize=False)
+    transform = View(32, full_crop=False, resize=False).transform()
     images = torch.stack([transform(load_rgb(str(path))) for path in sorted(pictures.rglob('*.png'))])
     with torch.no_grad():
         assert model.eval()(images).argmax(dim=1).tolist() == predicted(pictures, trained)

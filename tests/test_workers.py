@@ -11,6 +11,7 @@ from inference import pictures
 from inference.loaded import LoadedModel
 from loaders import workers
 from loaders.samples import collate
+from loaders.transforms import View
 from main import main
 from utils import RunStopped
 
@@ -78,7 +79,7 @@ def test_tools_read_through_pipes(monkeypatch, tmp_path):
     (tmp_path / '3.png').write_bytes(b'')
     monkeypatch.setattr(workers, 'available_shared_memory', lambda: 2 ** 20)
     monkeypatch.setattr(workers, 'AHEAD', 300)
-    loaded = LoadedModel(torch.nn.Identity(), 'none', None, 64, True, torch.device('cpu'), None)
+    loaded = LoadedModel(torch.nn.Identity(), 'none', None, View(64, full_crop=True), torch.device('cpu'), None)
     unreadable = []
     batches = list(pictures.batches(pictures.find_images([str(tmp_path)]), loaded, batch_size=2, num_workers=1,
                                     unreadable=unreadable))

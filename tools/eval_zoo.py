@@ -21,12 +21,13 @@ import datasets
 import utils
 import xcit
 import xcit_zoo
-from classification.evaluation import View, evaluate_classifier
+from classification.evaluation import evaluate_classifier
 from dino import classifiers, features, frozen, neighbours
 from engine import accuracy_line
 from inference.loaded import load
 from loaders.samples import inspect
 from loaders.source import Source
+from loaders.transforms import View
 from run import commandline, flags, folder, session
 from run.commandline import COUNT, PATH, PATH_OBJECT, Parser
 from run.output import log
@@ -191,7 +192,7 @@ def by_classifier(published: xcit_zoo.Published, file: str, source: Source, load
 
 def by_neighbours(backbone: frozen.Frozen, source: Source, loading: Loading) -> Tuple[dict, int]:
     """Return the accuracies by nearest neighbours, and the number of images of both splits."""
-    images = backbone.images(source)
+    images = features.Images(source, backbone.view())
     sets = features.build_datasets(images)
     neighbours.check([NEIGHBOURS], len(sets[0]))
     train, val = frozen.features_of_both(backbone, images, sets, loading)
@@ -203,7 +204,7 @@ def by_neighbours(backbone: frozen.Frozen, source: Source, loading: Loading) -> 
 
 def by_linear(backbone: frozen.Frozen, file: str, source: Source, loading: Loading) -> Tuple[dict, int]:
     """Return the metrics of a linear classifier, and the number of images."""
-    dataset = features.build_dataset(backbone.images(source), is_train=False)
+    dataset = features.build_dataset(features.Images(source, backbone.view()), is_train=False)
     layer = classifiers.read_matching(file, width=backbone.loaded.model.num_features, classes=dataset.class_names(),
                                       backbone=backbone.identity)
     val = backbone.extract(dataset, loading, 'val')

@@ -68,7 +68,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def check_sizes(loaded: LoadedModel, dynamic: bool):
     """Raise InputError if the model or the format does not accept the size of the images."""
-    model, size = loaded.model, loaded.input_size
+    model, size = loaded.model, loaded.view.input_size
     if not isinstance(model, xcit.Xcit):
         if dynamic:
             raise InputError(f'--dynamic: only works with XCiT models, not {loaded.name}')
@@ -127,9 +127,10 @@ def describe(loaded: LoadedModel) -> dict:
 
     `crop` is the part of an image's shorter side that is resized to `input_size`; None: images are not resized.
     """
-    return {'model': loaded.name, 'classes': loaded.classes, 'input_size': loaded.input_size,
-            'crop': (1. if loaded.full_crop else .875) if loaded.resizes else None, 'interpolation': 'bicubic',
-            'mean': list(loaded.mean or IMAGENET_DEFAULT_MEAN), 'std': list(loaded.std or IMAGENET_DEFAULT_STD)}
+    view = loaded.view
+    return {'model': loaded.name, 'classes': loaded.classes, 'input_size': view.input_size,
+            'crop': view.crop if view.resizes else None, 'interpolation': 'bicubic',
+            'mean': list(view.mean or IMAGENET_DEFAULT_MEAN), 'std': list(view.std or IMAGENET_DEFAULT_STD)}
 
 
 def compare(exported: Callable, examples: List[Tuple[torch.Tensor, torch.Tensor]], tolerance: float
@@ -163,7 +164,7 @@ def main(argv=None) -> Dict[tuple, float]:
         check_sizes(loaded, args.dynamic)
         differences = export(loaded, path, format_name=args.format, dynamic=args.dynamic, tolerance=args.tolerance)
     pixels = (f'more than {loaded.model.patch_size} pixels a side' if args.dynamic
-              else f'{loaded.input_size} x {loaded.input_size} pixels')
+              else f'{loaded.view.input_size} x {loaded.view.input_size} pixels')
     log(f'{args.output}: {args.output.stat().st_size / 2 ** 20:.1f} MB, for any number of images of {pixels}')
     return differences
 
@@ -183,7 +184,7 @@ def export(loaded: LoadedModel, path: Path, *, format_name: str, dynamic: bool, 
            ) -> Dict[tuple, float]:
     """Prepare a model for inference, export it to `path`, and compare; raise RunStopped if this fails."""
     generator = torch.Generator().manual_seed(0)
-    size = loaded.input_size
+    size = loaded.view.input_size
     shapes = [(1, 3, size, size), (3, 3, size, size)]
     if dynamic:  # images of the least height, and larger images, which are not square
         shapes += [(1, 3, loaded.model.patch_size + 1, size), (2, 3, size + 1, size + size // 2)]

@@ -96,7 +96,7 @@ def write_folder(folder: Path, loaded: LoadedModel, given: weights.Weights, card
                  published: Optional[xcit_zoo.Published]):
     """Write model.safetensors, config.json and README.md; `card`: repo, license and measured, for CARD."""
     described = timm_files.describe(given, loaded.name, published)
-    described['args'].update(input_size=loaded.input_size, full_crop=loaded.full_crop)
+    described['args'].update(input_size=loaded.view.input_size, full_crop=loaded.view.full_crop)
     config = timm_files.config(loaded.name, described, loaded.model, published)
     tensors = timm_files.contiguous(xcit_zoo.to_timm_names(given.tensors))
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def write_folder(folder: Path, loaded: LoadedModel, given: weights.Weights, card
     classes = loaded.classes
     utils.write_text(folder / 'README.md', CARD.format(
         **card, task='image-classification' if loaded.model.num_classes else 'image-feature-extraction',
-        title=card['repo'].partition('/')[2], model=loaded.name, size=loaded.input_size,
+        title=card['repo'].partition('/')[2], model=loaded.name, size=loaded.view.input_size,
         classes=f', {len(classes)} classes: {utils.abridge(classes, 20)}' if classes else ''))
 
 
@@ -113,7 +113,7 @@ def write_folder(folder: Path, loaded: LoadedModel, given: weights.Weights, card
 def check_folder(folder: Path, loaded: LoadedModel):
     """Raise RunStopped if timm computes other outputs from a folder."""
     torch.manual_seed(0)
-    images = torch.randn(2, 3, loaded.input_size, loaded.input_size)
+    images = torch.randn(2, 3, loaded.view.input_size, loaded.view.input_size)
     expected = loaded.model(images)
     outputs = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(images)
     if not (expected - outputs).abs().max() <= TOLERANCE * expected.abs().max():

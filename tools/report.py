@@ -14,6 +14,7 @@ from inference.loaded import in_words, load
 from loaders import samples
 from loaders.samples import PictureSet
 from loaders.source import Source
+from loaders.transforms import View
 from reports import predictions, tables
 from run import devices, flags, logs, session
 from run.commandline import PATH, PATH_OBJECT, Parser, run_program
@@ -72,8 +73,8 @@ def evaluate(folder: Path, run: dict, weights: str, dataset: PictureSet, source:
         loaded.model.xca_form = run.get('xca', 'auto')
     else:
         check_input_size(loaded.model, size, loaded.name)
-    resize = datasets.decide_resize(source, dataset, resize=run.get('resize'), input_size=size)
-    view = evaluation.View(size, run.get('full_crop', False), resize, run.get('mean'), run.get('std'))
+    view = datasets.decide_resize(source, dataset, View(
+        size, run.get('full_crop', False), run.get('resize'), run.get('mean'), run.get('std')))
     samples.inspect(None, dataset, same_size=not view.resizes)
     stats, predicted = evaluation.evaluate_classifier(
         loaded.model, dataset, view, loading, amp_dtype=devices.amp_dtype_of(None, loading.device), name=loaded.name,

@@ -94,7 +94,7 @@ class Attention:
 
     def __call__(self, picture: Image.Image) -> torch.Tensor:
         """Compute the attention of CLS to the patches of a picture of any size: (heads, H, W), float32, on the CPU."""
-        pixels = ToNormalizedTensor(self.loaded.mean, self.loaded.std)(picture)[None].to(self.loaded.device)
+        pixels = ToNormalizedTensor(self.loaded.view.mean, self.loaded.view.std)(picture)[None].to(self.loaded.device)
         weights = pictures.forward(
             self.loaded, lambda images: self.loaded.model.forward_attention(images, layer=self.layer)[0], pixels)
         return weights[0, self.heads].unflatten(1, (-1, math.ceil(picture.width / self.patch_size)))

@@ -47,7 +47,7 @@ def get_args_parser() -> Parser:
 def tokens_of(loaded: LoadedModel, picture: Image.Image) -> torch.Tensor:
     """Compute the patch tokens (H, W, C) of a picture of any size: float32, on the CPU."""
     patch_size = loaded.model.patch_size
-    pixels = ToNormalizedTensor(loaded.mean, loaded.std)(picture)[None].to(loaded.device)
+    pixels = ToNormalizedTensor(loaded.view.mean, loaded.view.std)(picture)[None].to(loaded.device)
     tokens = pictures.forward(loaded, loaded.model.forward_features, pixels)[0, 1:]
     return tokens.unflatten(0, (math.ceil(picture.height / patch_size), math.ceil(picture.width / patch_size)))
 
@@ -72,7 +72,7 @@ def main(argv: Optional[list] = None) -> List[Path]:
         load_rgb(path)  # an unreadable picture ends the program before work starts
     loaded = load(**flags.weights(args), **flags.device(args))
     check_xcit(loaded.name)
-    side = args.input_size or (LONGER_SIDE if loaded.input_size > SMALL else loaded.input_size)
+    side = args.input_size or (LONGER_SIDE if loaded.view.input_size > SMALL else loaded.view.input_size)
     folder = Path(args.output_dir)
     files = [*(folder / f'{stem}_features.png' for stem in pictures.unique_stems(paths)), folder / 'features.png']
     pictures.check_inputs_are_kept(paths, files)

@@ -14,6 +14,7 @@ from loaders import pictures
 from run.output import log
 from utils import InputError, UnreadableImage, abridge, seed_cpu
 
+FEW = 10  # pictures of a class, below which a warning is logged
 NUM_LISTED = 20  # maximum number of classes whose numbers of pictures are listed one by one
 FOR_TRAINING = '--skip-bad-images N replaces up to N such training images by others'
 FOR_EVALUATION = 'repair or remove the image: --skip-bad-images only applies to training images'
@@ -139,10 +140,9 @@ def log_class_sizes(train: PictureSet, evaluated: PictureSet):
     else:
         ranges = [f'{min(count[i] for i in labels)} to {max(count[i] for i in labels)}' for count in (trained, tested)]
         log(f'{len(labels)} classes, each with {ranges[0]} pictures for training and {ranges[1]} for evaluation')
-    for problem, classes in (('less than 2 pictures for training', [names[i] for i in labels if trained[i] < 2]),
-                             ('no pictures for evaluation', [names[i] for i in labels if not tested[i]])):
-        if classes:
-            log(f'Warning: {len(classes)} of {len(labels)} classes have {problem}: {abridge(classes)}')
+    for counts, side in ((trained, 'training'), (tested, 'evaluation')):
+        if few := [f'{names[i]} {counts[i]}' for i in labels if counts[i] < FEW]:
+            log(f'Warning: fewer than {FEW} pictures for {side} in {len(few)} of {len(labels)} classes: {abridge(few)}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,38 +11,36 @@ FILE = 'split.json'  # in the run's folder
 
 
 class Split:
-    """Division of pictures into training and evaluation by name, stable when pictures are added.
+    """Division of pictures into training and evaluation by the hashes of their names.
+
+    A new picture changes the side of at most one other picture, of its class.
 
     Args:
         names: names CLASS/... of all pictures, relative to the folder of class folders.
-        fraction: approximate fraction of each class to hold out; at least one picture, at most all but one.
+        fraction: fraction of each class to hold out, to the nearest picture; at least one, at most all but one.
         stored: division of the resumed run, whose pictures keep their sides.
     """
 
     def __init__(self, names: Iterable[str], *, fraction: float, seed: int, stored: Optional[dict] = None):
         self.fraction, self.seed, self.train, self.val = fraction, seed, set(), set()
-        fixed = {name: number for key, number in (('train', 1.), ('val', 0.)) for name in (stored or {}).get(key, ())}
-        classes = defaultdict(dict)
+        train, val = (set((stored or {}).get(side, ())) for side in ('train', 'val'))
+        classes = defaultdict(set)
         for name in names:
-            classes[name.partition('/')[0]][name] = fixed[name] if name in fixed else number_of(name, seed)
-        for numbers in classes.values():
-            held_out = {name for name, number in numbers.items() if number < fraction}
-            if not held_out and len(numbers) > 1:
-                held_out = {min(numbers, key=numbers.get)}
-            elif held_out == numbers.keys():
-                held_out.remove(max(numbers, key=numbers.get))
+            classes[name.partition('/')[0]].add(name)
+        for members in classes.values():
+            ranked = sorted(members - train - val, key=lambda name: hash_of(name, seed))
+            wanted = min(max(int(fraction * len(members) + .5), 1), len(members) - 1)
+            held_out = (members & val) | set(ranked[:max(0, wanted - len(members & val))])
             self.val |= held_out
-            self.train |= numbers.keys() - held_out
+            self.train |= members - held_out
 
     def write(self, folder: Path):
         write_json(folder / FILE, {'val_fraction': self.fraction, 'seed': self.seed,
                                    'train': sorted(self.train), 'val': sorted(self.val)})
 
 
-def number_of(name: str, seed: int) -> float:
-    """Return a pseudorandom number from 0 to 1 that is a function of the name and the seed."""
-    digest = hashlib.blake2b(f'{seed}/{name}'.encode('utf-8', 'surrogateescape'), digest_size=8).digest()
-    return int.from_bytes(digest, 'big') / 2 ** 64
+def hash_of(name: str, seed: int) -> bytes:
+    return hashlib.blake2b(f'{seed}/{name}'.encode('utf-8', 'surrogateescape'), digest_size=8).digest()
 
 
 def read(folder: Optional[Path]) -> Optional[dict]:

@@ -14,7 +14,7 @@ import datasets
 from inference.pictures import find_images
 from loaders import pictures
 from loaders.source import Source
-from loaders.transforms import ToNormalizedTensor
+from loaders.transforms import ToNormalizedTensor, View
 from main import build_datasets, main, parse_args
 from tools.extract_features import class_folders
 from utils import InputError, UnreadableImage
@@ -288,8 +288,8 @@ def test_class_sizes_are_logged(folders, capsys):
     main(tiniest(folders, '--epochs', '1', '--batch-size', '2'))
     out = capsys.readouterr().out
     assert out.count('Pictures of each class for training/evaluation: cat 1/4, dog 8/0\n') == 1
-    assert 'Warning: 1 of 2 classes have less than 2 pictures for training: cat\n' in out
-    assert 'Warning: 1 of 2 classes have no pictures for evaluation: dog\n' in out
+    assert 'Warning: fewer than 10 pictures for training in 2 of 2 classes: cat 1, dog 8\n' in out
+    assert 'Warning: fewer than 10 pictures for evaluation in 2 of 2 classes: cat 4, dog 0\n' in out
 
 
 # ----- small pictures of different sizes
@@ -305,9 +305,9 @@ def test_small_inputs_of_own_pictures(tmp_path, sizes, resizes):
                 write_image(tmp_path / split / name / f'{i}.png', size=size)
     source = Source('FOLDER', str(tmp_path))
     dataset, _ = datasets.load(source, is_train=True)
-    assert datasets.decide_resize(source, dataset, resize=None, input_size=32) is resizes
-    assert datasets.decide_resize(source, dataset, resize=True, input_size=32)
-    assert not datasets.decide_resize(source, dataset, resize=False, input_size=32)
+    assert datasets.decide_resize(source, dataset, View(32)).resize is resizes
+    assert datasets.decide_resize(source, dataset, View(32, resize=True)).resize
+    assert not datasets.decide_resize(source, dataset, View(32, resize=False)).resize
 
 
 @pytest.mark.parametrize(('resize', 'train_step', 'eval_step'), [

@@ -19,20 +19,36 @@ def write_class_folders(root: Path, per_class: int):
 
 
 def test_split_is_of_each_class_and_seeded():
-    """Each class is divided by about the fraction, in another way with another seed, without overlap."""
+    """Each class is divided by the fraction, in another way with another seed, without overlap."""
     division, other = (split.Split(NAMES, fraction=.2, seed=seed) for seed in (0, 1))
     assert division.val | division.train == set(NAMES)
     assert not division.val & division.train
     for name in ('a', 'b'):
-        assert 75 < sum(image.startswith(name) for image in division.val) < 125
+        assert sum(image.startswith(name) for image in division.val) == 100
     assert division.val != other.val
     assert division.val == split.Split(reversed(NAMES), fraction=.2, seed=0).val
 
 
+@pytest.mark.parametrize(('count', 'fraction', 'held_out'), [(7, .2, 1), (8, .2, 2), (13, .5, 7), (40, .01, 1)])
+def test_fraction_is_exact_to_the_nearest_picture(count, fraction, held_out):
+    """A small class has the share of a large one, as far as whole pictures allow."""
+    assert len(split.Split([f'a/{i}' for i in range(count)], fraction=fraction, seed=0).val) == held_out
+
+
 def test_pictures_keep_their_side():
-    """A picture stays on its side when pictures are added or removed."""
-    few = split.Split(NAMES[::2], fraction=.2, seed=0)
-    assert few.val <= split.Split(NAMES, fraction=.2, seed=0).val
+    """A new picture changes the side of at most one other picture."""
+    for last in range(10, 200):
+        before, after = (split.Split([f'a/{i}' for i in range(n)], fraction=.2, seed=0) for n in (last, last + 1))
+        assert len((before.val & after.train) | (before.train & after.val)) <= 1
+
+
+def test_stored_pictures_keep_their_side():
+    """Pictures of a resumed run never change sides; new pictures fill the fraction."""
+    stored = {'train': [f'a/{i}' for i in range(10)], 'val': [f'a/{i}' for i in range(10, 13)]}
+    division = split.Split([f'a/{i}' for i in range(30)], fraction=.2, seed=0, stored=stored)
+    assert set(stored['train']) <= division.train
+    assert set(stored['val']) <= division.val
+    assert len(division.val) == 6
 
 
 @pytest.mark.parametrize('fraction', [.001, .999])

@@ -42,7 +42,9 @@ FINETUNING = dict(epochs=30, lr=4e-4, min_lr=1e-6, warmup_epochs=0, drop_path=0.
 # Arguments
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser('main.py', description=__doc__)
+    parser = Parser('main.py', description=__doc__,
+                    example='--model xcit_small_12_p16 --finetune fb_dist_in1k --data-set FOLDER\n'
+                            '--data-path pictures --val-fraction 0.2 --output-dir runs/mine')
     boolean = argparse.BooleanOptionalAction
     group = flags.add_run_group(parser)
     group.add_argument('--start-epoch', default=0, type=COUNT_OR_0, metavar='N', help='first epoch, without --resume')

@@ -24,7 +24,8 @@ from utils import InputError
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the job's flags; the program has its own parser."""
     parser = Parser(Path(__file__).name, usage='%(prog)s [flags of the job] [flags of the program]', add_help=False,
-                    description=__doc__)
+                    description=__doc__, example='--nodes 2 --ngpus 8 --partition NAME --model xcit_small_12_p16\n'
+                    '--batch-size 64 --drop-path 0.05 --data-path imagenet')
     group = parser.add_argument_group('job')
     group.add_argument('-h', '--help', action='store_true', help='flags of the job and of the program')
     group.add_argument('--program', default='main', metavar='MODULE',

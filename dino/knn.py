@@ -27,7 +27,8 @@ PIXELS_SIDE = 32  # largest side of images whose features are their pixels
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser('python -m dino.knn', description=__doc__)
+    parser = Parser('python -m dino.knn', description=__doc__,
+                    example='--pretrained runs/dino/checkpoint.pth --data-set FOLDER --data-path pictures --nb-knn 20')
     group = parser.add_argument_group('neighbours')
     group.add_argument('--nb-knn', default=[10, 20, 100, 200], type=COUNT, nargs='+', metavar='K',
                        help='numbers of neighbours')

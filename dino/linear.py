@@ -41,7 +41,9 @@ COLUMNS = {'loss': ('train_loss', '.4f'), 'lr': ('train_lr', '.2e'), 'top-1': ('
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser('python -m dino.linear', description=__doc__)
+    parser = Parser('python -m dino.linear', description=__doc__,
+                    example='--pretrained runs/dino/checkpoint.pth --data-set FOLDER --data-path pictures\n'
+                            '--lr .001 .01 .1 --output-dir runs/linear')
     group = flags.add_run_group(parser, amp_default='off')
     flags.add_epochs_flag(group, default=100)
     group.add_argument('--val-freq', default=1, type=COUNT, metavar='N', help='epochs between two evaluations')

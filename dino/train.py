@@ -39,7 +39,8 @@ FILES = ('checkpoint[0-9][0-9][0-9][0-9].pth', files.BEST, 'backbone.pth', 'back
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser('python -m dino.train', description=__doc__)
+    parser = Parser('python -m dino.train', description=__doc__,
+                    example='--arch xcit_small_12_p16 --data-path pictures --output-dir runs/dino')
     group = flags.add_run_group(parser, amp_default='bf16 on cuda, or fp16 if not supported, and off elsewhere')
     group.add_argument('--use-fp16', dest='amp', type=lambda text: 'fp16' if switch(text) else 'off',
                        metavar='true|false', help='flag of the original; true: --amp fp16, false: --amp off')

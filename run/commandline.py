@@ -18,11 +18,21 @@ class Parser(argparse.ArgumentParser):
 
     Help shows the spelling that an option was added with, and defaults. If the parser has --config, the flags in its
     file precede the flags of the command line (run.config).
+
+    Args:
+        example: the words of a command after the program's name, in one or more lines, for the end of the help.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, example: str = '', **kwargs):
         defaults = dict(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(*args, **{**defaults, **kwargs})
+        self.example = example
+
+    def format_help(self) -> str:
+        """Format the help, with the example last, whose lines stay as they are, for a shell."""
+        python = '' if self.prog.startswith('python ') else 'python '
+        words = self.example.replace('\n', ' \\\n      ')
+        return super().format_help() + (f'\nexample:\n  {python}{self.prog} {words}\n' if words else '')
 
     def error(self, message: str):
         raise InputError(message)

@@ -1,41 +1,49 @@
-"""Command lines: paths, flags back into words, and two spellings of each flag."""
+"""Command lines: paths, flags back into words, two spellings of each flag, and an example of each program."""
 import argparse
+import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
-from conftest import tiniest
+import timm
+from conftest import ROOT, tiniest
 
-import run_with_submitit
-from dino import knn, linear, train
-from main import get_args_parser, main
+from main import main
 from run import commandline
-from tools import (
-    benchmark,
-    convert_checkpoint,
-    eval_zoo,
-    export,
-    extract_features,
-    predict,
-    visualize_attention,
-    visualize_features,
-)
 from utils import InputError
 
-PARSERS = {module.__name__: module.get_args_parser for module in (
-    run_with_submitit, benchmark, convert_checkpoint, eval_zoo, export, extract_features, predict, visualize_attention,
-    visualize_features, train, knn, linear)}
-PARSERS['main'] = get_args_parser
+PROGRAMS = {'.'.join(path.relative_to(ROOT).with_suffix('').parts): path for folder in ('.', 'dino', 'tools')
+            for path in sorted(ROOT.glob(f'{folder}/*.py')) if "__name__ == '__main__'" in path.read_text()}
+PARSERS = {name: importlib.import_module(name).get_args_parser for name in PROGRAMS}
+
+
+def commands(parser: argparse.ArgumentParser) -> list:
+    """Return a parser and those of its commands."""
+    choices = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [parser, *(command for choice in choices for command in choice.values())]
 
 
 def actions(parser: argparse.ArgumentParser):
     """Yield the flags of a parser and of its commands."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                yield from actions(command)
-        else:
-            yield action
+    for command in commands(parser):
+        yield from (action for action in command._actions if not isinstance(action, argparse._SubParsersAction))
+
+
+@pytest.mark.parametrize('program', PARSERS)
+def test_help_ends_with_an_example(program):
+    """The help of every program and command ends with a command that its own parser accepts, with models that exist."""
+    for parser in commands(PARSERS[program]()):
+        assert parser.example
+        command = shlex.split(parser.format_help().rsplit('\nexample:\n', 1)[1].replace('\\\n', ''))
+        shown = 'python ' * (not parser.prog.startswith('python')) + parser.prog
+        assert ' '.join(command).startswith(f'{shown} ')
+        words = command[len(shown.split()):]
+        if program == 'run_with_submitit':
+            words = parser.parse_known_args(words)[1]
+            parser = PARSERS['main']()
+        args = vars(parser.parse_args(words))
+        assert all(timm.is_model(args[flag]) for flag in ('model', 'arch') if args.get(flag))
 
 
 @pytest.mark.parametrize('program', PARSERS)

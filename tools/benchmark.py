@@ -58,21 +58,25 @@ def model_name(text: str) -> str:
 
 def get_args_parser() -> Parser:
     parser = Parser('python -m tools.benchmark', description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+                    formatter_class=argparse.RawDescriptionHelpFormatter,
+                    example='speed --model xcit_small_12_p8 --resolution 800x1333 --batch-size 1')
     commands = parser.add_subparsers(dest='command', required=True, metavar='{speed,scaling,compare,xca,data,dino}')
 
-    speed = commands.add_parser('speed', help='time, memory and operations of one model')
+    speed = commands.add_parser('speed', help='time, memory and operations of one model',
+                                example='--model xcit_small_12_p8 --resolution 800x1333 --batch-size 1')
     speed.add_argument('--model', type=model_name, default='xcit_small_12_p16',
                        help='name of a model; timm:NAME: timm\'s implementation')
 
-    scaling = commands.add_parser('scaling', help='time and memory of models against resolution')
+    scaling = commands.add_parser('scaling', help='time and memory of models against resolution',
+                                  example='--models xcit_small_12_p16 timm:xcit_small_12_p16')
     scaling.add_argument('--models', type=model_name, nargs='+', default=PAIR, help='names of models')
     scaling.add_argument('--resolutions', type=size, nargs='+', default=[(n, n) for n in RESOLUTIONS],
                          metavar='PIXELS|HxW', help='sizes of the images, from small to large')
     scaling.add_argument('--output-dir', type=PATH_OBJECT, default=Path('runs/scaling'), metavar='DIR',
                          help='folder of scaling.csv, time.png and memory.png')
 
-    compare = commands.add_parser('compare', help='several models side by side')
+    compare = commands.add_parser('compare', help='several models side by side',
+                                  example='--models xcit_small_12_p16 resnet50 --batch-size 8')
     compare.add_argument('--models', type=model_name, nargs='+', default=[*PAIR, *OTHERS],
                          help='names of models; ratios refer to the second')
     modes = compare.add_mutually_exclusive_group()
@@ -82,12 +86,14 @@ def get_args_parser() -> Parser:
                        help='names of models against timm\'s at --resolution and --batch-size, the better of eager and '
                        'compiled; no names: all 14')
 
-    attention = commands.add_parser('xca', help='cross-covariance attention alone')
+    attention = commands.add_parser('xca', help='cross-covariance attention alone',
+                                    example='--dim 384 --tokens 196 784')
     attention.add_argument('--dim', type=COUNT, nargs='+', default=[384], metavar='C', help='numbers of channels')
     attention.add_argument('--tokens', type=COUNT, nargs='+', default=[196, 400, 784, 1200, 2304, 4096, 10000],
                            metavar='N', help='numbers of tokens of an image')
 
-    dino = commands.add_parser('dino', help='training step without labels')
+    dino = commands.add_parser('dino', help='training step without labels',
+                               example='--model xcit_small_12_p16 --batch-size 4')
     dino.add_argument('--model', choices=xcit.MODELS, default='xcit_small_12_p16', metavar='NAME',
                       help='name of an XCiT model')
     dino.add_argument('--global-crops-size', type=COUNT, default=224, metavar='PIXELS',
@@ -97,7 +103,8 @@ def get_args_parser() -> Parser:
                       help='number of local crops of an image')
     dino.add_argument('--out-dim', type=COUNT, default=65536, metavar='N', help='number of prototypes of the head')
 
-    data = commands.add_parser('data', help='loading of training images, per core')
+    data = commands.add_parser('data', help='loading of training images, per core',
+                               example='--data-path pictures --num-workers 2')
     data.add_argument('--data-path', type=PATH_OBJECT, metavar='DIR',
                       help='pictures in class folders; unset: synthetic pictures')
     data.add_argument('--images', type=COUNT, default=256, metavar='N',

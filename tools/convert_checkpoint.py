@@ -24,7 +24,8 @@ SUFFIXES = ('.pth', '.safetensors')
 
 
 def get_args_parser() -> Parser:
-    parser = Parser('python -m tools.convert_checkpoint', description=__doc__)
+    parser = Parser('python -m tools.convert_checkpoint', description=__doc__,
+                    example='runs/mine/best_model.pth model.safetensors --to timm')
     parser.add_argument('source', type=PATH, metavar='IN',
                         help='weights: path, URL, hf-hub:NAME, or with --model a tag')
     parser.add_argument('target', metavar='OUT', type=PATH_OBJECT, help=f'file to write: {" or ".join(SUFFIXES)}')

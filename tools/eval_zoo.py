@@ -50,7 +50,8 @@ COLUMNS = ('model', 'tag', 'resolution', 'crop', 'published_top1', 'top1', 'top5
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser('python -m tools.eval_zoo', description=__doc__)
+    parser = Parser('python -m tools.eval_zoo', description=__doc__,
+                    example='--data-path imagenet --tags fb_in1k --output-dir runs/zoo')
     parser.add_argument('--data-path', required=True, type=PATH, metavar='DIR', help='folder of ImageNet, with val/')
     parser.add_argument('--models', nargs='+', choices=xcit.MODELS, metavar='NAME', help='model names; all if unset')
     parser.add_argument('--tags', nargs='+', choices=TAGS, metavar='TAG',

@@ -33,7 +33,8 @@ METADATA = 'metadata.json'
 
 
 def get_args_parser() -> Parser:
-    parser = Parser('python -m tools.export', description=__doc__)
+    parser = Parser('python -m tools.export', description=__doc__,
+                    example='--format onnx --output model.onnx --dynamic --pretrained runs/mine/best_model.pth')
     flags.add_weights_flags(parser)
     flags.add_square_flags(parser)
     group = parser.add_argument_group('export')

@@ -25,7 +25,8 @@ from utils import InputError
 
 
 def get_args_parser() -> Parser:
-    parser = Parser('python -m tools.extract_features', description=__doc__)
+    parser = Parser('python -m tools.extract_features', description=__doc__,
+                    example='pictures --model xcit_small_12_p16 --pretrained fb_dino --output features.npz')
     parser.add_argument('data', nargs='+', type=PATH, metavar='DATA', help='image files, or folders with images')
     parser.add_argument('--output', required=True, type=PATH, metavar='FILE', help='.npz or .safetensors file to write')
     parser.add_argument('--pool', choices=('token', 'avg'),

@@ -18,7 +18,8 @@ from utils import InputError
 
 
 def get_args_parser() -> Parser:
-    parser = Parser('python -m tools.predict', description=__doc__)
+    parser = Parser('python -m tools.predict', description=__doc__,
+                    example='photo.jpg pictures --model xcit_small_12_p16 --pretrained fb_dist_in1k')
     parser.add_argument('images', nargs='+', type=PATH, metavar='IMAGE', help='image files, or folders with images')
     parser.add_argument('--topk', default=5, type=COUNT, metavar='K', help='number of classes per picture')
     parser.add_argument('--json', action='store_true', help='a line of JSON per picture')

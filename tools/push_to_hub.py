@@ -59,7 +59,8 @@ python -m tools.predict PICTURE.jpg --model {model} --pretrained hf-hub:{repo}
 
 
 def get_args_parser() -> Parser:
-    parser = Parser('python -m tools.push_to_hub', description=__doc__)
+    parser = Parser('python -m tools.push_to_hub', description=__doc__,
+                    example='--pretrained runs/mine/best_model.pth --repo OWNER/NAME --dry-run --output-dir runs/hub')
     parser.add_argument('--repo', required=True, metavar='OWNER/NAME', help='repository on the hub')
     parser.add_argument('--output-dir', type=PATH_OBJECT, metavar='DIR',
                         help='folder to write; unset: a temporary folder')

@@ -28,7 +28,7 @@ SOURCE = ('val_fraction', 'exif', 'inat_category', 'val_split', 'num_classes', '
 
 
 def get_args_parser() -> Parser:
-    parser = Parser('python -m tools.report', description=__doc__)
+    parser = Parser('python -m tools.report', description=__doc__, example='runs/mine')
     parser.add_argument('folder', type=PATH_OBJECT, metavar='DIR', help='folder of a run, with args.json or eval.json')
     parser.add_argument('--data-path', type=PATH, metavar='DIR',
                         help='pictures to evaluate; the run\'s pictures if unset')

@@ -39,7 +39,8 @@ def get_args_parser() -> Parser:
         epilog='Colours run from black (little) over red to light yellow (much), from the 1st to the 99th percentile '
         'of each map, because single patches would darken the rest. Each map has its own scale; the sheet shows its '
         'ends in multiples of uniform attention (equal for every token). In a video the scale changes slowly against '
-        'flicker. Sound is left out.')
+        'flicker. Sound is left out.',
+        example='photo.jpg --model xcit_small_12_p8 --pretrained fb_dino --output-dir maps')
     group = parser.add_argument_group('pictures')
     group.add_argument('images', nargs='*', type=PATH, metavar='IMAGE', help='image files, or folders with images')
     group.add_argument('--video', type=PATH_OBJECT, metavar='FILE',

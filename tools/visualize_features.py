@@ -29,7 +29,8 @@ MIN_SIDE = 128  # pixels, of a picture on the sheet
 
 
 def get_args_parser() -> Parser:
-    parser = Parser('python -m tools.visualize_features', description=__doc__)
+    parser = Parser('python -m tools.visualize_features', description=__doc__,
+                    example='photo.jpg other.jpg --model xcit_small_12_p8 --pretrained fb_dino --output-dir maps')
     group = parser.add_argument_group('pictures')
     group.add_argument('images', nargs='+', type=PATH, metavar='PICTURE', help='image files, or folders with images')
     group.add_argument('--output-dir', default='runs/features', type=PATH, metavar='DIR', help='folder of the drawings')

@@ -2,9 +2,11 @@
 import contextlib
 import pathlib
 import sys
+import warnings
 
 dependencies = ['huggingface_hub', 'numpy', 'safetensors', 'timm', 'torch', 'torchvision', 'tqdm']
 
+_ROOT = pathlib.Path(__file__).resolve().parent
 # Modules that define the models' classes
 _MODELS = ('xca', 'xca_gram', 'xcit', 'xcit_fuse', 'xcit_linear', 'xcit_timm', 'xcit_train', 'xcit_zoo')
 _FILES = ('run', 'utils', 'weights', *_MODELS)  # modules of this repository that the models need
@@ -14,17 +16,28 @@ _FILES = ('run', 'utils', 'weights', *_MODELS)  # modules of this repository tha
 def _own_modules():
     """Import this repository's files inside this context, even if the caller has modules of the same names.
 
-    Afterwards the caller's modules are restored. Modules of the models that the caller does not have stay imported,
-    since pickling needs the modules.
+    An installed copy of the models that equals this one serves both. Afterwards the caller's modules are restored.
+    Modules of the models that the caller does not have stay imported, since pickling needs the modules.
     """
-    others = {name: sys.modules.pop(name) for name in _imported() if not _is_own(sys.modules[name])}
+    others = {name: sys.modules[name] for name in _imported() if not _is_own(sys.modules[name])}
+    models = {name: others[name] for name in _MODELS if name in others}
+    if all(map(_is_equal, models.values())):
+        others = {name: module for name, module in others.items() if name not in models}
+        models = {}
+    elif hasattr(models.get('xcit'), 'Xcit'):
+        warnings.warn(f'{models["xcit"].__file__}, which is imported, is another version than {_ROOT / "xcit.py"}: '
+                      f'functions of the one, as xcit.fuse, refuse models of the other', stacklevel=4)
+    for name in others:
+        del sys.modules[name]
     before = set(_imported())
-    sys.path.insert(0, str(pathlib.Path(__file__).parent))
+    sys.path.insert(0, str(_ROOT))
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='Overwriting xcit_')  # of timm; the warning above has the reason
+            yield
     finally:
-        sys.path.remove(str(pathlib.Path(__file__).parent))
-        for name in set(_imported()) - before - set(_MODELS):
+        sys.path.remove(str(_ROOT))
+        for name in set(_imported()) - before - set(() if models else _MODELS):
             del sys.modules[name]
         sys.modules.update(others)
 
@@ -36,8 +49,13 @@ def _imported() -> list:
 
 def _is_own(module) -> bool:
     file = getattr(module, '__file__', None)
-    root = pathlib.Path(__file__).resolve().parent
-    return file is not None and pathlib.Path(file).resolve().parent in (root, root / 'run')
+    return file is not None and pathlib.Path(file).resolve().parent in (_ROOT, _ROOT / 'run')
+
+
+def _is_equal(module) -> bool:
+    """Return True if a module of another folder has the content of this repository's file."""
+    file = getattr(module, '__file__', None)
+    return file is not None and pathlib.Path(file).read_bytes() == (_ROOT / f'{module.__name__}.py').read_bytes()
 
 
 def _entry_point(name: str, size: str, patch_size: int):

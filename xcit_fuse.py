@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import xca_gram
 from xca import XCA
 from xcit_linear import covariance_in_panels, is_eager_inference, lay_out, linear
-from xcit_timm import TimmModel
+from xcit_timm import TimmModel, network_of
 from xcit_train import FastXCA, ShortClassAttention
 
 # Largest number of elements of an intermediate result that is computed in one piece. On CPUs 16 MB in float32,
@@ -31,7 +31,7 @@ def piece(x: torch.Tensor) -> int:
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Prepare an Xcit in eval mode for inference, in place; return it.
+    """Prepare an Xcit, or a `features_only` model with an Xcit, in eval mode for inference, in place; return it.
 
     BatchNorm and LayerScale are folded into the layers beside them, images pass through the stem in strips, and tokens
     through the blocks in pieces. Hooks of the model itself, of its LayerNorms and of its head are still called, perhaps
@@ -41,13 +41,14 @@ def fuse(model: nn.Module) -> nn.Module:
         ValueError: the model is in training mode, is already fused, is not an Xcit, or has a layer that cannot be fused
             (adapter, quantized layer, layer with hooks). The message names the layer, and the model is unchanged.
     """
-    check(model)
+    network = network_of(model, 'fused')
+    check(network)
     with torch.no_grad():
-        stem = FusedPatchEmbed(model.patch_embed)
-        blocks = [FusedBlock(block) for block in model.blocks]
-        cls_attn_blocks = [FusedClassAttentionBlock(block) for block in model.cls_attn_blocks]
-    model.patch_embed = stem
-    model.blocks, model.cls_attn_blocks = nn.ModuleList(blocks), nn.ModuleList(cls_attn_blocks)
+        stem = FusedPatchEmbed(network.patch_embed)
+        blocks = [FusedBlock(block) for block in network.blocks]
+        cls_attn_blocks = [FusedClassAttentionBlock(block) for block in network.cls_attn_blocks]
+    network.patch_embed = stem
+    network.blocks, network.cls_attn_blocks = nn.ModuleList(blocks), nn.ModuleList(cls_attn_blocks)
     return model.eval().requires_grad_(False)
 
 
@@ -57,8 +58,9 @@ def fuse_stem(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: see `fuse`.
     """
-    check(model)
-    model.patch_embed.proj = folded_stem(model.patch_embed)
+    network = network_of(model, 'fused')
+    check(network)
+    network.patch_embed.proj = folded_stem(network.patch_embed)
     return model
 
 
@@ -84,10 +86,8 @@ CLASSES = {
 }
 
 
-def check(model: nn.Module):
+def check(model: TimmModel):
     """Raise ValueError if fusing would change the model; the message names the layer and the reason."""
-    if not isinstance(model, TimmModel):
-        raise ValueError(f'a {type(model).__name__} cannot be fused: it is not an Xcit of this package')
     if model.training:
         raise ValueError('a model must be in eval mode to be fused: call model.eval() first')
     if isinstance(model.patch_embed, FusedPatchEmbed):

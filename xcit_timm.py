@@ -5,7 +5,7 @@ from typing import List, Optional, Tuple, Union
 import torch
 import torch.nn as nn
 import torch.utils.checkpoint
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureGetterNet, feature_take_indices
 
 GLOBAL_POOLS = ('token', 'avg', '')
 
@@ -138,6 +138,25 @@ class TimmModel(nn.Module):
             self.num_prefix_tokens = 0
             self.reset_classifier(0, '')
         return chosen
+
+
+def network_of(model: nn.Module, action: str) -> TimmModel:
+    """Return an Xcit, or the Xcit inside a `features_only` model.
+
+    Args:
+        action: participle for the error, e.g. 'fused'.
+
+    Raises:
+        ValueError: there is no Xcit of this copy of the package.
+    """
+    network = model.model if isinstance(model, FeatureGetterNet) else model
+    if isinstance(network, TimmModel):
+        return network
+    reason = 'it is not an Xcit of this package'
+    if any(base.__name__ == TimmModel.__name__ for base in type(network).__mro__):
+        file = network.set_global_pool.__code__.co_filename
+        reason = f'it comes from another copy of this package ({file}), not from {__file__}'
+    raise ValueError(f'a {type(network).__name__} cannot be {action}: {reason}')
 
 
 @contextlib.contextmanager

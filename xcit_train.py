@@ -11,13 +11,13 @@ import torch.nn.functional as F
 import xca_gram
 from xca import XCA, norm
 from xcit_linear import covariance_in_panels
-from xcit_timm import TimmModel
+from xcit_timm import network_of
 
 READ = ('.attn.qkv', '.attn.proj', '.mlp.fc1', '.mlp.fc2')  # layers whose weights are used without calling the layers
 
 
 def speed_up_training(model: nn.Module) -> nn.Module:
-    """Prepare an Xcit for training, in place; return it.
+    """Prepare an Xcit, or a `features_only` model with an Xcit, for training, in place; return it.
 
     - The backward pass of the Gram form has one product with the tokens instead of two.
     - GELU is computed again in the backward pass instead of being kept.
@@ -27,23 +27,22 @@ def speed_up_training(model: nn.Module) -> nn.Module:
         ValueError: a layer is not as it was built (adapter, quantized layer, layer with hooks). The message names the
             layer, and the model is unchanged.
     """
-    if not isinstance(model, TimmModel):
-        raise ValueError(f'a {type(model).__name__} cannot be sped up: it is not an Xcit of this package')
-    for i, block in enumerate(model.blocks):
+    network = network_of(model, 'sped up')
+    for i, block in enumerate(network.blocks):
         if type(block.attn) is not XCA:
             raise ValueError(f'blocks.{i}.attn ({type(block.attn).__name__}) cannot be sped up: it is not an XCA as it '
                              f'was built')
-    for name, layer in model.named_modules():
+    for name, layer in network.named_modules():
         if name.endswith(READ) and not xca_gram.is_plain_linear(layer):
             raise ValueError(f'{name} ({type(layer).__name__}) cannot be sped up: it is not an nn.Linear, has hooks or '
                              f'has another kind of weight')
-    for block in model.blocks:
+    for block in network.blocks:
         training = block.training
         block.attn = TrainingXCA(block.attn)
         if type(block.mlp.act) is nn.GELU and block.mlp.act.approximate == 'none' and not block.mlp.drop1.p:
             block.mlp = TrainingMlp(block.mlp)
         block.train(training)
-    for block in model.cls_attn_blocks:
+    for block in network.cls_attn_blocks:
         block.attn = ShortClassAttention(block.attn).train(block.attn.training)
     return model
 

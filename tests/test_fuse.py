@@ -52,6 +52,18 @@ def test_fused_equals_unfused(name, size):
         assert_same(actual, expected)
 
 
+@torch.no_grad()
+def test_features_only_model_is_fused():
+    """timm's `features_only` model has the same maps when its Xcit is fused."""
+    model = timm.create_model('xcit_nano_12_p16', features_only=True, out_indices=(3, 7)).eval()
+    images = seeded_images(2, 3, 70, 50)
+    expected = model(images)
+    assert xcit.fuse(model) is model
+    assert isinstance(model.model.patch_embed, xcit_fuse.FusedPatchEmbed)
+    for actual, maps in zip(model(images), expected):
+        assert_same(actual, maps)
+
+
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize('form', ['plain', 'gram'])
 @torch.no_grad()

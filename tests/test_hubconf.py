@@ -174,6 +174,36 @@ def test_own_modules_are_shared(tmp_path):
         'assert isinstance(model, xcit.Xcit) and sys.modules["utils"] is utils', tmp_path, PYTHONPATH=str(ROOT))
 
 
+def copy_of_models(folder: Path, change: str = '') -> Path:
+    """Copy the modules of the installed package; append `change` to one of them."""
+    for name in hubconf._MODELS:
+        (folder / f'{name}.py').write_text((ROOT / f'{name}.py').read_text() + change * (name == 'xcit_timm'))
+    return folder
+
+
+def test_installed_package_serves_hub_models_too(tmp_path):
+    """Beside an equal installed package, models have the package's types, without warnings, which `run` refuses."""
+    run('import xcit\nfor _ in range(2):\n'
+        '    model = torch.hub.load(REPO, "xcit_nano_12_p16", source="local")\n'
+        '    assert type(model) is xcit.Xcit\nxcit.fuse(model.eval())', tmp_path,
+        PYTHONPATH=str(copy_of_models(tmp_path)))
+
+
+def test_other_version_is_named(tmp_path):
+    """Beside another version, there is one warning with both places, and `fuse` names the two copies."""
+    output = run('import warnings, xcit\nwith warnings.catch_warnings(record=True) as raised:\n'
+                 '    warnings.simplefilter("always")\n'
+                 '    model = torch.hub.load(REPO, "xcit_nano_12_p16", source="local")\n'
+                 'print(*(w.message for w in raised), sep="\\n")\n'
+                 'try:\n    xcit.fuse(model.eval())\nexcept ValueError as error:\n    print(error)', tmp_path,
+                 PYTHONPATH=str(copy_of_models(tmp_path, '\n# older\n')))
+    warning, error = output.splitlines()
+    assert str(tmp_path / 'xcit.py') in warning
+    assert str(ROOT / 'xcit.py') in warning
+    assert 'comes from another copy of this package' in error
+    assert str(tmp_path / 'xcit_timm.py') in error
+
+
 def test_missing_packages_are_named(tmp_path):
     """torch.hub reads `dependencies` before any of these packages is imported."""
     script = ('sys.modules["timm"] = None\nimport importlib.util as util\nfind = util.find_spec\n'

@@ -1,12 +1,15 @@
 """General helpers: errors that end programs, text, seeds, and files that are written completely or not at all."""
 import contextlib
+import csv
 import difflib
 import importlib.util
+import io
 import json
 import os
 import random
+import re
 from pathlib import Path
-from typing import Iterator
+from typing import Iterable, Iterator, List
 
 import numpy as np
 import torch
@@ -131,4 +134,23 @@ def write_json(path: Path, values: dict):
 
 def write_text(path: Path, text: str):
     with whole_file(path) as unfinished:
-        unfinished.write_text(text)
+        unfinished.write_text(text, encoding='utf-8')
+
+
+def write_csv(path: Path, rows: Iterable[Iterable]):
+    """Write rows of cells in a form that spreadsheets open with all letters: UTF-8 with a byte order mark."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows(rows)
+    write_text(path, '\ufeff' + decodable(text.getvalue()))
+
+
+def read_csv(path: Path) -> List[List[str]]:
+    """Return the rows of a file of `write_csv`, or of another file in UTF-8."""
+    with open(path, newline='', encoding='utf-8-sig') as file:
+        return list(csv.reader(file))
+
+
+def decodable(text: str) -> str:
+    r"""Replace bytes of a file name that are not UTF-8 by escapes, such as \xe4, so that any program reads the text."""
+    text = re.sub('[\udc80-\udcff]', lambda byte: f'\\x{ord(byte[0]) - 0xdc00:02x}', text)
+    return text.encode('utf-8', 'backslashreplace').decode()

@@ -1,6 +1,4 @@
 """Predictions of a classifier for each image of an evaluation, gathered from all processes."""
-import csv
-import io
 from pathlib import Path
 from typing import List, Optional
 
@@ -8,7 +6,7 @@ import numpy as np
 import torch
 
 from run import processes
-from utils import InputError, first_line, write_text
+from utils import InputError, first_line, read_csv, write_csv
 
 TOP = 5  # number of most probable classes that are kept for each image
 FILE = 'predictions.csv'
@@ -51,17 +49,11 @@ def write(path: Path, predictions: Predictions, classes: List[str], files: Optio
     write_csv(path, rows)
 
 
-def write_csv(path: Path, rows: List[list]):
-    text = io.StringIO()
-    csv.writer(text, lineterminator='\n').writerows(rows)
-    write_text(path, text.getvalue())
-
-
 def read(path: Path) -> List[dict]:
     """Return the rows of a table that `write` has written; raise InputError if the file can't be read."""
     try:
-        with open(path, newline='') as file:
-            rows = list(csv.DictReader(file))
+        header, *rows = read_csv(path)
+        rows = [dict(zip(header, row)) for row in rows]
         return [{**row, 'probability_1': float(row['probability_1']), 'truth': row['truth'], 'class_1': row['class_1']}
                 for row in rows]
     except (OSError, KeyError, TypeError, ValueError) as error:

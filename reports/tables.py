@@ -1,12 +1,11 @@
 """Tables of a report: predictions, metrics of each class, and the confusion matrix."""
-import csv
 from pathlib import Path
 from typing import List, Optional, Tuple
 
 import numpy as np
 
 from reports import predictions
-from utils import InputError, first_line
+from utils import InputError, first_line, read_csv, write_csv
 
 FOLDER = 'report'  # name in a run's folder
 PER_CLASS, CONFUSION = 'per_class.csv', 'confusion.csv'
@@ -31,19 +30,18 @@ def write(folder: Path, predicted: predictions.Predictions, classes: List[str], 
     folder.mkdir(parents=True, exist_ok=True)
     predictions.write(folder / predictions.FILE, predicted, classes, files)
     counts = predictions.confusion(predicted, len(classes))
-    predictions.write_csv(folder / PER_CLASS, [
+    write_csv(folder / PER_CLASS, [
         ['class', 'precision', 'recall', 'f1', 'support'],
         *([name, *(f'{metric:.4f}' for metric in metrics), support]
           for name, (*metrics, support) in zip(classes, metrics_of_classes(counts)))])
     rows = [[name, *row] for name, row in zip(classes, counts.tolist())]
-    predictions.write_csv(folder / CONFUSION, [['truth', *classes], *rows])
+    write_csv(folder / CONFUSION, [['truth', *classes], *rows])
 
 
 def read_confusion(path: Path) -> Tuple[List[str], np.ndarray]:
     """Return the class names and the counts (K, K) of a confusion matrix; raise InputError if the file is invalid."""
     try:
-        with open(path, newline='') as file:
-            header, *rows = csv.reader(file)
+        header, *rows = read_csv(path)
         counts = np.array([list(map(int, row[1:])) for row in rows], np.int64)
         if counts.shape != (len(header) - 1,) * 2:
             raise ValueError(f'{len(rows)} rows of {len(header) - 1} classes')

@@ -44,7 +44,7 @@ def test_scaling(tmp_path, capsys):
     """`scaling` writes a row per model and resolution and two plots, and prints the exponents."""
     main(['scaling', '--models', NANO, f'timm:{NANO}', '--resolutions', '64', '96x128', '--rounds', '1',
           '--output-dir', str(tmp_path), '--device', 'cpu'])
-    rows = list(csv.DictReader(open(tmp_path / 'scaling.csv')))
+    rows = list(csv.DictReader(open(tmp_path / 'scaling.csv', encoding='utf-8-sig')))
     assert [(row['model'], row['height'], row['width']) for row in rows] == [
         (NANO, '64', '64'), (f'timm:{NANO}', '64', '64'), (NANO, '96', '128'), (f'timm:{NANO}', '96', '128')]
     for name in ('time.png', 'memory.png'):

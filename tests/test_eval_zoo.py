@@ -58,7 +58,7 @@ def flags(imagenet: Path, published: Path, output_dir: Path, *, tags=TAGS) -> li
 
 
 def read(output_dir: Path) -> list:
-    with open(output_dir / 'zoo.csv', newline='') as file:
+    with open(output_dir / 'zoo.csv', newline='', encoding='utf-8-sig') as file:
         return list(csv.DictReader(file))
 
 

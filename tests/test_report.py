@@ -1,6 +1,7 @@
 """Reports of runs: metrics by hand, files, and the occasions of a report."""
 import csv
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from classification import evaluation
 from main import main
 from reports import drawings, predictions, tables
 from tools import report
-from utils import InputError
+from utils import InputError, read_csv, write_csv
 
 FILES = {'predictions.csv', 'per_class.csv', 'confusion.csv', 'confusion.png', 'curves.png', 'mistakes.png'}
 
@@ -37,7 +38,7 @@ def predicted(truth: list, labels: list, classes: int) -> predictions.Prediction
 
 
 def rows_of(path: Path) -> list:
-    with open(path, newline='') as file:
+    with open(path, newline='', encoding='utf-8-sig') as file:
         return list(csv.DictReader(file))
 
 
@@ -66,6 +67,20 @@ def test_predictions_of_each_image(tmp_path):
     assert float(first['probability_1']) == pytest.approx(p, abs=1e-6)
     assert second['file'] == 'x/2.png'
     assert set(first) == {'file', 'truth', *(f'{kind}_{i}' for kind in ('class', 'probability') for i in (1, 2, 3))}
+
+
+@pytest.mark.parametrize('name', ['Größe, 中', 'a "b"', ' a  b ', '1\r\n2'])
+def test_tables_are_read_back(tmp_path, name):
+    """A table begins with the byte order mark that spreadsheets need, and names are read as they were written."""
+    write_csv(tmp_path / 'a.csv', [['file'], [name]])
+    assert (tmp_path / 'a.csv').read_bytes().startswith(b'\xef\xbb\xbffile')
+    assert read_csv(tmp_path / 'a.csv') == [['file'], [name]]
+
+
+def test_names_that_are_not_utf8_are_escaped(tmp_path):
+    """A byte that is not UTF-8 is an escape in the table, which every program reads."""
+    write_csv(tmp_path / 'a.csv', [['file'], [os.fsdecode(b'K\xe4fer/\xe7.png')], ['\ud800']])
+    assert read_csv(tmp_path / 'a.csv')[1:] == [[r'K\xe4fer/\xe7.png'], [r'\ud800']]
 
 
 def test_thousand_classes_show_pairs(tmp_path):

@@ -197,7 +197,7 @@ def main(argv: Optional[list] = None):
         raise InputError('--precision fp16: does not work on CPUs; allowed: fp32, bf16')
     if args.command == 'scaling':
         if not utils.is_installed('matplotlib'):
-            raise InputError('scaling: needs matplotlib: pip install -r requirements-benchmark.txt')
+            raise InputError('scaling: needs matplotlib: pip install -r requirements.txt')
         check_output_dir(str(args.output_dir))
         with utils.writing(args.output_dir):
             args.output_dir.mkdir(parents=True, exist_ok=True)

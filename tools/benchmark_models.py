@@ -1,5 +1,4 @@
 """Time and memory of whole models (tools.benchmark speed, scaling, compare); weights are random."""
-import csv
 import dataclasses
 import math
 from pathlib import Path
@@ -132,10 +131,7 @@ def scaling(names: List[str], resolutions: List[Size], batch_size: int, settings
             memory = elapsed and peak_memory(steps[name], settings.device)
             rows.append(dict(model=name, height=height, width=width, ms_per_image=time, memory_mb=memory))
             log(f'{name} {pixels((height, width))}: {shown(time, unit=" ms/image")}, {or_dash(memory, 0, " MB")}')
-    with utils.whole_file(output_dir / 'scaling.csv') as path, open(path, 'w', newline='') as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    utils.write_csv(output_dir / 'scaling.csv', [rows[0], *(row.values() for row in rows)])
     keys = ('ms_per_image', 'memory_mb')
     exponents = [{'model': name, **{key: exponent(resolutions, [row[key] for row in rows if row['model'] == name])
                                     for key in keys}} for name in names]

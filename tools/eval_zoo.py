@@ -96,7 +96,7 @@ def name_of(row: dict) -> str:
 
 def read_rows(path: Path) -> Dict[str, dict]:
     """Read the rows of earlier calls by name, without damaged rows."""
-    text = path.read_text(errors='replace') if path.exists() else ''
+    text = path.read_text(encoding='utf-8-sig', errors='replace') if path.exists() else ''
     reader = csv.DictReader(io.StringIO(text))
     if text and tuple(reader.fieldnames or ()) != COLUMNS:
         raise InputError(f'{path}: not a table of this program; choose another --output-dir')
@@ -119,11 +119,8 @@ def is_measured(row: dict) -> bool:
 def write_tables(rows: Dict[str, dict], output_dir: Path):
     """Write zoo.csv and zoo.md, in the order of the zoo."""
     in_order = [rows[name] for name in ENTRIES if name in rows]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(in_order)
-    utils.write_text(output_dir / 'zoo.csv', text.getvalue())
+    cells = [[row.get(column, '') for column in COLUMNS] for row in in_order]
+    utils.write_csv(output_dir / 'zoo.csv', [COLUMNS, *cells])
     utils.write_text(output_dir / 'zoo.md', markdown(in_order))
 
 

@@ -31,7 +31,7 @@ def accuracies(train: torch.Tensor, train_labels: torch.Tensor, test: torch.Tens
         device: device of the comparison, which stores the training features once.
 
     Returns:
-        By k: the two counts, of which the second is among min(5, k) classes.
+        By k: the two counts. Only classes of neighbours are ranked.
     """
     unit, hits = torch.empty(train.shape, device=device), {k: [0, 0] for k in ks}
     for rows, target in zip(train.split(TRAIN_BLOCK), unit.split(TRAIN_BLOCK)):
@@ -42,7 +42,7 @@ def accuracies(train: torch.Tensor, train_labels: torch.Tensor, test: torch.Tens
         # Relative to the largest similarity: the order is the same, and no temperature makes votes infinite
         votes = ((similarities - similarities[:, :1]).double() / temperature).exp()
         for k in ks:
-            ranked = rank(votes[:, :k], train_labels[indices[:, :k]], num_classes)[:, :min(TOP, k)]
+            ranked = rank(votes[:, :k], train_labels[indices[:, :k]], num_classes)[:, :TOP]
             correct = ranked == labels[:, None]
             hits[k][0] += int(correct[:, 0].sum())
             hits[k][1] += int(correct.sum())
@@ -80,11 +80,15 @@ def first_largest(values: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Ten
 
 
 def rank(votes: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Rank class indices (b, K) by the sum of the votes (b, k) of the neighbours with `labels` (b, k)."""
-    # differs: nearest neighbours - of classes with equal votes, e.g. none, the lower index comes first; the original's
-    # sort is unstable
-    sums = torch.zeros(len(votes), num_classes, dtype=votes.dtype).scatter_add_(1, labels, votes)
-    return sums.sort(dim=1, descending=True, stable=True)[1]
+    """Rank class indices (b, K) by the sum of the votes (b, k) of the neighbours with `labels` (b, k).
+
+    A class without neighbours is no prediction: -1 is in its place, after all others.
+    """
+    # differs: nearest neighbours - the original also counts classes without a vote among the first five, and its sort
+    # of equal votes is unstable; here the lower index comes first
+    sums = torch.full((len(votes), num_classes), -1., dtype=votes.dtype)
+    sums, ranked = sums.scatter_(1, labels, 0.).scatter_add_(1, labels, votes).sort(dim=1, descending=True, stable=True)
+    return ranked.where(sums >= 0, -1)
 
 
 def classify(train: Features, test: Features, *, ks: Sequence[int], temperature: float, device: torch.device

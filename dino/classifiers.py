@@ -111,5 +111,4 @@ def save_with_backbone(path: Path, layer: nn.Linear, frozen: Frozen, description
                                 for key in weights.head_keys(frozen.loaded.model)}}
     if processes.is_main_process():
         path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.save_checkpoint(state if path.suffix == '.safetensors' else {'model': state, **description}, path,
-                                metadata=checkpoints.metadata_of(description))
+    checkpoints.save_weights(state, description, path)

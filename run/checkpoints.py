@@ -27,7 +27,7 @@ from run.processes import is_main_process
 from utils import InputError, RunStopped, abridge, first_line, sync_to_disk, whole_file
 
 WEIGHT_SUFFIXES = ('.pth', '.pt', '.safetensors', '.ckpt', '.bin', '.tar')
-DESCRIPTION = ('args', 'classes', 'accuracy', 'epoch')  # keys of a run's checkpoint in a .safetensors file's metadata
+DESCRIPTION = ('args', 'classes', 'accuracy', 'epoch')  # keys of a run's checkpoint that describe its weights
 
 
 def save_checkpoint(state: dict, path: Path, *, keep: Optional[Path] = None, metadata: Optional[dict] = None):
@@ -63,6 +63,18 @@ def save_checkpoint(state: dict, path: Path, *, keep: Optional[Path] = None, met
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def save_weights(tensors: dict, description: dict, path: Path):
+    """Write a model's weights with their description, a dict with keys of DESCRIPTION that `args` is one of.
+
+    The weights are the entry `model` beside the description, as in the original's files; in a .safetensors file the
+    description is metadata. timm loads both kinds.
+    """
+    if path.suffix == '.safetensors':
+        save_checkpoint(tensors, path, metadata=metadata_of(description))
+    else:
+        save_checkpoint({'model': tensors, **description}, path)
 
 
 def copy_file(path: Path, copy: Path, *, is_replaced: bool = False):

@@ -206,10 +206,9 @@ class Run:
             self.writing.start()
 
     def save_weights(self, name: str, weights: dict, *, model: str):
-        """Write bare weights beside the checkpoint; a .safetensors file also contains the run's flags, and `model`."""
+        """Write weights alone beside the checkpoint, with the run's flags and `model`, the name of their model."""
         if self.folder is not None:
-            metadata = checkpoints.metadata_of({'args': {**self.flags, 'model': model}})
-            checkpoints.save_checkpoint(weights, self.folder / name, metadata=metadata)
+            checkpoints.save_weights(weights, {'args': {**self.flags, 'model': model}}, self.folder / name)
 
     def write_in_background(self, state: dict, keep: Optional[Path]):
         try:

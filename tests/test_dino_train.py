@@ -20,6 +20,7 @@ from test_dino import close, seed_weights
 from dino import files, monitor, train
 from dino.crops import collate
 from dino.networks import Head, MultiCrop
+from inference.loaded import load
 from loaders import batches
 from loaders.transforms import ToNormalizedTensor
 from run import flags as run_flags
@@ -115,7 +116,7 @@ def test_student_changes_as_the_originals(trajectory):
 def test_teachers_features_are_the_originals(trajectory):
     """backbone.pth returns the features of the original's teacher."""
     model = timm.create_model('xcit_nano_12_p16', num_classes=0).eval()
-    model.load_state_dict(torch.load(trajectory / 'backbone.pth'))
+    model.load_state_dict(torch.load(trajectory / 'backbone.pth')['model'])
     transform = ToNormalizedTensor()
     pictures = torch.stack([transform(Image.open(trajectory.parent / 'pictures' / f'{i}.png')) for i in range(10)])
     with torch.no_grad():
@@ -287,10 +288,24 @@ def test_backbone_is_the_teachers(flat, tmp_path, suffix):
     """The backbone's file holds the teacher's backbone."""
     small_dino.main(small(flat, '--output-dir', str(tmp_path), '--backbone-format', suffix, '--epochs', '1'))
     path = tmp_path / f'backbone.{suffix}'
-    backbone = torch.load(path) if suffix == 'pth' else safetensors.torch.load_file(path)
+    backbone = torch.load(path)['model'] if suffix == 'pth' else safetensors.torch.load_file(path)
     teacher = torch.load(tmp_path / 'checkpoint.pth')['teacher']
     assert backbone.keys() == {key.removeprefix('module.backbone.') for key in teacher if 'backbone' in key}
     assert all(torch.equal(value, teacher[f'module.backbone.{key}']) for key, value in backbone.items())
+
+
+@pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
+def test_backbone_describes_its_model(flat, tmp_path, suffix):
+    """The backbone's file is read as checkpoint.pth: with its model, size, crop and normalisation; timm opens it."""
+    small_dino.main(small(flat, '--output-dir', str(tmp_path), '--backbone-format', suffix, '--epochs', '1',
+                          '--mean', '.3', '.4', '.5', '--global-crops-size', '48'))
+    path = str(tmp_path / f'backbone.{suffix}')
+    own, checkpoint = (load(file) for file in (path, str(tmp_path / 'checkpoint.pth')))
+    assert (own.name, own.view, own.seed) == (checkpoint.name, checkpoint.view, checkpoint.seed)
+    assert (own.name, own.view.input_size, own.view.mean) == ('xcit_test', 48, [.3, .4, .5])
+    images = torch.randn(1, 3, 48, 48)
+    theirs = timm.create_model('xcit_test', num_classes=0, checkpoint_path=path).eval()
+    torch.testing.assert_close(theirs(images), checkpoint.model(images), rtol=1e-4, atol=1e-5)
 
 
 def test_log_has_the_metrics_of_an_epoch(trained):
@@ -349,7 +364,7 @@ def test_pretrained_checkpoint_includes_the_centre(trained, flat):
 def test_backbone_file_starts_both_networks(trained, flat, capsys):
     """A backbone's weights are loaded into both networks, whose heads are equal and new."""
     student, teacher, _ = load_pretrained(trained / 'backbone.pth', flat)
-    expected = torch.load(trained / 'backbone.pth')
+    expected = torch.load(trained / 'backbone.pth')['model']
     for network in (student, teacher):
         assert all(torch.equal(network.backbone.state_dict()[key], value) for key, value in expected.items())
     assert torch.equal(student.head.mlp[0].weight, teacher.head.mlp[0].weight)

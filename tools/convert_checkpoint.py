@@ -1,8 +1,8 @@
 """Convert XCiT weights between the published naming and timm's, bit by bit.
 
 Reads the files that the other programs read: training checkpoints, published files, timm's copies. The model's name,
-classes, resolution and crop are kept: in a .pth file in the original's naming beside the weights, in a .safetensors
-file in the metadata. In timm's naming, a config.json beside the file contains this information for timm.
+classes, resolution and crop are kept: in a .pth file beside the weights, in a .safetensors file in the metadata. In
+timm's naming, a config.json beside the file contains this information for timm.
 """
 import json
 from pathlib import Path
@@ -84,10 +84,7 @@ def main(argv: Optional[list] = None) -> dict:
     published = weights.published(args.model or '', args.source) or weights.published_as(args.source)
     tensors = timm_files.contiguous(xcit_zoo.to_timm_names(given.tensors) if args.to == 'timm' else given.tensors)
     described = timm_files.describe(given, name, published)
-    if args.target.suffix == '.safetensors':
-        checkpoints.save_checkpoint(tensors, args.target, metadata=checkpoints.metadata_of(described))
-    else:
-        checkpoints.save_checkpoint(tensors if args.to == 'timm' else {'model': tensors, **described}, args.target)
+    checkpoints.save_weights(tensors, described, args.target)
     log(f'{given.source}: {given.description}')
     log(f'{args.target}: {name}, {model.num_classes} classes, {len(tensors)} tensors in {args.to} naming')
     if args.to == 'timm':

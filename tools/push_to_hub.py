@@ -101,7 +101,7 @@ def write_folder(folder: Path, loaded: LoadedModel, given: weights.Weights, card
     config = timm_files.config(loaded.name, described, loaded.model, published)
     tensors = timm_files.contiguous(xcit_zoo.to_timm_names(given.tensors))
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoints.save_checkpoint(tensors, folder / 'model.safetensors', metadata=checkpoints.metadata_of(described))
+    checkpoints.save_weights(tensors, described, folder / 'model.safetensors')
     utils.write_json(folder / 'config.json', config)
     classes = loaded.classes
     utils.write_text(folder / 'README.md', CARD.format(

@@ -26,7 +26,7 @@ from run.commandline import COUNT, COUNT_OR_0, FRACTION, PATH, POSITIVE, Parser,
 from run.descriptions import names_of
 from run.folder import BEST, CHECKPOINT
 from run.logs import table_row, write_result
-from run.output import log
+from run.output import log, without_ending
 from run.position import Epochs
 from run.resume import load_for_resume
 from run.training import Run
@@ -300,14 +300,16 @@ def train(args, device: torch.device) -> dict:
                     best = update_best(accuracy, stats, epoch)
                     if best and predictions:
                         predictions[best].gather(eval_loader)
-                        evaluation.write_tables(run.folder, eval_set, predictions[best])
+                        with without_ending(f'the report in {run.folder}'):
+                            evaluation.write_tables(run.folder, eval_set, predictions[best])
                 # faithful: stepped with the epoch just finished, so that epochs 0 and 1 share a rate (original main.py)
                 scheduler.step(epoch, accuracy['last'])
                 stats['n_parameters'] = derived['n_parameters']
                 run.finish(epoch, stats, keep=[BEST] if best else [], summary=table_row(stats, evaluation.COLUMNS))
     if run.folder is not None:
         if args.report:
-            evaluation.draw_report(run.folder, eval_set)
+            with without_ending(f'the report in {run.folder}'):
+                evaluation.draw_report(run.folder, eval_set)
         print_next_steps(args, accuracy)
     return stats
 
@@ -385,8 +387,9 @@ def evaluate_only(args, device: torch.device) -> dict:
         if processes.is_main_process():
             write_result(Path(args.output_dir, 'eval.json'), stats, vars(args))
         if args.report:
-            evaluation.write_tables(Path(args.output_dir), dataset, predictions)
-            evaluation.draw_report(Path(args.output_dir), dataset)
+            with without_ending(f'the report in {args.output_dir}'):
+                evaluation.write_tables(Path(args.output_dir), dataset, predictions)
+                evaluation.draw_report(Path(args.output_dir), dataset)
     return stats
 
 

@@ -14,6 +14,8 @@ from typing import Iterable, Iterator, List
 import numpy as np
 import torch
 
+SURROGATES = re.compile('[\ud800-\udfff]')  # Python's letters for bytes of names that are not UTF-8
+
 
 class InputError(ValueError):
     """Invalid input of the user: one line with the flag or file, the value, and what is allowed."""
@@ -53,6 +55,18 @@ def abridge(items: list, most: int = 8) -> str:
     """Join the first `most` items, and append the number of further items."""
     more = f', ... {len(items) - most} more' if len(items) > most else ''
     return ', '.join(map(str, items[:most])) + more
+
+
+def decodable(text: object) -> str:
+    r"""Return a text that every file and library can store: a byte of a name that is not UTF-8 becomes `\xe4`."""
+    # Names of files and folders can have any bytes; Python reads a byte that is not UTF-8 as a surrogate.
+    return SURROGATES.sub(lambda match: f'\\x{ord(match[0]) - 0xdc00:02x}' if '\udc80' <= match[0] <= '\udcff'
+                          else f'\\u{ord(match[0]):04x}', str(text))
+
+
+def name_bytes(name: str) -> bytes:
+    """Return the bytes of a file's name, which may be no UTF-8, e.g. for a digest."""
+    return name.encode('utf-8', 'surrogateescape')
 
 
 def similar(name: str, names: list) -> str:
@@ -133,24 +147,19 @@ def write_json(path: Path, values: dict):
 
 
 def write_text(path: Path, text: str):
+    """Write a text as UTF-8, with all names in it `decodable`."""
     with whole_file(path) as unfinished:
-        unfinished.write_text(text, encoding='utf-8')
+        unfinished.write_text(decodable(text), encoding='utf-8')
 
 
 def write_csv(path: Path, rows: Iterable[Iterable]):
     """Write rows of cells in a form that spreadsheets open with all letters: UTF-8 with a byte order mark."""
     text = io.StringIO()
     csv.writer(text, lineterminator='\n').writerows(rows)
-    write_text(path, '\ufeff' + decodable(text.getvalue()))
+    write_text(path, '\ufeff' + text.getvalue())
 
 
 def read_csv(path: Path) -> List[List[str]]:
     """Return the rows of a file of `write_csv`, or of another file in UTF-8."""
     with open(path, newline='', encoding='utf-8-sig') as file:
         return list(csv.reader(file))
-
-
-def decodable(text: str) -> str:
-    r"""Replace bytes of a file name that are not UTF-8 by escapes, such as \xe4, so that any program reads the text."""
-    text = re.sub('[\udc80-\udcff]', lambda byte: f'\\x{ord(byte[0]) - 0xdc00:02x}', text)
-    return text.encode('utf-8', 'backslashreplace').decode()

@@ -14,7 +14,7 @@ from engine import evaluating
 from loaders.samples import PictureSet
 from loaders.transforms import SMALL
 from reports import maps
-from run.output import log
+from run.output import log, without_ending
 from run.processes import is_main_process
 from run.training import Run
 from utils import derive_seed, seed_cpu, whole_file, writing
@@ -66,9 +66,10 @@ class Drawing:
         with evaluating(teacher.backbone):
             sheet = self.sheet(teacher.backbone)
         path = run.folder / FOLDER / f'{name}.png'
-        path.parent.mkdir(exist_ok=True)
-        with whole_file(path) as unfinished:
-            sheet.save(unfinished)
+        with without_ending('this drawing'):
+            path.parent.mkdir(exist_ok=True)
+            with whole_file(path) as unfinished:
+                sheet.save(unfinished)
         run.log.tensorboard.do('add_image', 'pictures', np.asarray(sheet), epochs_done, None, 'HWC')
 
     @torch.inference_mode()

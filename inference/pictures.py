@@ -12,7 +12,7 @@ from tqdm import tqdm
 from inference.loaded import LoadedModel
 from loaders import pictures
 from loaders.workers import Loader
-from run.output import shows_bar
+from run.output import shows_bar, write_line
 from run.progress import map_leaves
 from utils import InputError, RunStopped, UnreadableImage, whole_file
 
@@ -95,7 +95,7 @@ def forward(loaded: LoadedModel, function: Callable, images: torch.Tensor):
 def report_unreadable(unreadable: list, total: int):
     """Print the errors of unreadable images; raise the last error, if any, as RunStopped."""
     for error in unreadable[:-1]:
-        print(error, file=sys.stderr)
+        write_line(error, stream=sys.stderr)
     if unreadable:
         raise RunStopped(f'{unreadable[-1]} ({len(unreadable)} of {total} could not be read)')
 

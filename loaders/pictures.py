@@ -11,7 +11,7 @@ from typing import BinaryIO, Iterable, List, Optional, Sequence, Set, Tuple
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from run.output import log
+from run.output import log, write_line
 from utils import UnreadableImage, abridge, first_line
 
 # Folders made by systems and programs, in lower case; names with a dot in front are hidden too
@@ -139,7 +139,7 @@ def report_broken_exif(name: str, problem: str):
     reported = report_broken_exif.cache_info().currsize
     if reported < MOST_REPORTED:
         more = '; further pictures are not reported' if reported == MOST_REPORTED - 1 else ''
-        print(f'{name}: broken EXIF data are ignored ({problem}){more}', file=sys.stderr, flush=True)
+        write_line(f'{name}: broken EXIF data are ignored ({problem}){more}', stream=sys.stderr)
 
 
 def to_rgb(image: Image.Image, *, sixteen_bit: bool = False) -> Image.Image:

@@ -11,7 +11,7 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from loaders import pictures
-from run.output import log
+from run.output import log, write_line
 from utils import InputError, UnreadableImage, abridge, seed_cpu
 
 FEW = 10  # pictures of a class, below which a warning is logged
@@ -178,7 +178,7 @@ class SeededSamples(Dataset):
         if count > self.most_bad:
             remedy = f'more than --skip-bad-images {self.most_bad} allows' if self.most_bad else FOR_TRAINING
             raise UnreadableImage(f'{error}; {remedy}') from None
-        print(f'{error}: skipped ({count} of at most {self.most_bad})', file=sys.stderr, flush=True)
+        write_line(f'{error}: skipped ({count} of at most {self.most_bad})', stream=sys.stderr)
 
 
 class EvaluationSamples(Dataset):

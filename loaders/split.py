@@ -5,7 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Iterable, Optional
 
-from utils import InputError, first_line, write_json
+from utils import InputError, first_line, name_bytes, write_json
 
 FILE = 'split.json'  # in the run's folder
 
@@ -40,7 +40,7 @@ class Split:
 
 
 def hash_of(name: str, seed: int) -> bytes:
-    return hashlib.blake2b(f'{seed}/{name}'.encode('utf-8', 'surrogateescape'), digest_size=8).digest()
+    return hashlib.blake2b(name_bytes(f'{seed}/{name}'), digest_size=8).digest()
 
 
 def read(folder: Optional[Path]) -> Optional[dict]:

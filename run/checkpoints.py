@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 
 from run import file_kinds, harmless
-from run.output import shows_bar
+from run.output import shows_bar, write_line
 from run.processes import is_main_process
 from utils import InputError, RunStopped, abridge, first_line, sync_to_disk, whole_file
 
@@ -161,7 +161,7 @@ def load_from_url(url: str, flag: str) -> dict:
             try:
                 return load_file(path, f'{flag} {url}: {path}')
             except InputError as error:
-                print(f'{error}; downloading the file again', file=sys.stderr, flush=True)
+                write_line(f'{error}; downloading the file again', stream=sys.stderr)
         checkpoint = download(url, path, flag)
         record.truncate(0)
         record.write(f'{url}\n{path.stat().st_mtime_ns}')

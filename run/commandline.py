@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, List, Optional
 
 from run import config, launch, processes
-from run.output import BROKEN_PIPE, discard, has_no_reader
+from run.output import BROKEN_PIPE, discard, has_no_reader, write_line
 from utils import InputError, Interrupted, RunStopped, dashed
 
 
@@ -179,5 +179,5 @@ def exit_code_of(main) -> Any:
 def print_reason(reason: str, *, is_error: bool = False):
     """Print the program's name and the reason for its end on stderr; pass the reason to torchrun."""
     name, kind, rank = Path(sys.argv[0]).name, ': error' if is_error else '', launch.environment_rank()
-    print(f'{name}{kind}{f" (rank {rank})" if rank else ""}: {reason}', file=sys.stderr, flush=True)
+    write_line(f'{name}{kind}{f" (rank {rank})" if rank else ""}: {reason}', stream=sys.stderr)
     launch.report_to_torchrun(f'{name}{kind}: {reason}')

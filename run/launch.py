@@ -13,7 +13,7 @@ import zlib
 from pathlib import Path
 from typing import Optional, Tuple
 
-from utils import InputError
+from utils import InputError, name_bytes
 
 PORTS = range(15000, 32000)  # below the range of systems for outgoing connections
 JOB_IDS = ('SLURM_JOB_ID', 'PBS_JOBID', 'LSB_JOBID')
@@ -173,7 +173,7 @@ def first_node(nodes: str) -> str:
 def choose_port(variables: Variables) -> int:
     """Return a port that is equal for all processes of a start, and unlikely for another start on the same host."""
     ids = environment_values(variables.start_ids) or [*environment_values(JOB_IDS), os.getcwd(), *sys.argv]
-    return PORTS[zlib.crc32('\0'.join(ids).encode()) % len(PORTS)]
+    return PORTS[zlib.crc32(name_bytes('\0'.join(ids))) % len(PORTS)]
 
 
 def environment_values(names: tuple) -> list:

@@ -76,6 +76,8 @@ class TensorBoard:
     def give_up(self, error: Exception):
         self.writer = None
         reason = getattr(error, 'strerror', None) or first_line(error)
+        if isinstance(error, UnicodeError):  # of a folder
+            reason = 'TensorBoard needs names in UTF-8'
         log(f'{self.folder}: no more files for TensorBoard ({reason}); the run continues')
 
     @staticmethod

@@ -1,10 +1,12 @@
-"""Output of the main process: log lines, progress bars, and pipes whose reader ends early, as `head` does."""
+"""Output: log lines, progress bars, optional files, and pipes whose reader ends early, as `head` does."""
+import contextlib
 import os
 import select
 import sys
-from typing import Callable, Optional
+from typing import Callable, Iterator, Optional
 
 from run.processes import is_main_process
+from utils import InputError, Interrupted, RunStopped, decodable, first_line
 
 BROKEN_PIPE = 128 + 13  # exit code after SIGPIPE
 
@@ -14,17 +16,37 @@ class Output:
     on_broken_pipe: Optional[Callable[[], None]] = None
 
 
+def write_line(*words, stream=None):
+    """Print a line to a stream (None: standard output); letters that its encoding lacks are printed as escapes."""
+    stream = stream or sys.stdout
+    encoding = getattr(stream, 'encoding', None) or 'utf-8'
+    text = decodable(' '.join(map(str, words)))
+    print(text.encode(encoding, 'backslashreplace').decode(encoding), file=stream, flush=True)
+
+
 def log(*words):
     """Print a line on the main process."""
     if not is_main_process():
         return
     try:
-        print(*words, flush=True)
+        write_line(*words)
     except BrokenPipeError:
         if Output.on_broken_pipe is None or not has_no_reader(sys.stdout):
             raise
         discard(sys.stdout)
         Output.on_broken_pipe()
+
+
+@contextlib.contextmanager
+def without_ending(name) -> Iterator[None]:
+    """Log any error in a context that writes `name`, such as a report, which a training does not need to go on."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except Exception as error:  # of a full disk, of a library that draws, of a picture that was deleted
+        kind = '' if isinstance(error, (InputError, RunStopped)) else f'{type(error).__name__}: '
+        log(f'Error: {kind}{first_line(error)}; the program continues without {name}')
 
 
 def shows_bar() -> bool:

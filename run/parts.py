@@ -11,7 +11,7 @@ from typing import Dict, List, Optional, Sequence
 import torch
 
 from run.descriptions import names_of
-from utils import InputError, abridge, first_line
+from utils import InputError, abridge, first_line, name_bytes
 
 
 class Optimizer:
@@ -110,4 +110,4 @@ def digest_of(files: Sequence[str], notes: Sequence[str] = (), *, root: str = ''
     root = root or os.path.commonpath([os.path.dirname(file) for file in files] or ['.'])
     paths = [os.path.relpath(file, root) for file in files]
     lines = [f'{path} {note}' for path, note in zip(paths, notes)] if notes else paths
-    return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]
+    return hashlib.sha256(name_bytes('\n'.join(lines))).hexdigest()[:16]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from run.launch import Launch, find_launch
-from utils import InputError, RunStopped, first_line
+from utils import InputError, RunStopped, decodable, first_line
 
 PATIENCE_S = 3.  # timeout of the exchange of reasons when processes end
 
@@ -195,7 +195,7 @@ def report_once(reason: str, report: Callable[[], None]) -> bool:
                 publish_reason(launch, reason)
         return True
     with contextlib.suppress(RuntimeError, ValueError, OSError):
-        if reason_of_main_process(launch) == reason:
+        if reason_of_main_process(launch) == decodable(reason):
             return False
     report()
     return True
@@ -204,7 +204,7 @@ def report_once(reason: str, report: Callable[[], None]) -> bool:
 def publish_reason(launch: Launch, reason: str):
     """Publish the main process's reason, and wait some seconds for its readers: the store closes with this process."""
     store = Rendezvous.store or open_store(launch, datetime.timedelta(seconds=PATIENCE_S))
-    store.set('reason', reason)
+    store.set('reason', decodable(reason))
     wait_for(lambda: store.add('readers', 0) >= launch.world_size - 1)
 
 

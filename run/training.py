@@ -31,7 +31,7 @@ from run.processes import get_world_size, is_main_process, max_over_processes, s
 from run.progress import Table, map_leaves
 from run.resume import NOT_SHARED, continues_in_place, load_for_resume
 from run.signals import StopRequest
-from utils import InputError, Interrupted, NonFiniteLoss, dashed, first_line
+from utils import InputError, Interrupted, NonFiniteLoss, dashed, decodable, first_line
 
 
 class Run:
@@ -306,5 +306,6 @@ class Run:
         write_result(self.folder / ARGS, {'derived': derived, 'files': self.files}, self.flags)
         epoch_log = EpochLog(self.folder, unit=self.position.unit, start=self.position.first_to_log())
         if self.first == 0:  # also for a run that is resumed within its first round: the log starts again
-            epoch_log.tensorboard.do('add_text', 'args', '\n'.join(f'    {k}: {v}' for k, v in self.flags.items()))
+            flags = '\n'.join(f'    {k}: {v}' for k, v in self.flags.items())
+            epoch_log.tensorboard.do('add_text', 'args', decodable(flags))
         return epoch_log

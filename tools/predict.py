@@ -14,6 +14,7 @@ import torch
 from inference import flags, pictures
 from inference.loaded import load
 from run.commandline import COUNT, PATH, Parser, run_program
+from run.output import write_line
 from utils import InputError
 
 
@@ -39,12 +40,12 @@ def describe(probabilities: torch.Tensor, classes: Optional[List[str]], topk: in
 
 def print_prediction(path: Path, predictions: List[dict], *, as_json: bool):
     if as_json:
-        print(json.dumps({'path': str(path), 'predictions': predictions}), flush=True)
+        write_line(json.dumps({'path': str(path), 'predictions': predictions}))
         return
-    print(path)
+    write_line(path)
     for prediction in predictions:
         name = f'class {prediction["index"]}' if prediction['class'] is None else prediction['class']
-        print(f'  {100 * prediction["probability"]:6.2f} %  {name}', flush=True)
+        write_line(f'  {100 * prediction["probability"]:6.2f} %  {name}')
 
 
 def main(argv: Optional[list] = None) -> List[List[dict]]:

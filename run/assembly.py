@@ -34,4 +34,16 @@ def prepare(model: nn.Module, device: torch.device, *, checkpointed: Optional[nn
         model, *_ = [processes.with_synchronised_bn(module, device) for module in (model, *synchronised)]
     if processes.is_distributed() and device.type != 'cuda':
         log('BatchNorm is not synchronised: each process normalises with its own batch (only CUDA supports it)')
+        lay_out_as_gradients(model)
     return processes.wrap_for_distributed(model, device)
+
+
+def lay_out_as_gradients(model: nn.Module):
+    """Give depthwise kernels (C, 1, h, w) the strides that their gradients have on CPUs, in place.
+
+    The strides differ in the dimension of size 1 alone. DistributedDataParallel would warn about other strides.
+    """
+    for parameter in model.parameters():
+        if parameter.ndim == 4 and parameter.shape[1] == 1 and parameter.is_contiguous():
+            size, (first, _, *last) = parameter.shape, parameter.stride()
+            parameter.data = parameter.data.as_strided(size, (first, 1, *last))

@@ -42,3 +42,18 @@ def test_a_single_process_gets_its_own_model():
     names = list(model.state_dict())
     assert assembly.prepare(model, CPU, compiled=[(model, dict(backend='eager'))]) is model
     assert list(model.state_dict()) == names
+
+
+@pytest.mark.filterwarnings('error:Grad strides')
+def test_distributed_gradients_on_cpus_have_the_strides_of_parameters(tmp_path):
+    """DistributedDataParallel does not warn about the strides of depthwise kernels; the weights keep their values."""
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/init', rank=0, world_size=1)
+    try:
+        model = small()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        ddp_model = assembly.prepare(model, CPU, sync_bn=False)
+        assert isinstance(ddp_model, torch.nn.parallel.DistributedDataParallel)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        ddp_model(torch.rand(2, 3, 64, 64)).sum().backward()  # the first backward pass of a process would warn
+    finally:
+        torch.distributed.destroy_process_group()

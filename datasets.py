@@ -12,7 +12,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Dict, Optional, Tuple
+from typing import Dict, Optional, Sequence, Tuple
 
 import numpy as np
 from PIL import Image
@@ -36,6 +36,7 @@ SAMPLE = 'SAMPLE'  # the data set that comes with the repository
 SAMPLE_DATA = Path(__file__).parent / 'sample_data'  # part of Fashion-MNIST, see the README there
 HELD_OUT = ('val', 'test')  # folders beside train/
 NO_HELD_OUT = '; without val/, --val-fraction 0.2 holds out pictures for evaluation'
+NO_CLASSES = '; labelled pictures are needed, in a folder for each class'
 # Parts of the names of data sets whose pictures are not turned: the published accuracies were measured without turns
 PUBLISHED = ('imnet', 'imagenet', 'inat')
 ARRAYS = ('CIFAR10', 'CIFAR100', 'FASHION', SAMPLE)  # data sets that are not files of pictures
@@ -137,8 +138,9 @@ def split_folder(source: Source, names: Tuple[str, ...], *, remedy: str = '') ->
     for name in names:
         if (root / name).is_dir():
             return root / name
+    existing = pictures.visible_folders(root)
     raise InputError(f'{source.flag} {root}: no {" or ".join(f"{name}/" for name in names)} folder there (existing: '
-                     f'{abridge(pictures.visible_folders(root)) or "no folders"}){remedy}')
+                     f'{abridge(existing) or "no folders"}){remedy if existing else NO_CLASSES}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,11 +280,17 @@ def load(source: Source, is_train: bool, *, labelled: bool = True) -> Tuple[Pict
 
 
 def load_classes(source: Source, is_train: bool) -> Tuple[PictureSet, int]:
-    """Load a split for a classifier, see `load`; raise InputError if there is only one class."""
+    """Load a split for any classification, see `load`; raise InputError if all training pictures have one class."""
     dataset, num_classes = load(source, is_train)
-    if num_classes < 2:
-        raise InputError(f'--data-set {source.name}: has one class ({dataset.classes[0]}); a classifier needs two')
+    refuse_one_class(dataset.classes_present() if is_train else dataset.class_names(),
+                     where=f'{source.flag} {source.path}' if source.name in BUILDERS else f'--data-set {source.name}')
     return dataset, num_classes
+
+
+def refuse_one_class(names: Sequence[str], *, where: str):
+    """Raise InputError, which begins with `where`, if there is only one class: every accuracy would be 100 %."""
+    if len(names) < 2:
+        raise InputError(f'{where}: has one class ({abridge(names)}); a classifier needs two')
 
 
 def decide_resize(source: Source, dataset: PictureSet, view: View) -> View:

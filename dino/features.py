@@ -59,7 +59,7 @@ def build_dataset(images: Images, *, is_train: bool, most: Optional[int] = None)
     source = images.source
     if is_train and readers.prefix_of(source.name):  # for training, the order would vary
         source, is_train = dataclasses.replace(source, val_split=source.train_split), False
-    dataset, _ = datasets.load(source, is_train)
+    dataset, _ = datasets.load_classes(source, is_train)
     view = datasets.decide_resize(source, dataset, images.view)
     inspect(None, dataset, same_size=not view.resizes)
     if most is not None and not readers.is_stream(source.name) and most < len(dataset):
@@ -113,11 +113,17 @@ def read(path: str, flag: str) -> Features:
         raise InputError(f'{source}: must end in {" or ".join(SUFFIXES)}, as files of tools.extract_features do')
     try:
         arrays, names = (read_npz if Path(path).suffix == '.npz' else read_safetensors)(path)
+        if 'labels' in arrays:
+            arrays['labels'], names['classes'] = numbered(arrays['labels'], names.get('classes'), source)
         arrays = {name: torch.from_numpy(array) for name, array in arrays.items()}
     except FileNotFoundError:
         raise InputError(f'{source}: no such file') from None
+    except InputError:
+        raise
     except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile, SafetensorError) as error:
-        raise InputError(f'{source}: damaged, or not a file of features ({first_line(error)})') from None
+        problem = ('contains Python objects; words are read if they are text: labels=numpy.array(labels, dtype=str)'
+                   if 'allow_pickle' in str(error) else f'damaged, or not a file of features ({first_line(error)})')
+        raise InputError(f'{source}: {problem}') from None
     if 'features' not in arrays:
         raise InputError(f'{source}: has no features; its arrays: {abridge(list(arrays)) or "nothing"}')
     if 'labels' not in arrays:
@@ -125,6 +131,8 @@ def read(path: str, flag: str) -> Features:
     rows, labels = arrays['features'].float(), arrays['labels'].long()
     if rows.ndim != 2 or labels.shape != rows.shape[:1] or not len(labels):
         raise InputError(f'{source}: features {tuple(rows.shape)} and labels {tuple(labels.shape)} do not match')
+    if not torch.equal(labels.to(arrays['labels'].dtype), arrays['labels']):
+        raise InputError(f'{source}: some labels are not whole numbers')
     if not bool(rows.isfinite().all()):
         raise InputError(f'{source}: some features are not finite')
     classes = names.get('classes') or [str(i) for i in range(int(labels.max()) + 1)]
@@ -137,10 +145,32 @@ def read(path: str, flag: str) -> Features:
 def read_npz(path: str) -> Tuple[dict, dict]:
     """Return features and labels, and classes and `made_of`, as far as the file contains them."""
     with np.load(path, allow_pickle=False) as file:
-        names = {name: file[name].tolist() for name in ('classes', 'made_of') if name in file}
+        names = {name: decoded(file[name]).tolist() for name in ('classes', 'made_of') if name in file}
         if 'made_of' in names:
             names['made_of'] = json.loads(names['made_of'])
+        if 'classes' in names:
+            names['classes'] = [str(name) for name in names['classes']]
         return {name: file[name] for name in ARRAYS if name in file}, names
+
+
+def decoded(array: np.ndarray) -> np.ndarray:
+    return np.char.decode(array, 'utf-8', 'replace') if array.dtype.kind == 'S' else array
+
+
+def numbered(labels: np.ndarray, classes: Optional[List[str]], source: str) -> Tuple[np.ndarray, Optional[List[str]]]:
+    """Return labels as class indices, and the class names; the classes of words without `classes` are in sorted order.
+
+    Raises:
+        InputError: a word is not among `classes`; the message begins with `source`.
+    """
+    words = decoded(labels)
+    if words.dtype.kind != 'U':
+        return labels, classes
+    classes = classes or np.unique(words).tolist()
+    if missing := sorted(set(words.ravel().tolist()) - set(classes)):
+        raise InputError(f'{source}: labels that are not among its classes: {abridge(missing)}')
+    indices = {name: i for i, name in enumerate(classes)}
+    return np.array([indices[word] for word in words.ravel().tolist()], np.int64).reshape(words.shape), classes
 
 
 def read_safetensors(path: str) -> Tuple[dict, dict]:
@@ -156,12 +186,14 @@ def write(path: Path, features: Features):
                  classes=np.array(features.classes), made_of=json.dumps(features.made_of))
 
 
-def in_common(train: Features, test: Features, *, where: str) -> Features:
+def in_common(train: Features, test: Features, *, where: str, where_train: str = 'the training set') -> Features:
     """Return the test features with labels that are indices of the training features' classes.
 
     Raises:
-        InputError: the training features lack a class or have another width; the message begins with `where`.
+        InputError: the training features lack a class or have another width, and the message begins with `where`; or
+            they have one class only, and the message begins with `where_train`.
     """
+    datasets.refuse_one_class([train.classes[i] for i in train.labels.unique().tolist()], where=where_train)
     width, train_width = test.features.shape[1], train.features.shape[1]
     if width != train_width:
         raise InputError(f'{where}: features have the width {width}, but features for training have {train_width}')

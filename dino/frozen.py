@@ -190,7 +190,8 @@ def read_both(train_path: str, val_path: str) -> Tuple[Features, Features]:
     train, val = features.read(train_path, '--train-features'), features.read(val_path, '--val-features')
     if train.made_of and val.made_of and identity(train.made_of) != identity(val.made_of):
         raise InputError(f'--val-features {val_path}: comes from other weights than --train-features {train_path}')
-    return train, features.in_common(train, val, where=f'--val-features {val_path}')
+    return train, features.in_common(train, val, where=f'--val-features {val_path}',
+                                     where_train=f'--train-features {train_path}')
 
 
 def identity(made_of: Optional[dict]) -> dict:

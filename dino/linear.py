@@ -145,7 +145,7 @@ def source_of(args, train: Features, val: Features) -> Source:
 
 def build_train_dataset(images: Images, *, skips_bad: bool) -> PictureSet:
     """Build the training images with the original's augmentation; small images are padded and cropped as in main.py."""
-    dataset, _ = datasets.load(images.source, is_train=True)
+    dataset, _ = datasets.load_classes(images.source, is_train=True)
     inspect(dataset, skips_bad=skips_bad)
     view = datasets.decide_resize(images.source, dataset, images.view)
     crop = (transforms.RandomResizedCrop(view.input_size) if view.resize else

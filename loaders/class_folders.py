@@ -38,7 +38,8 @@ class ClassFolders(PictureSet, datasets.ImageFolder):
         except OSError as error:
             raise InputError(f'{self.flag}: {directory}: {error.strerror}') from None
         if not classes:
-            raise InputError(f'{self.flag}: {directory} has no class folders')
+            raise InputError(f'{self.flag}: {directory} has no class folders; labelled pictures are needed, in a '
+                             f'folder for each class')
         numbers = self.numbers or {name: i for i, name in enumerate(self.standard or classes)}
         unknown = [name for name in classes if name not in numbers]
         if len(unknown) == len(classes) == len(self.standard or ()):  # all classes, under other names

@@ -58,6 +58,11 @@ class PictureSet:
         is_standard = self.standard is not None and set(self.classes) <= set(self.standard)
         return list(self.standard if is_standard else self.classes)
 
+    def classes_present(self) -> List[str]:
+        """Return the names of the classes that the pictures in `samples` have; without `samples`, of all classes."""
+        names = self.class_names()
+        return [names[label] for label in sorted({label for _, label in self.samples})] or names
+
     def transformed(self, picture: Image.Image):
         return picture if self.transform is None else self.transform(picture)
 

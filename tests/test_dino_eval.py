@@ -371,6 +371,10 @@ def test_bad_input_of_linear(saved, tmp_path, monkeypatch, options, message):
     (lambda f: f.pop('labels'), 'has no labels'),
     (lambda f: f.pop('features'), 'has no features'),
     (lambda f: f.update(labels=f['labels'] + 100), 'labels are from 100'),
+    (lambda f: f.update(labels=f['labels'] + .5), 'some labels are not whole numbers'),
+    (lambda f: f.update(labels=f['labels'] * 0), r'odd\.npz: has one class \(class 0\); a classifier needs two'),
+    (lambda f: f.update(labels=np.array(['emu'] * 500)), r'not among its classes: emu'),
+    (lambda f: f.update(labels=np.array(['emu'] * 500, dtype=object)), r'Python objects; .* dtype=str'),
 ])
 def test_odd_files_of_features_are_refused(saved, tmp_path, change, message):
     """A file of features with missing or invalid arrays is refused with the problem."""
@@ -381,11 +385,44 @@ def test_odd_files_of_features_are_refused(saved, tmp_path, change, message):
         knn.main(from_files((str(tmp_path / 'odd.npz'), saved[1])))
 
 
+@pytest.mark.parametrize('kind', ['U', 'S'])
+def test_labels_may_be_words(saved, tmp_path, kind):
+    """Labels as text, or as bytes, are the classes of both files."""
+    for path, some in zip(saved, (slice(None), slice(1, None))):  # class 0 is not first among the test images
+        arrays = dict(np.load(path))
+        words = arrays.pop('classes')[arrays['labels']]
+        np.savez(tmp_path / Path(path).name, features=arrays['features'][some], labels=words.astype(kind)[some])
+    own, expected = (features.read(str(path), '') for path in (tmp_path / 'train.npz', saved[0]))
+    assert own.classes == expected.classes
+    assert torch.equal(own.labels, expected.labels)
+    results = knn.main(from_files((str(tmp_path / 'train.npz'), str(tmp_path / 'val.npz')), '--nb-knn', '20'))
+    assert results['results']['20']['top1'] == pytest.approx(62., abs=.5)
+
+
 def test_truncated_file_of_features_is_refused(saved, tmp_path):
     """A truncated file of features is refused as damaged."""
     (tmp_path / 'cut.npz').write_bytes(Path(saved[0]).read_bytes()[:-100])
     with pytest.raises(InputError, match='damaged, or not a file of features'):
         knn.main(from_files((str(tmp_path / 'cut.npz'), saved[1])))
+
+
+@pytest.mark.parametrize(('program', 'data_set'), [(knn, 'FOLDER'), (linear, 'FOLDER'), (knn, 'IMNET')])
+def test_one_class_is_refused(tmp_path, trained, monkeypatch, program, data_set):
+    """Pictures of one class are an error before any extraction, also as one of ImageNet's 1000 classes."""
+    write_folders(tmp_path / 'data', classes=('n01440764',), per_class=2)
+    monkeypatch.setattr(features, 'extract', None)
+    with pytest.raises(InputError, match=r'data-path .*data: has one class \(n01440764\); a classifier needs two'):
+        program.main([*flags(tmp_path / 'data', trained), '--data-set', data_set])
+
+
+@pytest.mark.parametrize('folders', [['.'], ['train', 'val']])
+def test_flat_folder_is_refused_with_a_remedy(tmp_path, trained, folders):
+    """Pictures that are not in class folders are refused, without the advice of a flag that can't help."""
+    for folder in folders:
+        write_image(tmp_path / 'data' / folder / '0.png')
+    with pytest.raises(InputError, match=r'labelled pictures are needed, in a folder for each class$') as caught:
+        knn.main(flags(tmp_path / 'data', trained))
+    assert 'val-fraction' not in str(caught.value)
 
 
 def test_test_classes_that_training_lacks_are_refused(saved, tmp_path):

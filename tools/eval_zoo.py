@@ -80,7 +80,10 @@ def check(args) -> int:
     if args.checkpoints is not None and not args.checkpoints.is_dir():
         raise InputError(f'--checkpoints {args.checkpoints}: no such directory')
     flags.choose_device(args)
-    dataset, _ = datasets.load(Source('IMNET', args.data_path), is_train=False)
+    source = Source('IMNET', args.data_path)
+    if KNN in args.tags:
+        datasets.load_classes(source, is_train=True)
+    dataset, _ = datasets.load(source, is_train=False)
     inspect(None, dataset)
     return len(dataset)
 

@@ -57,7 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument('--drop-path', default=.1, type=number(float, 0, .999), metavar='FRACTION',
                        help='stochastic depth rate, equal in all layers of XCiT')
     group.add_argument('--pretrained', type=PATH, metavar=flags.WEIGHTS,
-                       help='initial weights (tags: see the README); a head for another number of classes is dropped')
+                       help='initial weights (tags: docs/weights.md); a head for another number of classes is dropped')
     group.add_argument('--finetune', type=PATH, metavar=flags.WEIGHTS,
                        help='initial weights, with other defaults: '
                        + ', '.join(f'{name} {value}' for name, value in FINETUNING.items()))

@@ -1,4 +1,4 @@
-"""README and docs: their commands run, and their tables, links and limits match the code."""
+"""README and docs: their commands and Python run, and their tables, links and limits match the code."""
 import importlib
 import itertools
 import json
@@ -10,29 +10,33 @@ import shutil
 import pytest
 import timm
 import torch
-from conftest import ROOT, seeded_model, tiny
+from conftest import ROOT, seeded_images, seeded_model, tiny, write_folders
 
 import datasets
 import run_with_submitit
+import weights
 import xcit
 import xcit_zoo
+from dino import train as dino_train
 from loaders import readers
 from main import get_args_parser, main
+from tools import convert_checkpoint
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
-README = '\n'.join(page.read_text() for page in PAGES)
+TEXT = '\n'.join(page.read_text() for page in PAGES)
+WEIGHTS = (ROOT / 'docs' / 'weights.md').read_text()
 
 
 def commands(program: str = 'main.py') -> list:
     """The words after the program of every command in a code block, lines joined."""
-    blocks = re.findall(r'```(?:bash|sh|console)\n(.*?)```', README, re.DOTALL)
+    blocks = re.findall(r'```(?:bash|sh|console)\n(.*?)```', TEXT, re.DOTALL)
     lines = '\n'.join(blocks).replace('\\\n', ' ').splitlines()
     return [line.split(program, 1)[1].strip() for line in lines if program in line]
 
 
-def table(header: str) -> list:
-    """The rows, as lists of cells, of the table whose first header cell is `header`."""
-    lines = README.splitlines()
+def table(header: str, text: str = TEXT) -> list:
+    """The rows, as lists of cells, of the table in `text` whose first header cells are `header`."""
+    lines = text.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f'| {header} |'))
     rows = []
     for line in lines[start + 2:]:
@@ -49,7 +53,7 @@ def test_there_are_commands():
 
 @pytest.mark.parametrize('command', commands())
 def test_command_parses(command, tmp_path):
-    """Every command of the README is accepted, with a model that exists."""
+    """Every command of README and docs is accepted, with a model that exists."""
     args = get_args_parser().parse_args(words_of(command, tmp_path))
     assert timm.is_model(args.model)
 
@@ -87,11 +91,59 @@ def test_dino_command_parses(program):
         assert name is None or timm.is_model(name)
 
 
-@pytest.mark.parametrize('block', re.findall(r'```python\n(.*?)```', README, re.DOTALL))
-def test_python_runs(block):
-    """Every piece of Python runs, with random weights for published ones."""
-    block = block.replace('pretrained=True', 'pretrained=False').replace("pretrained='fb_in1k'", 'pretrained=False')
-    exec(block.replace('/path/to/this/repository', str(ROOT)), {})
+@pytest.fixture(scope='module')
+def dino_run(tmp_path_factory):
+    """Working folder with runs/dino of `dino.train`, and its weights for timm, as docs/weights.md makes them."""
+    folder = tmp_path_factory.mktemp('work')
+    dino = folder / 'runs' / 'dino'
+    data = write_folders(folder / 'pictures')
+    dino_train.main(['--arch', 'xcit_nano_12_p16', '--data-path', str(data), '--epochs', '1', '--warmup-epochs', '0',
+                     '--global-crops-size', '32', '--local-crops-number', '0', '--out-dim', '16', '--batch-size', '4',
+                     '--device', 'cpu', '--num-workers', '0', '--saveckp-freq', '0', '--output-dir', str(dino)])
+    (dino / 'timm').mkdir()
+    convert_checkpoint.main([str(dino / 'checkpoint.pth'), str(dino / 'timm' / 'model.safetensors'), '--to', 'timm'])
+    return folder
+
+
+STEM = 'patch_embed.proj.0.0.weight'  # a weight with the same name in timm's models
+
+
+def stems(namespace: dict) -> dict:
+    """Return the first weights of the models in a namespace, by the models' names."""
+    return {name: value for name, model in namespace.items() if isinstance(model, torch.nn.Module)
+            for key, value in model.state_dict().items() if key.endswith(STEM)}
+
+
+@pytest.mark.parametrize('block', re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL))
+def test_python_runs(block, dino_run, monkeypatch):
+    """Every piece of Python runs, with random weights for published ones; DINO's weights arrive in every model."""
+    monkeypatch.chdir(dino_run)
+    loads_dino = 'runs/dino' in block
+    if not loads_dino:
+        block = block.replace('pretrained=True', 'pretrained=False').replace("pretrained='fb_in1k'", 'pretrained=False')
+    namespace: dict = {}
+    exec(block.replace('/path/to/this/repository', str(ROOT)), namespace)
+    if loads_dino:
+        given = weights.read('runs/dino/checkpoint.pth', 'the run').tensors[STEM]
+        assert stems(namespace)
+        assert [name for name, stem in stems(namespace).items() if not torch.equal(stem, given)] == []
+
+
+def test_timm_has_the_backbones_outputs(dino_run, monkeypatch):
+    """Every way of docs/weights.md into timm gives the features of the run's checkpoint."""
+    monkeypatch.chdir(dino_run)
+    images = seeded_images(2, 3, 32, 48)
+    expected = weights.create_model('xcit_nano_12_p16', 'runs/dino/checkpoint.pth').eval()(images)
+    section = WEIGHTS[WEIGHTS.index('## Weights in timm'):WEIGHTS.index('## A backbone for a decoder')]
+    models = []
+    for block in re.findall(r'```python\n(.*?)```', section, re.DOTALL):
+        namespace: dict = {}
+        exec(block, namespace)
+        models += [model for model in namespace.values() if hasattr(model, 'reset_classifier')]
+    assert len(models) == 4
+    for model in models:
+        model.eval().reset_classifier(0)
+        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('command', commands('run_with_submitit.py'))
@@ -104,7 +156,7 @@ def test_slurm_command_parses(command):
 
 def test_model_table_is_the_codes():
     """The model table has the code's width, depth, heads, and parameters of both patch sizes."""
-    rows = table('model')
+    rows = table('model | C', WEIGHTS)
     assert [row[0].strip('`') for row in rows] == [f'xcit_{size}' for size in xcit.SIZES]
     for row, (size, config) in zip(rows, xcit.SIZES.items()):
         assert [int(cell) for cell in row[1:4]] == [config['embed_dim'], config['depth'], config['num_heads']]
@@ -115,10 +167,10 @@ def test_model_table_is_the_codes():
 
 def test_zoo_table_is_the_codes():
     """Each published checkpoint's accuracy is in the row of its model and the column of its tag."""
-    header = next(line for line in README.splitlines() if line.startswith('| model | `fb_in1k` |'))
+    header = next(line for line in WEIGHTS.splitlines() if line.startswith('| model | `fb_in1k` |'))
     tags = [cell.strip(' `') for cell in header.strip('|').split('|')][1:]
-    start = README.index(header)
-    rows = README[start:README.index('\n\n', start)].splitlines()[2:]
+    start = WEIGHTS.index(header)
+    rows = WEIGHTS[start:WEIGHTS.index('\n\n', start)].splitlines()[2:]
     expected = []
     for model in xcit.MODELS:
         entries = [xcit_zoo.ZOO.get(f'{model}.{tag}') for tag in tags]
@@ -130,7 +182,7 @@ def test_zoo_table_is_the_codes():
 
 
 def tiny_version(command: str, data, weights, run) -> list:
-    """A README command with its data, weights and folders replaced, and on a model and images that take seconds."""
+    """A command with its data, weights and folders replaced, and on a model and images that take seconds."""
     words = words_of(command, run.parent)
     if '--real-labels' in words:  # for ImageNet's own pictures
         del words[words.index('--real-labels'):words.index('--real-labels') + 2]
@@ -148,7 +200,7 @@ def tiny_version(command: str, data, weights, run) -> list:
 
 @pytest.mark.parametrize('command', sorted(set(commands())))
 def test_command_runs(command, tmp_path, folders):
-    """Every command of the README runs to its end, with all its options, on tiny data in place of its own."""
+    """Every command of README and docs runs to its end, with all its options, on tiny data in place of its own."""
     weights = tmp_path / 'weights.pth'
     torch.save({'model': seeded_model('xcit_nano_12_p16', num_classes=2).state_dict()}, weights)
     stats = main(tiny_version(command, folders, weights, tmp_path / 'run'))
@@ -171,23 +223,70 @@ def test_every_difference_is_listed():
     assert [topic for topic in topics if topic.lower() not in listed] == []
 
 
-def test_readme_is_read_to_its_end():
-    """README.md has at most 200 lines."""
-    assert len((ROOT / 'README.md').read_text().splitlines()) <= 200
+def test_readme_is_short():
+    """README.md has at most 130 lines and begins with its picture; its first commands install, train and predict."""
+    text = (ROOT / 'README.md').read_text()
+    assert len(text.splitlines()) <= 130
+    assert re.match(r'# .*\n\n!\[.*\]\(docs/attention\.png\)\n', text)
 
 
-@pytest.mark.parametrize('page', [*PAGES, ROOT / 'CONTRIBUTING.md', ROOT / 'RESULTS.md'], ids=lambda page: page.name)
+@pytest.mark.parametrize('start', [
+    'pip install -r requirements.txt && python main.py', 'pip install -r requirements.txt -r requirements-dev.txt'])
+def test_readme_has_the_commands_of_ci(start):
+    """`.ci/run` finds its two commands, each once, by the beginning of a line."""
+    assert start in (ROOT / '.ci' / 'run').read_text()
+    assert sum(line.startswith(start) for line in (ROOT / 'README.md').read_text().splitlines()) == 1
+
+
+def test_results_of_the_readme_are_measured():
+    """Every figure of README's results is in RESULTS.md."""
+    figures = {figure for _, *cells in table('measured') for figure in re.findall(r'\d[\d.]*\d', ' '.join(cells))}
+    measured = set(re.findall(r'\d[\d.]*\d', (ROOT / 'RESULTS.md').read_text()))
+    assert len(figures) > 8
+    assert figures - measured == set()
+
+
+def test_index_of_the_docs():
+    """README links to the index of the docs, which has every page."""
+    index = ROOT / 'docs' / 'README.md'
+    assert '(docs/README.md)' in (ROOT / 'README.md').read_text()
+    linked = re.findall(r'^\| \[[^]]+\]\((\S+)\) \| .+ \|$', index.read_text(), re.MULTILINE)
+    assert sorted(linked) == sorted(page.name for page in PAGES if page.parent == index.parent and page != index)
+
+
+def test_every_file_of_requirements_is_described():
+    """The page of the installation has every file with further packages, and no other."""
+    files = {path.name for path in ROOT.glob('requirements-*.txt')}
+    assert {row[0].strip('`') for row in table('file | for')} == files
+
+
+@pytest.mark.parametrize('page', [
+    *PAGES, *(ROOT / name for name in ('CONTRIBUTING.md', 'RESULTS.md', 'sample_data/README.md'))],
+    ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     """Every link leads to a file of the repository and, with an anchor, to one of the file's headings."""
-    for target in re.findall(r'\]\(([^)\s]+)\)', page.read_text()):
+    for target in re.findall(r'\]\(([^)\s]+)\)', without_code(page)):
         name, _, anchor = target.partition('#')
         if '://' in target:
             continue
         file = page.parent / name if name else page
         assert file.exists(), target
-        headings = re.findall(r'^#+ (.*)$', file.read_text(), re.MULTILINE) if anchor else []
+        headings = re.findall(r'^#+ (.*)$', without_code(file), re.MULTILINE) if anchor else []
         slugs = [re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings]
         assert not anchor or anchor in slugs, target
+
+
+def without_code(page) -> str:
+    """Return the text of a page without its code blocks, where `#` begins no heading."""
+    return re.sub(r'```.*?```', '', page.read_text(), flags=re.DOTALL)
+
+
+def test_pages_that_programs_name():
+    """Every page that a program names exists."""
+    named = {name for path in ROOT.glob('**/*.py') if not {'tests', '.venv'} & set(path.relative_to(ROOT).parts)
+             for name in re.findall(r'\bdocs/\w[\w-]*\.md', path.read_text())}
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_the_map_names_files_that_are_there():

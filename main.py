@@ -13,7 +13,7 @@ import datasets
 import weights
 import xca_gram
 import xcit
-from classification import evaluation, initial, recipe
+from classification import evaluation, initial, recipe, report
 from engine import train_one_epoch
 from inference.flags import add_choice_of_weights
 from loaders import readers, samples
@@ -281,6 +281,8 @@ def train(args, device: torch.device) -> dict:
         with run.started(derived):
             if run.log is not None:
                 log_start(run, train_set, train_loader, preview=min(args.batch_size, 32))
+                if args.report:
+                    report.log_missing()
             pace.log(batches=len(train_loader), warmup_epochs=args.warmup_epochs, epochs=args.epochs,
                      images=images_of_epoch(train_set, repeated_aug=args.repeated_aug))
             for epoch in run.rounds(train_loader):
@@ -300,8 +302,11 @@ def train(args, device: torch.device) -> dict:
                     best = update_best(accuracy, stats, epoch)
                     if best and predictions:
                         predictions[best].gather(eval_loader)
+                        facts = report.setting(
+                            model=args.model, weights=f'{"EMA" if best == "best_ema" else "model"} of epoch {epoch}',
+                            source=datasets.source(args), view=build_view(args))
                         with without_ending(f'the report in {run.folder}'):
-                            evaluation.write_tables(run.folder, eval_set, predictions[best])
+                            evaluation.write_tables(run.folder, eval_set, predictions[best], facts)
                 # faithful: stepped with the epoch just finished, so that epochs 0 and 1 share a rate (original main.py)
                 scheduler.step(epoch, accuracy['last'])
                 stats['n_parameters'] = derived['n_parameters']
@@ -387,8 +392,9 @@ def evaluate_only(args, device: torch.device) -> dict:
         if processes.is_main_process():
             write_result(Path(args.output_dir, 'eval.json'), stats, vars(args))
         if args.report:
+            facts = report.setting(model=args.model, weights=origin or args.pretrained or 'random', source=source, view=view)
             with without_ending(f'the report in {args.output_dir}'):
-                evaluation.write_tables(Path(args.output_dir), dataset, predictions)
+                evaluation.write_tables(Path(args.output_dir), dataset, predictions, facts)
                 evaluation.draw_report(Path(args.output_dir), dataset)
     return stats
 

@@ -8,11 +8,12 @@ import torch
 from timm.utils import ModelEmaV3
 
 import xcit
+from classification import report
 from engine import evaluate
 from loaders.batches import build_eval_loader
-from loaders.samples import PictureSet, picture_of
+from loaders.samples import PictureSet
 from loaders.transforms import View
-from reports import drawings, real_labels, tables
+from reports import real_labels, tables
 from reports.predictions import Predictions
 from run import processes
 from run.logs import environment, log_values
@@ -24,10 +25,6 @@ from utils import NonFiniteLoss
 COLUMNS = {'loss': ('train_loss', '.4f'), 'lr': ('train_lr', '.2e'), 'Acc@1': ('test_acc1', '.3f'),
            'Acc@5': ('test_acc5', '.3f'), 'val loss': ('test_loss', '.3f'), 'EMA Acc@1': ('test_ema_acc1', '.3f'),
            'images/s': ('train_images_per_s', '.0f'), 'MB': ('train_memory_mb', '.0f')}
-# Panels of the report's curves: label of each metric by its key
-CURVES = {'loss': {'train_loss': 'training', 'test_loss': 'evaluation', 'test_ema_loss': 'EMA, evaluation'},
-          'Acc@1 in %': {'test_acc1': 'model', 'test_ema_acc1': 'EMA'},
-          'learning rate': {'train_lr': 'learning rate'}}
 
 
 def evaluate_classifier(model: torch.nn.Module, dataset: PictureSet, view: View, loading: Loading, *,
@@ -97,16 +94,17 @@ def evaluate_real_labels(labels: List[List[int]], dataset: PictureSet, predictio
     return {'real_acc1': top1, 'real_acc5': top5, 'real_images': count}
 
 
-def write_tables(run_folder: Path, dataset: PictureSet, predictions: Predictions):
-    """Write the tables of a report, on the main process, from the predictions of all processes."""
+def write_tables(run_folder: Path, dataset: PictureSet, predictions: Predictions, facts: dict):
+    """Write the tables of a report, on the main process, from the predictions of all processes.
+
+    Args:
+        facts: result of `report.setting`.
+    """
     if processes.is_main_process():
-        tables.write(run_folder / tables.FOLDER, predictions, dataset.class_names(), dataset.files() or None)
+        report.write_tables(run_folder / tables.FOLDER, dataset, predictions, facts)
 
 
 def draw_report(run_folder: Path, dataset: PictureSet):
-    """Draw the pictures of a report, on the main process, from its tables and the log of its run."""
+    """Draw the pictures and the page of a report, on the main process, from its tables and the log of its run."""
     if processes.is_main_process():
-        folder = run_folder / tables.FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        drawings.draw(folder, run_folder / 'log.txt', picture_of(dataset), curves=CURVES)
-        log(f'Report: {folder}')
+        log(f'Report: {report.draw(run_folder, dataset)}')

@@ -1,44 +1,61 @@
 """Pictures of a report: confusion matrix, curves of a run, and the worst mistakes."""
 import contextlib
 import json
+import math
+import textwrap
 from pathlib import Path
-from typing import Callable, Dict, Optional
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from PIL import Image
 
-from reports import maps, predictions, tables
+from reports import lettering, maps, tables
+from reports.page import Tile
 from run.output import log
-from utils import first_line, whole_file
+from utils import InputError, first_line, whole_file
 
 CONFUSION, CURVES, MISTAKES = 'confusion.png', 'curves.png', 'mistakes.png'
-MOST_CLASSES = 50  # largest number of classes of a matrix; for more classes, the most confused pairs are shown
-NUM_PAIRS, NUM_MISTAKES = 30, 24
-COLUMNS, SIDE, LINE = 6, 176, 14  # columns of the sheet of mistakes, and sizes of a picture and a line in pixels
+MOST_CLASSES = 50  # largest number of classes of a whole matrix; of more classes, the most confused are shown
+NUM_CONFUSED = 24  # largest number of these classes
+OTHERS = 'all others'
+NUM_MISTAKES = 24
+COLUMNS, SIDE, LINE = 6, 176, 16  # columns of the sheet of mistakes, and sizes of a picture and a line in pixels
+FONT = 12  # pixels
+LONGEST = 32  # characters of a name beside a matrix
 Curves = Dict[str, Dict[str, str]]  # for each panel by its title: label of each curve by its key in log.txt
 
 
-def draw(folder: Path, log_file: Path, picture: Optional[Callable[[int], Image.Image]], *, curves: Curves,
-         unit: str = 'epoch'):
+def draw(folder: Path, log_file: Path, tiles: Sequence[Tile], *, curves: Curves, unit: str = 'epoch',
+         best: Sequence[str] = ()):
     """Draw the pictures of the tables in `folder` and of a run's log.txt, as far as these exist.
 
     Args:
-        picture: function from an index to the evaluation image; None: no sheet of mistakes.
+        tiles: result of `mistakes`.
         unit: key of the horizontal axis in log.txt.
+        best: keys of log.txt whose highest value marks the best epoch.
     """
-    if picture is not None and (folder / predictions.FILE).exists():
-        draw_mistakes(folder, picture)
+    if tiles:
+        draw_tiles(tiles, folder / MISTAKES)
+    else:
+        (folder / MISTAKES).unlink(missing_ok=True)
+    if error := missing_matplotlib():
+        log(f'{folder}: without {CONFUSION} and {CURVES}, which need {error}')
+        return
+    if (folder / tables.CONFUSION).exists():
+        draw_confusion(folder)
+    if log_file.exists():
+        draw_curves(log_file, folder / CURVES, curves=curves, unit=unit, best=best)
+
+
+def missing_matplotlib() -> Optional[str]:
+    """Return the need for matplotlib as text if it can't be imported, else None."""
     try:
         import matplotlib
         matplotlib.use('agg')
         import matplotlib.pyplot
     except Exception as error:  # not installed, or built for another NumPy
-        needed = f'matplotlib (pip install matplotlib; {first_line(error)})'
-        log(f'{folder}: without {CONFUSION} and {CURVES}, which need {needed}')
-        return
-    if (folder / tables.CONFUSION).exists():
-        draw_confusion(folder)
-    if log_file.exists():
-        draw_curves(log_file, folder / CURVES, curves=curves, unit=unit)
+        return f'matplotlib (pip install matplotlib; {first_line(error)})'
+    return None
 
 
 def save(figure, path: Path):
@@ -48,86 +65,141 @@ def save(figure, path: Path):
     pyplot.close(figure)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Confusion matrix
+
 def draw_confusion(folder: Path):
-    """Draw the confusion matrix, with rows as fractions; for many classes, bars of the most confused pairs."""
-    from matplotlib import pyplot
+    """Draw the confusion matrix with counts and percents of the rows; for many classes, that of the most confused."""
     classes, counts = tables.read_confusion(folder / tables.CONFUSION)
-    classes = [name.replace('$', r'\$') for name in classes]  # matplotlib would read $ as mathematics
+    names, title = lettering.distinct(classes), f'{len(classes)} classes'
     if len(classes) > MOST_CLASSES:
-        pairs = tables.most_confused(counts, NUM_PAIRS)
-        figure, axes = pyplot.subplots(figsize=(9, 2 + .28 * len(pairs)), layout='constrained')
-        axes.barh([f'{classes[i]} as {classes[j]}' for i, j, _ in pairs], [count for *_, count in pairs])
-        axes.invert_yaxis()
-        axes.set_xlabel('pictures')
-        axes.set_title(f'{len(pairs)} most confused pairs of classes')
-    else:
-        side = 3 + .3 * len(classes)
-        figure, axes = pyplot.subplots(figsize=(side + 1, side), layout='constrained')
-        shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
-        figure.colorbar(axes.imshow(shares, cmap='Blues', vmin=0, vmax=1), label='share of the class')
-        places = range(len(classes))
-        axes.set_xticks(places, classes, rotation=90)
-        axes.set_yticks(places, classes)
-        axes.set_xlabel('prediction')
-        axes.set_ylabel('truth')
-        for i, j in [(i, j) for i in places for j in places if counts[i, j] and len(classes) <= MOST_CLASSES // 2]:
-            axes.text(j, i, counts[i, j], ha='center', va='center', fontsize=7,
-                      color='white' if shares[i, j] > .5 else 'black')
-    save(figure, folder / CONFUSION)
+        chosen = tables.most_confused_classes(counts, NUM_CONFUSED)
+        title = f'the {len(chosen)} most confused of {len(classes)} classes'
+        names, counts = [names[i] for i in chosen], tables.part_of(counts, chosen)
+    draw_matrix(folder / CONFUSION, names, counts,
+                title=f'Confusion of {title}: pictures, and percent of the true class (row)')
 
 
-def draw_curves(log_file: Path, path: Path, *, curves: Curves, unit: str):
-    """Draw metrics of log.txt, without lines that are cut short, over the epochs or another unit; see `draw`."""
+def draw_matrix(path: Path, names: List[str], counts: np.ndarray, *, title: str):
+    """Draw counts of true classes (rows) by predicted class; a further column, if any, is of all other classes."""
     from matplotlib import pyplot
+    names = lettering.all_abridged(list(map(lettering.drawable, names)), LONGEST)
+    labels = list(map(math_free, names))
+    columns = labels + [OTHERS] * (counts.shape[1] - len(labels))
+    cell, font = (.8, 10) if len(labels) <= 10 else (.48, 8)
+    longest = max(map(len, columns)) * .1
+    size = (max(5., cell * len(columns) + longest + 2.2), cell * len(labels) + longest + 1.4)
+    with pyplot.rc_context({'font.family': lettering.families(labels)}):
+        figure, axes = pyplot.subplots(figsize=size, layout='constrained')
+        percents = 100 * counts / counts.sum(axis=1, keepdims=True).clip(1)
+        image = axes.imshow(percents, cmap='Blues', vmin=0, vmax=100, aspect='auto')
+        figure.colorbar(image, label='percent of the true class', shrink=min(1, 6 / size[1]), aspect=20)
+        axes.set_xticks(range(len(columns)), columns, rotation=90)
+        axes.set_yticks(range(len(labels)), [f'{label} ({total})' for label, total in zip(labels, counts.sum(axis=1))])
+        axes.set_xlabel('predicted class')
+        axes.set_ylabel('true class (pictures)')
+        figure.suptitle(textwrap.fill(title, int(9 * size[0])), fontsize=min(18, 9 + size[0] / 2))
+        for i, j in [(i, j) for i, j in np.ndindex(counts.shape) if counts[i, j]]:
+            axes.text(j, i, f'{counts[i, j]}\n{percent(percents[i, j])}', ha='center', va='center', fontsize=font,
+                      color='white' if percents[i, j] > 55 else 'black')
+        save(figure, path)
+
+
+def percent(value: float) -> str:
+    """Format a percentage in few characters; 0 and 100 are exact."""
+    return '<1%' if 0 < value < 1 else '>99%' if 99 < value < 100 else f'{value:.0f}%'
+
+
+def math_free(text: str) -> str:
+    return text.replace('$', r'\$')  # matplotlib would read $ as mathematics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Curves
+
+def read_log(log_file: Path) -> List[dict]:
+    """Return the lines of log.txt, without lines that are cut short."""
     lines = []
-    for line in log_file.read_text(errors='replace').splitlines():
+    for line in log_file.read_text(encoding='utf-8', errors='replace').splitlines():
         with contextlib.suppress(ValueError, TypeError):
             lines.append(dict(json.loads(line)))
+    return lines
+
+
+def best_point(lines: List[dict], keys: Sequence[str], *, unit: str) -> Optional[Tuple[float, str, float]]:
+    """Return (epoch or another unit, key, value) of the highest value, the first of equal ones; None: no value."""
+    points = [(line.get(unit, i), key, line[key]) for i, line in enumerate(lines) for key in keys
+              if is_number(line, key)]
+    return max(points, key=lambda point: point[2], default=None)
+
+
+def is_number(line: dict, key: str) -> bool:
+    return isinstance(line.get(key), (int, float)) and math.isfinite(line[key])
+
+
+def draw_curves(log_file: Path, path: Path, *, curves: Curves, unit: str, best: Sequence[str] = ()):
+    """Draw metrics of log.txt over the epochs or another unit, with a line at the best epoch; see `draw`."""
+    from matplotlib import pyplot
+    lines = read_log(log_file)
+    marked = best_point(lines, best, unit=unit)
     size = (13 / 3 * len(curves), 4)
     figure, axes = pyplot.subplots(1, len(curves), figsize=size, layout='constrained', squeeze=False)
     for axis, (title, labels) in zip(axes[0], curves.items()):
         for key, label in labels.items():
-            points = [(line.get(unit, i), line[key]) for i, line in enumerate(lines)
-                      if isinstance(line.get(key), (int, float))]
+            points = [(line.get(unit, i), line[key]) for i, line in enumerate(lines) if is_number(line, key)]
             if points:
                 axis.plot(*zip(*points), label=label, marker='.' if len(points) < 40 else None)
         axis.set_title(title)
         axis.set_xlabel(unit)
-        if len(labels) > 1 and axis.lines:
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        if marked:
+            place, key, value = marked
+            axis.axvline(place, color='grey', linestyle='--', linewidth=1, label=f'best {unit}: {place}')
+            if key in labels:
+                axis.plot(place, value, 'o', color='black', fillstyle='none', markersize=9)
+        if len(axis.lines) > 1:
             axis.legend()
     save(figure, path)
 
 
-def draw_mistakes(folder: Path, picture: Callable[[int], Image.Image]):
-    """Draw a sheet of the pictures whose wrong class has the highest probability, with their names."""
-    rows = predictions.read(folder / predictions.FILE)
-    wrong = sorted((i for i, row in enumerate(rows) if row['class_1'] != row['truth']),
-                   key=lambda i: -rows[i]['probability_1'])[:NUM_MISTAKES]
-    if not wrong:
-        (folder / MISTAKES).unlink(missing_ok=True)
-        log(f'{folder}: no mistakes')
-        return
-    sheet = maps.side_by_side([tile(picture(i), rows[i]) for i in wrong], gap=0, columns=COLUMNS)
-    with whole_file(folder / MISTAKES) as unfinished:
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+def mistakes(rows: List[dict]) -> List[int]:
+    """Return the numbers of the pictures whose wrong class has the highest probability; see `predictions.read`."""
+    wrong = [i for i, row in enumerate(rows) if row['class_1'] != row['truth']]
+    return sorted(wrong, key=lambda i: -rows[i]['probability_1'])[:NUM_MISTAKES]
+
+
+def lines_of(row: dict) -> List[str]:
+    """Return the file name, the class and the predicted class of a picture, as visible texts."""
+    name = f'image {row["file"]}' if row['file'].isdecimal() else lettering.visible(Path(row['file']).name)
+    return [name, f'is {lettering.visible(row["truth"])}',
+            f'{100 * row["probability_1"]:.0f} % {lettering.visible(row["class_1"])}']
+
+
+def tile(picture: Callable[[int], Image.Image], index: int, row: dict) -> Tile:
+    """Return the picture of an index, scaled, with its texts; an empty picture if it can't be read any more."""
+    try:
+        image = picture(index)
+        scale = SIDE / max(image.size)
+        image = image.convert('RGB').resize([max(1, round(side * scale)) for side in image.size])
+    except (InputError, OSError):
+        image = Image.new('RGB', (SIDE, SIDE), 'lightgrey')
+    return Tile(image, lines_of(row))
+
+
+def draw_tiles(tiles: Sequence[Tile], path: Path):
+    """Draw pictures above their texts on a sheet."""
+    texts = [[line for text in one.lines for line in lettering.wrapped(text, FONT, SIDE)] for one in tiles]
+    height = max(one.picture.height + len(lines) * LINE for one, lines in zip(tiles, texts)) + 12
+    pages = []
+    for one, lines in zip(tiles, texts):
+        page = Image.new('RGB', (SIDE + 8, height), 'white')
+        page.paste(one.picture, (4, 4))
+        for i, line in enumerate(lines):
+            lettering.write(page, 4, 4 + one.picture.height + i * LINE, line, FONT)
+        pages.append(page)
+    sheet = maps.side_by_side(pages, gap=0, columns=COLUMNS)
+    with whole_file(path) as unfinished:
         sheet.save(unfinished)
-
-
-def tile(image: Image.Image, row: dict) -> Image.Image:
-    """Draw an image above its file name, its class and its predicted class; `row`: see `predictions.read`."""
-    page = Image.new('RGB', (SIDE + 8, SIDE + 3 * LINE + 8), 'white')
-    scale = SIDE / max(image.size)
-    font = ImageFont.load_default()
-    page.paste(image.resize([max(1, round(side * scale)) for side in image.size]), (4, 4))
-    name = f'image {row["file"]}' if row['file'].isdecimal() else Path(row['file']).name
-    texts = (name, f'is {row["truth"]}', f'{100 * row["probability_1"]:.0f} % {row["class_1"]}')
-    for line, text in enumerate(texts):
-        ImageDraw.Draw(page).text((4, 4 + SIDE + line * LINE), shortened(text, font), fill='black', font=font)
-    return page
-
-
-def shortened(text: str, font: ImageFont.ImageFont) -> str:
-    """Cut a text to the width of a picture, and replace letters that the font lacks by question marks."""
-    text, end = text.encode('latin-1', 'replace').decode('latin-1'), ''
-    while font.getlength(text + end) > SIDE:
-        text, end = text[:-1], '...'
-    return text + end

@@ -1,4 +1,5 @@
 """Tables of a report: predictions, metrics of each class, and the confusion matrix."""
+import math
 from pathlib import Path
 from typing import List, Optional, Tuple
 
@@ -55,3 +56,33 @@ def most_confused(counts: np.ndarray, most: int) -> List[Tuple[int, int, int]]:
     wrong = counts * (1 - np.eye(len(counts), dtype=np.int64))
     pairs = np.argsort(-wrong, axis=None, kind='stable')[:most]
     return [(int(i), int(j), int(wrong[i, j])) for i, j in zip(*np.unravel_index(pairs, wrong.shape)) if wrong[i, j]]
+
+
+def most_confused_classes(counts: np.ndarray, most: int) -> List[int]:
+    """Return up to `most` classes of the most confused pairs, in the order of the pairs."""
+    chosen = []
+    for i, j, _ in most_confused(counts, most * most):
+        new = {i, j} - set(chosen)
+        if len(chosen) + len(new) > most:
+            break
+        chosen += sorted(new)
+    return chosen or list(range(min(most, len(counts))))
+
+
+def part_of(counts: np.ndarray, classes: List[int]) -> np.ndarray:
+    """Return the rows and columns of some classes, and a last column with the sum of all others: (n, n + 1)."""
+    rows = counts[classes]
+    return np.concatenate([rows[:, classes], np.delete(rows, classes, axis=1).sum(axis=1, keepdims=True)], axis=1)
+
+
+def wilson(hits: int, count: int) -> Tuple[float, float]:
+    """Return the 95 % confidence interval of a proportion, of `count` independent trials, as fractions.
+
+    Source: Wilson 1927, Probable inference, the law of succession, and statistical inference.
+    """
+    if not count:
+        return 0., 1.
+    z, p = 1.959964, hits / count
+    center, spread = p + z * z / (2 * count), z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    low, high = ((center + sign * spread) / (1 + z * z / count) for sign in (-1, 1))
+    return max(0., low) if hits else 0., min(1., high) if hits < count else 1.

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -10,16 +11,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiniest, tiny, write_folders
+from matplotlib import font_manager
 from PIL import Image
 from processes import run
 
 from classification import evaluation
+from classification import report as report_of_classifiers
 from main import main
-from reports import drawings, predictions, tables
+from reports import drawings, lettering, page, predictions, tables
 from tools import report
-from utils import InputError, read_csv, write_csv
+from utils import InputError, UnreadableImage, read_csv, write_csv
 
-FILES = {'predictions.csv', 'per_class.csv', 'confusion.csv', 'confusion.png', 'curves.png', 'mistakes.png'}
+FILES = {'report.html', 'report.md', 'summary.json', 'predictions.csv', 'per_class.csv', 'confusion.csv',
+         'confusion.png', 'curves.png', 'mistakes.png'}
 
 
 class Alone:
@@ -83,13 +87,107 @@ def test_names_that_are_not_utf8_are_escaped(tmp_path):
     assert read_csv(tmp_path / 'a.csv')[1:] == [[r'K\xe4fer/\xe7.png'], [r'\ud800']]
 
 
-def test_thousand_classes_show_pairs(tmp_path):
-    """The picture of the 30 most confused pairs stays small."""
+@pytest.mark.parametrize(('hits', 'count', 'expected'), [
+    (8, 10, (.490, .943)), (0, 10, (0., .278)), (10, 10, (.722, 1.)), (0, 0, (0., 1.))])
+def test_wilsons_interval(hits, count, expected):
+    """The confidence interval is that of the tables, also for no and for all hits."""
+    assert tables.wilson(hits, count) == pytest.approx(expected, abs=5e-4)
+
+
+def test_accuracies_have_their_intervals():
+    """Top-5 counts a class among the five most probable; intervals are in percent."""
+    result = predicted([0, 1, 2, 3], [0, 1, 0, 0], classes=7)
+    values = report_of_classifiers.accuracy_of(result)
+    expected = 100 * np.mean([truth in top for truth, top in zip(result.truth, result.top)])
+    assert (values['images'], values['top1'], values['top5']) == (4, 50., expected)
+    assert values['top1_interval'] == pytest.approx([15.0, 85.0], abs=.1)
+
+
+# ----- names
+
+@pytest.mark.parametrize(('name', 'shown'), [
+    ('a b', 'a b'), ('a  b', 'a␣␣b'), (' a', '␣a'), ('a ', 'a␣'), ('a\tb', r'a\tb'), ('a\xa0b', r'a\xa0b'),
+    ('é中', 'é中'), ('', '""'), ('\udce4', r'\xe4'), ('a\u200bb', r'a\u200bb')])
+def test_spaces_can_be_seen(name, shown):
+    """Spaces at the ends, repeated spaces, and invisible characters are marked."""
+    assert lettering.visible(name) == shown
+
+
+def test_names_that_look_alike_have_numbers():
+    """Two spellings of one word, and a name with a mark of its own, can be distinguished."""
+    assert lettering.distinct(['e\u0301', 'b', 'é', ' b', '␣b']) == [
+        'e\u0301 (#0)', 'b', 'é (#2)', '␣b (#3)', '␣b (#4)']
+
+
+def test_abridged_names_stay_different():
+    """Names that differ in the middle are cut elsewhere, or not at all."""
+    names = [f'{"a" * 30}{i}{"b" * 30}' for i in (1, 2, 12)] + ['short', 'c' * 99]
+    short = lettering.all_abridged(names, 20)
+    assert len(set(short)) == 5
+    assert max(map(len, short)) == 20
+    assert ['1' in short[0], '2' in short[1], '12' in short[2]] == [True] * 3
+
+
+def test_letters_without_a_font_are_escaped(monkeypatch):
+    """A letter is drawn if any font has it, and is an escape if none has."""
+    assert lettering.drawable('é') == 'é'
+    assert lettering.drawable('中') == ('中' if lettering.font_with('中') else r'\u4e2d')
+    monkeypatch.setattr(lettering, 'font_with', lambda character: None)
+    assert lettering.drawable('中') == r'\u4e2d'
+
+
+def test_text_is_drawn_by_several_fonts(monkeypatch):
+    """Each part of a text is drawn in the font that has its letters."""
+    monkeypatch.setattr(lettering, 'font_with', lambda letter: 'DejaVu Serif' if letter == 'x' else 'DejaVu Sans')
+    monkeypatch.setattr(lettering, 'font_files', lambda: {
+        name: font_manager.findfont(name) for name in ('DejaVu Sans', 'DejaVu Serif')})
+    lettering.font_of.cache_clear()
+    assert [(part, font.getname()[0]) for part, font in lettering.pieces('aaxa', 12)] == [
+        ('aa', 'DejaVu Sans'), ('x', 'DejaVu Serif'), ('a', 'DejaVu Sans')]
+    page = Image.new('L', (100, 30), 'white')
+    lettering.write(page, 0, 0, 'aaxa', 12, 0)
+    assert page.getbbox() is not None
+    lettering.font_of.cache_clear()
+
+
+# ----- pictures and page
+
+@pytest.mark.parametrize('count', [2, 37, 1000])
+def test_confusion_of_any_number_of_classes(tmp_path, count):
+    """The matrix has a row per class, or the most confused of many classes, in cells of more than 50 pixels."""
     rng = np.random.default_rng(0)
-    result = predicted(rng.integers(0, 1000, 4000).tolist(), rng.integers(0, 1000, 4000).tolist(), classes=1000)
-    tables.write(tmp_path, result, [f'class {i}' for i in range(1000)], None)
+    result = predicted(*rng.integers(0, count, (2, 3000)).tolist(), classes=count)
+    tables.write(tmp_path, result, [f'class $_{i}' for i in range(count)], None)
     drawings.draw_confusion(tmp_path)
-    assert max(Image.open(tmp_path / 'confusion.png').size) < 2000
+    rows = min(count, drawings.NUM_CONFUSED if count > drawings.MOST_CLASSES else count)
+    assert 50 * rows < min(Image.open(tmp_path / 'confusion.png').size) < 3000
+
+
+def test_most_confused_classes_keep_their_pictures():
+    """A part of a matrix has the most confused pairs, and all other predictions in the last column."""
+    counts = np.array([[5, 0, 1, 0], [0, 9, 0, 0], [0, 2, 3, 4], [1, 0, 0, 7]])
+    chosen = tables.most_confused_classes(counts, 2)
+    assert chosen == [2, 3]
+    assert tables.part_of(counts, chosen).tolist() == [[3, 4, 2], [0, 7, 1]]
+
+
+def test_page_is_one_file(tmp_path):
+    """Any sections give a page with pictures inside, escaped texts, and no section without content."""
+    Image.new('RGB', (3, 2), 'red').save(tmp_path / 'map.png')
+    page.write(tmp_path, 'A <b>', [
+        page.Section('Masks', 'IoU & more', facts={'mIoU': '<1'}, picture='map.png'),
+        page.Section('Boxes', header=('class', 'AP'), rows=[('a|b*', '0.5')] * 60,
+                     tiles=[page.Tile(Image.new('RGB', (3, 2)), ['é中 <i>', '\udce4'])]),
+        page.Section('Nothing', picture='none.png')])
+    text = (tmp_path / 'report.html').read_text(encoding='utf-8')
+    assert set(re.findall('src="([^;]*)', text)) == {'data:image/png', 'data:image/jpeg'}
+    words = ('A &lt;b&gt;', 'IoU &amp; more', '&lt;1', 'é中 &lt;i&gt;', r'\xe4')
+    assert [word for word in words if word not in text] == []
+    assert ('Nothing' in text, text.count('<td>a|b*</td>'), 'http' in text) == (False, 60, False)
+    text = (tmp_path / 'report.md').read_text(encoding='utf-8')
+    words = ('A &lt;b', '![Masks](map.png)', r'| a\|b\* | 0.5 |', 'first 50 of 60')
+    assert [word for word in words if word not in text] == []
+    assert 'Nothing' not in text
 
 
 # ----- of a run
@@ -117,6 +215,10 @@ def test_training_makes_a_report(trained, data):
     assert 100 * np.mean([row['truth'] == row['class_1'] for row in rows]) == pytest.approx(best)
     line = log[int(accuracy['best_epoch'])]
     assert line['test_ema_acc1' if accuracy['better_is_average'] else 'test_acc1'] == best
+    text = (trained / 'report' / 'report.html').read_text(encoding='utf-8')
+    weights = f'{"EMA" if accuracy["better_is_average"] else "model"} of epoch {accuracy["best_epoch"]:.0f}'
+    assert [word for word in (weights, str(data), 'xcit_nano_12_p16', '8 at 32 pixels', f'{best:.2f} % (95 % confid',
+                              'Classes', 'Confusion') if word not in text] == []
 
 
 def test_last_lines_name_the_best_model(data, tmp_path, capsys):
@@ -166,39 +268,67 @@ def test_two_processes_have_the_same_report(data, trained, tmp_path, flags):
 
 
 def test_without_matplotlib(data, tmp_path, monkeypatch, capsys):
-    """Without matplotlib the tables are written, and a line names the missing pictures."""
+    """Without matplotlib a line before the training names the missing pictures, and the page has the rest."""
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    lettering.font_files.cache_clear()
     main(tiniest(data, '--epochs', '1', '--output-dir', str(tmp_path)))
-    assert 'without confusion.png and curves.png, which need matplotlib (pip install matplotlib; ' in (
-        capsys.readouterr().out)
+    lettering.font_files.cache_clear()
+    before, _, after = capsys.readouterr().out.partition('Training time')
+    assert 'without confusion.png and curves.png, which need matplotlib (pip install matplotlib; ' in before
+    assert 'which need matplotlib' in after
+    assert 'top-1' in (tmp_path / 'report' / 'report.html').read_text()
     assert (tmp_path / 'report' / 'per_class.csv').exists()
     assert not (tmp_path / 'report' / 'curves.png').exists()
 
 
-def test_sheet_of_mistakes(tmp_path):
-    """The sheet has the wrong predictions, the most probable first; without mistakes there is no sheet."""
-    drawn = []
-
+def test_most_confident_mistakes(tmp_path):
+    """The wrong predictions are shown, the most probable first, with texts below; unreadable pictures are grey."""
     def picture(index: int) -> Image.Image:
-        drawn.append(index)
+        if index == 3:
+            raise UnreadableImage('gone')
         return Image.new('RGB', (30, 20 + 20 * index), 'red')
 
     result = predicted([0, 1, 1, 0], [0, 0, 0, 1], classes=2)
     result.probability[:, 0] = [.9, .6, .8, .7]
-    predictions.write(tmp_path / 'predictions.csv', result, ['a' * 99, 'ß and 猫'], None)
-    drawings.draw_mistakes(tmp_path, picture)
-    assert drawn == [2, 3, 1]
+    predictions.write(tmp_path / 'predictions.csv', result, ['a' * 99, 'ß and 猫'], [f'x/{i} .png' for i in range(4)])
+    rows = predictions.read(tmp_path / 'predictions.csv')
+    wrong = drawings.mistakes(rows)
+    assert wrong == [2, 3, 1]
+    tiles = [drawings.tile(picture, index, rows[index]) for index in wrong]
+    assert tiles[0].lines == ['2 .png', 'is ß and 猫', f'80 % {"a" * 99}']
+    assert [tile.picture.getpixel((9, 9)) for tile in tiles] == [(255, 0, 0), (211, 211, 211), (255, 0, 0)]
+    drawings.draw_tiles(tiles, tmp_path / 'mistakes.png')
     assert Image.open(tmp_path / 'mistakes.png').size[0] == drawings.COLUMNS * (drawings.SIDE + 8)
-    predictions.write(tmp_path / 'predictions.csv', predicted([0], [0], classes=2), ['a', 'b'], None)
-    drawings.draw_mistakes(tmp_path, picture)
+
+
+def test_report_without_mistakes(tmp_path):
+    """Without mistakes there is no sheet, also none of earlier predictions."""
+    (tmp_path / 'mistakes.png').touch()
+    drawings.draw(tmp_path, tmp_path / 'log.txt', [], curves={})
     assert not (tmp_path / 'mistakes.png').exists()
+
+
+def test_best_epoch():
+    """The best epoch is the first with the highest value of any metric, without NaN and without cut lines."""
+    lines = [{'epoch': 0, 'a': 1.}, {'epoch': 1, 'a': float('nan'), 'b': 3.}, {'epoch': 2, 'a': 3.}]
+    assert drawings.best_point(lines, ('a', 'b'), unit='epoch') == (1, 'b', 3.)
+    assert drawings.best_point(lines, ('c',), unit='epoch') is None
+
+
+def test_best_epoch_is_marked(tmp_path):
+    """The curves have a line at the best epoch."""
+    (tmp_path / 'log.txt').write_text(''.join(json.dumps({'epoch': i, 'a': i % 3}) + '\n' for i in range(5)))
+    for name, best in (('without', ()), ('with', ('a',))):
+        drawings.draw_curves(tmp_path / 'log.txt', tmp_path / f'{name}.png', curves={'a': {'a': 'a'}}, unit='epoch',
+                             best=best)
+    assert (tmp_path / 'with.png').read_bytes() != (tmp_path / 'without.png').read_bytes()
 
 
 def test_curves_of_any_keys_and_unit(tmp_path):
     """The caller gives the panels, their curves and the unit; each panel has about a square on the page."""
     lines = [{'iteration': i, 'loss_masks': 1 / (1 + i), 'mIoU': i} for i in range(5)]
     (tmp_path / 'log.txt').write_text(''.join(json.dumps(line) + '\n' for line in lines))
-    drawings.draw(tmp_path, tmp_path / 'log.txt', None, unit='iteration',
+    drawings.draw(tmp_path, tmp_path / 'log.txt', [], unit='iteration',
                   curves={'loss': {'loss_masks': 'masks'}, 'IoU': {'mIoU': 'model', 'ema_mIoU': 'EMA'}})
     width, height = Image.open(tmp_path / 'curves.png').size
     assert width / height == pytest.approx(2 * 13 / 3 / 4, rel=.02)

@@ -9,7 +9,7 @@ from typing import Optional
 
 import datasets
 import xcit
-from classification import evaluation
+from classification import evaluation, report
 from inference.loaded import in_words, load
 from loaders import samples
 from loaders.samples import PictureSet
@@ -81,7 +81,8 @@ def evaluate(folder: Path, run: dict, weights: str, dataset: PictureSet, source:
         classes=names if loaded.classes in (None, in_words(names)) else loaded.classes, weights=weights)
     logs.write_result(folder / 'eval.json', {**stats, 'model': loaded.name, 'weights': weights, 'crop': view.crop},
                       {**run, 'eval': True, 'resume': weights, 'data_path': source.path, 'device': str(loading.device)})
-    evaluation.write_tables(folder, dataset, predicted)
+    evaluation.write_tables(folder, dataset, predicted, report.setting(
+        model=loaded.name, weights=weights, source=source, view=view))
 
 
 def main(argv: Optional[list] = None):
@@ -93,7 +94,8 @@ def main(argv: Optional[list] = None):
                     run_folder=args.folder if Path(weights).parent == args.folder else None,
                     **{name: run[name] for name in SOURCE if run.get(name) is not None})
     dataset, _ = datasets.load_classes(source, is_train=False)
-    if args.data_path or not (args.folder / tables.FOLDER / predictions.FILE).exists():
+    if args.data_path or not all((args.folder / tables.FOLDER / name).exists()
+                                 for name in (predictions.FILE, report.SUMMARY)):
         with session.joined(args.device) as device:
             evaluate(args.folder, run, weights, dataset, source,
                      Loading(source.batch_size, device, num_workers=args.num_workers))

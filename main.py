@@ -92,7 +92,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group('evaluation')
     group.add_argument('--eval', action='store_true', help='evaluation only')
     group.add_argument('--report', action=boolean, default=True,
-                       help='report in the folder report of --output-dir: metrics of each class, confusions, mistakes')
+                       help='page report/report.html in --output-dir, with accuracy, classes, confusions and mistakes')
     group.add_argument('--real-labels', type=PATH, metavar=f'FILE|{real_labels.OF_TIMM}',
                        help='reassessed labels for a second accuracy of --eval with IMNET: real.json, or timm\'s copy')
     group.add_argument('--test-freq', default=1, type=COUNT, metavar='N', help='epochs between two evaluations')
@@ -392,7 +392,8 @@ def evaluate_only(args, device: torch.device) -> dict:
         if processes.is_main_process():
             write_result(Path(args.output_dir, 'eval.json'), stats, vars(args))
         if args.report:
-            facts = report.setting(model=args.model, weights=origin or args.pretrained or 'random', source=source, view=view)
+            facts = report.setting(model=args.model, weights=origin or args.pretrained or 'random', source=source,
+                                   view=view)
             with without_ending(f'the report in {args.output_dir}'):
                 evaluation.write_tables(Path(args.output_dir), dataset, predictions, facts)
                 evaluation.draw_report(Path(args.output_dir), dataset)

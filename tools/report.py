@@ -1,4 +1,4 @@
-"""Make the report of a run, in its folder `report`: metrics of each class, confusions, curves, the worst mistakes.
+"""Make the report of a run, in its folder `report`: the page report.html, its tables and pictures.
 
 main.py makes the report of a run with --output-dir itself. This program makes it later or again: for a run that was
 interrupted, or for another folder of pictures. Without predictions in the folder, best_model.pth is evaluated first.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Optional, Tuple
 
 from run import flags
-from run.commandline import COUNT, COUNT_OR_0, PATH, POSITIVE, Parser, run_program
+from run.commandline import COUNT, COUNT_OR_0, PATH, POSITIVE, Parser, UnknownFlags, run_program
 from run.folder import check_output_dir
 from slurm import cluster, following, submission
 from slurm.job import ROOT, Task, has_checkpoint, python_arguments
@@ -100,7 +100,10 @@ def parse_args(argv: list) -> Tuple[argparse.Namespace, list]:
     args.output_dir = str(Path(args.output_dir or args.job_dir).absolute())
     # This machine may lack the GPUs of the nodes
     unchecked = ['--device', 'cpu', *(['--amp', 'off'] if args.ngpus else [])]
-    program.parse_args([*program_argv, '--output-dir', args.output_dir, *unchecked])
+    try:
+        program.parse_args([*program_argv, '--output-dir', args.output_dir, *unchecked])
+    except UnknownFlags as error:  # perhaps a flag of the job
+        raise UnknownFlags(error.flags, error.known + job_parser.known_options(argv)) from None
     check_checkpoint(args)
     return args, [*program_argv, '--device', device]
 

@@ -75,6 +75,15 @@ def similar(name: str, names: list) -> str:
     return f'; similar: {", ".join(dict.fromkeys(matches))}' if matches else ''
 
 
+def did_you_mean(flag: str, known: list) -> str:
+    """Return a suffix for an error about an unknown flag: the flags that begin with its name, or the most similar."""
+    names = {option.lstrip('-').replace('_', '-'): option for option in known}
+    name = flag.lstrip('-\u2013\u2014').replace('_', '-').lower()
+    matches = ([other for other in names if other == name] or [other for other in names if other.startswith(name)][:3]
+               or difflib.get_close_matches(name, names, n=1, cutoff=.6))
+    return f' (did you mean {" or ".join(names[match] for match in matches)}?)' if matches else ''
+
+
 def dashed(name: str) -> str:
     """Return the flag of an argparse destination, e.g. `--batch-size` of `batch_size`."""
     return f'--{name.replace("_", "-")}'

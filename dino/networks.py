@@ -5,6 +5,7 @@ Shapes: `B` images, `C` channels of the backbone's features, `K` prototypes (--o
 import itertools
 from typing import List, Optional, Tuple
 
+import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from timm.layers import trunc_normal_
 import weights
 import xcit
 from run.commandline import COUNT, FRACTION, SWITCH, number
-from utils import InputError
+from utils import InputError, similar
 
 HIDDEN, BOTTLENECK = 2048, 256  # widths of the head
 
@@ -96,6 +97,8 @@ def build(arch: str, out_dim: int, given: Optional[weights.Weights] = None, *, d
 
 def checked_patch_size(arch: str, patch_size: Optional[int] = None) -> int:
     """Return the patch size of --arch in pixels; raise InputError unless it is an XCiT with patches of --patch-size."""
+    if not timm.is_model(arch.partition('.')[0]):
+        raise InputError(f'--arch {arch}: no such XCiT model{similar(arch, [*xcit.MODELS])}')
     weights.check_model('--arch', arch)
     if '.' in arch:
         name, _, tag = arch.partition('.')

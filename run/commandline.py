@@ -10,7 +10,17 @@ from typing import Any, List, Optional
 
 from run import config, launch, processes
 from run.output import BROKEN_PIPE, discard, has_no_reader, write_line
-from utils import InputError, Interrupted, RunStopped, dashed
+from utils import InputError, Interrupted, RunStopped, dashed, did_you_mean
+
+FLAG = re.compile(r'(--|[\u2013\u2014]+|-(?=[A-Za-z].))([^\s=]+)(=.*)?', re.DOTALL)  # some editors turn -- into one dash
+
+
+class UnknownFlags(InputError):
+    """Flags that a parser does not have, with the flags `known` that are similar."""
+
+    def __init__(self, flags: List[str], known: List[str]):
+        super().__init__('; '.join(f'{flag}: no such flag{did_you_mean(flag, known)}' for flag in flags))
+        self.flags, self.known = flags, known
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,10 +59,24 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(argv, namespace)
 
     def parse_args(self, args: Optional[list] = None, namespace: Optional[argparse.Namespace] = None):
-        parsed = super().parse_args(args, namespace)
+        argv = list(sys.argv[1:] if args is None else args)
+        known = self.known_options(argv)
+        if unknown := unknown_flags(argv, known):  # earlier than argparse, which would first ask for required flags
+            raise UnknownFlags(unknown, known)
+        parsed = super().parse_args(argv, namespace)
         if self.unknown:  # not earlier: a program may leave unknown flags to another parser
             raise InputError(self.unknown)
         return parsed
+
+    def known_options(self, argv: list) -> List[str]:
+        """Return the options of this parser, and of the command that a command line contains, if any."""
+        known = [option for action in self._actions for option in action.option_strings]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                named = [word for word in argv if word in action.choices]
+                for command in named[:1] or action.choices:
+                    known += action.choices[command].known_options(argv)
+        return known
 
     def is_default(self, argv: Optional[list], name: str) -> bool:
         """Return True if a command line does not set the option with the destination `name`."""
@@ -65,6 +89,22 @@ def respelled(argument: str, options: dict) -> str:
     """Return an option (or `--option=value`) in the spelling of `options` (keys: dashes only), others unchanged."""
     name, equals, value = argument.partition('=')
     return options.get(name.replace('_', '-'), name) + equals + value if name.startswith('--') else argument
+
+
+def unknown_flags(argv: list, known: List[str]) -> List[str]:
+    """Return the words of a command line that look like flags, and are none of `known`."""
+    spellings = {option.replace('_', '-') for option in known}
+    end = argv.index('--') if '--' in argv else len(argv)
+    unknown = []
+    for word in argv[:end]:
+        match = FLAG.fullmatch(word)
+        if match is None:
+            continue
+        dashes, name = match[1], match[2].replace('_', '-')
+        is_option = f'{dashes}{name}' in spellings or (dashes == '-' and word[:2] in spellings)
+        if not is_option and (dashes.startswith('-') or f'--{name}' in spellings):
+            unknown.append(f'{dashes}{match[2]}')
+    return unknown
 
 
 def words_of(flags: dict) -> List[str]:

@@ -6,7 +6,7 @@ from typing import Any, List, Tuple
 
 import yaml
 
-from utils import InputError, dashed, first_line, similar
+from utils import InputError, dashed, did_you_mean, first_line
 
 
 def words_of_files(argv: List[str], actions: list) -> Tuple[List[str], str]:
@@ -27,7 +27,7 @@ def words_of_files(argv: List[str], actions: list) -> Tuple[List[str], str]:
             name = dashed(str(key))
             if name not in options:
                 known = [option for option in options if option.startswith('--')]
-                unknown = unknown or f'--config {file}: there is no flag {name}{similar(name, known)}'
+                unknown = unknown or f'--config {file}: there is no flag {name}{did_you_mean(name, known)}'
             elif name != '--config' and value is not None:
                 file_argv += flag_words(name, value, options[name], f'--config {file}: {key}')
     return file_argv, unknown

@@ -108,3 +108,38 @@ def test_values_that_look_like_flags_are_parsed():
     parser = commandline.Parser()
     parser.add_argument('--name')
     assert parser.parse_args(commandline.words_of({'name': '--x'})).name == '--x'
+
+
+@pytest.mark.parametrize(('program', 'argv', 'message'), [
+    ('main', ['--pretraned', 'x.pth'], '--pretraned: no such flag (did you mean --pretrained?)'),
+    ('main', ['--batch_sise=4'], '--batch_sise: no such flag (did you mean --batch-size?)'),
+    ('main', ['--warmup', '3', '-lr', '1'], '--warmup: no such flag (did you mean --warmup-lr or --warmup-epochs?); '
+     '-lr: no such flag (did you mean --lr?)'),
+    ('main', ['\u2013epochs', '3'], '\u2013epochs: no such flag (did you mean --epochs?)'),
+    ('main', ['--quux'], '--quux: no such flag'),
+    ('tools.export', ['--pretraned', 'x.pth'], '--pretraned: no such flag (did you mean --pretrained?)'),
+    ('tools.benchmark', ['speed', '--modle', 'x'], '--modle: no such flag (did you mean --model?)'),
+    ('run_with_submitit', ['--partion', 'gpu'], '--partion: no such flag (did you mean --partition?)'),
+    ('dino.train', ['--data_pat', 'x'], '--data_pat: no such flag (did you mean --data-path?)')])
+def test_mistyped_flag(program, argv, message):
+    """A mistyped flag is refused with a similar flag, before required flags; in commands, too."""
+    with pytest.raises(InputError) as caught:
+        PARSERS[program]().parse_args(argv)
+    assert str(caught.value) == message
+
+
+def test_values_are_no_mistyped_flags():
+    """Negative numbers, values after = and words after -- are accepted."""
+    parser = commandline.Parser()
+    parser.add_argument('--low', type=float)
+    parser.add_argument('--name')
+    parser.add_argument('words', nargs='*')
+    args = parser.parse_args(['--low', '-3', '--name=--x', 'a-b', '-', '--', '--epochs'])
+    assert (args.low, args.name, args.words) == (-3., '--x', ['a-b', '-', '--epochs'])
+
+
+@pytest.mark.parametrize(('flag', 'known'), [('--partion', '--partition'), ('--epocs', '--epochs')])
+def test_mistyped_flag_of_a_job(flag, known):
+    """run_with_submitit.py suggests flags of the job and of its program."""
+    with pytest.raises(InputError, match=f'{flag}: no such flag .did you mean {known}'):
+        run_with_submitit.parse_args(['--ngpus', '0', '--data-set', 'SAMPLE', flag, '3'])

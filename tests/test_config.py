@@ -32,7 +32,7 @@ def test_config_of_an_earlier_run(folders, tmp_path):
 
 
 @pytest.mark.parametrize(('name', 'text', 'message'), [
-    ('c.yaml', 'batchsize: 8', r'c\.yaml: there is no flag --batchsize; similar: .*--batch-size'),
+    ('c.yaml', 'batchsize: 8', r'c\.yaml: there is no flag --batchsize \(did you mean --batch-size\?\)'),
     ('c.json', '{"batch_size": ', 'is not valid JSON'), ('c.yaml', 'a: [', 'is not valid YAML'),
     ('c.yaml', '- 1', 'must contain flags and their values'), ('c.yaml', 'batch-size: many', "'many' is not allowed"),
     ('c.yaml', 'batch-size: [1, 2]', 'must be one value'), ('c.yaml', 'model-ema: maybe', 'must be true or false'),

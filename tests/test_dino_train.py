@@ -550,6 +550,7 @@ def test_training_on_a_gpu(flat, tmp_path, flags):
     (['--local-crops-size', '8'], ['--local-crops-size 8', '16 pixels']),
     (['--global-crops-size', '15'], ['--global-crops-size 15', '16 pixels']),
     (['--arch', 'resnet18'], ['--arch resnet18', 'not an XCiT model']),
+    (['--arch', 'vit_small'], ['--arch vit_small: no such XCiT model; similar: xcit_small']),
     (['--arch', 'xcit_smal_12_p16'], ['--arch xcit_smal_12_p16', 'similar', 'xcit_small_12_p16']),
     (['--patch-size', '8'], ['--patch-size 8', '16 pixels']),
     (['--color-jitter', '.4', '.4'], ['--color-jitter 0.4 0.4', '4 values']),

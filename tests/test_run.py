@@ -285,7 +285,7 @@ def test_nothing_is_written_after_bad_input(program, tmp_path, mistake):
 def test_second_training_is_a_program():
     """rotation_training.py runs as a script; a mistake is one line and exit code 2."""
     result, = finish(start([ROOT / 'tests' / 'rotation_training.py', '--no-such-flag'], 1))
-    assert result == (2, '', 'rotation_training.py: error: unrecognized arguments: --no-such-flag\n')
+    assert result == (2, '', 'rotation_training.py: error: --no-such-flag: no such flag\n')
 
 
 # ----- finished and older runs

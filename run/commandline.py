@@ -12,7 +12,7 @@ from run import config, launch, processes
 from run.output import BROKEN_PIPE, discard, has_no_reader, write_line
 from utils import InputError, Interrupted, RunStopped, dashed, did_you_mean
 
-FLAG = re.compile(r'(--|[\u2013\u2014]+|-(?=[A-Za-z].))([^\s=]+)(=.*)?', re.DOTALL)  # some editors turn -- into one dash
+FLAG = re.compile(r'(--|[\u2013\u2014]+|-(?=[A-Za-z].))([^\s=]+)(=.*)?', re.DOTALL)  # some editors replace --
 
 
 class UnknownFlags(InputError):

@@ -34,6 +34,7 @@ from utils import InputError, abridge, dashed, first_line
 INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
 SAMPLE = 'SAMPLE'  # the data set that comes with the repository
 SAMPLE_DATA = Path(__file__).parent / 'sample_data'  # part of Fashion-MNIST, see the README there
+DEFAULT_PATHS = ('/datasets01/imagenet_full_size/061417/', '/path/to/imagenet/train/')  # the original's
 HELD_OUT = ('val', 'test')  # folders beside train/
 NO_HELD_OUT = '; without val/, --val-fraction 0.2 holds out pictures for evaluation'
 NO_CLASSES = '; labelled pictures are needed, in a folder for each class'
@@ -274,9 +275,15 @@ def load(source: Source, is_train: bool, *, labelled: bool = True) -> Tuple[Pict
     if readers.prefix_of(source.name):
         return readers.build_dataset(source, is_train, upright=turns_upright(source), labelled=labelled)
     if source.name != SAMPLE and not Path(source.path).is_dir():
-        raise InputError(f'{source.flag} {source.path}: no such directory')
+        raise no_directory(source.flag, source.path)
     dataset = BUILDERS[source.name](source, is_train)
     return dataset, len(dataset.class_names())
+
+
+def no_directory(flag: str, path) -> InputError:
+    """Return the error about a missing folder of data, which may be a default that fits no other machine."""
+    default = ' (the default); give the folder of the data' if Path(path) in map(Path, DEFAULT_PATHS) else ''
+    return InputError(f'{flag} {path}: no such directory{default}')
 
 
 def load_classes(source: Source, is_train: bool) -> Tuple[PictureSet, int]:
@@ -320,8 +327,7 @@ def add_data_flags(group):
     group.add_argument('--data-set', default='IMNET', metavar='NAME',
                        help=f'data set: {", ".join(BUILDERS)}; or, read by timm, {", ".join(readers.PACKAGES)}, each '
                        'with /NAME (see docs/data.md)')
-    add_data_path_flag(group, default='/datasets01/imagenet_full_size/061417/',
-                       help='folder of the data; not needed for SAMPLE')
+    add_data_path_flag(group, default=DEFAULT_PATHS[0], help='folder of the data; not needed for SAMPLE')
     add_source_flags(group)
     add_normalisation_flags(group)
     group.add_argument('--resize', action=argparse.BooleanOptionalAction,

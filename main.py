@@ -129,6 +129,8 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     flags.check_compile_flags(args)
     flags.check_optimizer_flags(args)
     flags.check_schedule_flags(args)
+    if not args.eval:
+        flags.fit_schedule(args, parser, argv)
     recipe.check_flags(args)
     check_model_flags(args)
     if args.real_labels and not (args.eval and args.data_set == 'IMNET'):
@@ -171,10 +173,7 @@ def build_datasets(args) -> Tuple[samples.PictureSet, samples.PictureSet, int]:
     samples.log_class_sizes(train_set, eval_set)
     samples.inspect(train_set, eval_set, skips_bad=args.skip_bad_images > 0, same_size=not view.resizes)
     images = images_of_epoch(train_set, repeated_aug=args.repeated_aug)
-    smaller = images - images % 2 if recipe.uses_soft_targets(args) else images
-    if 0 < smaller < args.batch_size:
-        log(f'--batch-size {args.batch_size}: an epoch has {images} images per process; using batches of {smaller}')
-        args.batch_size = smaller
+    args.batch_size = flags.filled_batch(args.batch_size, images, even=recipe.uses_soft_targets(args))
     return (train_set.with_transform(recipe.build_transform(args, resize=args.resize)),
             eval_set.with_transform(view.transform()), num_classes)
 
@@ -284,7 +283,7 @@ def train(args, device: torch.device) -> dict:
                 if args.report:
                     report.log_missing()
             pace.log(batches=len(train_loader), warmup_epochs=args.warmup_epochs, epochs=args.epochs,
-                     images=images_of_epoch(train_set, repeated_aug=args.repeated_aug))
+                     images=images_of_epoch(train_set, repeated_aug=args.repeated_aug), min_lr=args.min_lr)
             for epoch in run.rounds(train_loader):
                 best = None
                 stats = train_one_epoch(

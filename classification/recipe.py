@@ -69,8 +69,8 @@ def check_flags(args):
             raise InputError(f'--distillation-type {args.distillation_type}: needs the teacher\'s weights from either '
                              f'--teacher-path or --teacher-pretrained')
     if uses_soft_targets(args) and args.batch_size % 2 and not args.eval:
-        raise InputError(f'--batch-size {args.batch_size}: mixup and cutmix mix pairs of images and need an even '
-                         f'number (or --mixup 0 --cutmix 0)')
+        raise InputError(f'--batch-size {args.batch_size}: mixup and cutmix, on by default, mix pairs of images '
+                         f'and need an even number (or --mixup 0 --cutmix 0)')
     try:
         build_transform(args, resize=True)
     except Exception as error:  # timm parses a policy without checks of its own

@@ -36,7 +36,7 @@ class Pictures(PictureSet, Dataset):
 
     def __init__(self, root: Path, *, upright: bool, flag: str = '--data-path'):
         if not root.is_dir():
-            raise InputError(f'{flag} {root}: no such directory')
+            raise datasets.no_directory(flag, root)
         if (root / 'train').is_dir() and any((root / name).is_dir() for name in datasets.HELD_OUT):
             log(f'{flag} {root}: contains train/ and val/ (or test/); using train/')
             root = root / 'train'
@@ -81,7 +81,7 @@ def add_data_flags(group):
     group.add_argument('--data-set', default=ANY, metavar='NAME',
                        help=f'name of the data set: {ANY} for all pictures in --data-path and its subfolders, or a '
                        'data set of main.py (see docs/data.md), whose labels are ignored')
-    flags.add_data_path_flag(group, default='/path/to/imagenet/train/', help='picture folder; not needed for SAMPLE')
+    flags.add_data_path_flag(group, default=datasets.DEFAULT_PATHS[1], help='picture folder; not needed for SAMPLE')
     datasets.add_source_flags(group)
     datasets.add_normalisation_flags(group)
 

@@ -23,6 +23,7 @@ from run.output import log
 from run.settings import Loading
 from utils import InputError, seed_everything
 
+KS = [10, 20, 100, 200]  # default numbers of neighbours
 PIXELS_SIDE = 32  # largest side of images whose features are their pixels
 
 
@@ -30,7 +31,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser('python -m dino.knn', description=__doc__,
                     example='--pretrained runs/dino/checkpoint.pth --data-set FOLDER --data-path pictures --nb-knn 20')
     group = parser.add_argument_group('neighbours')
-    group.add_argument('--nb-knn', default=[10, 20, 100, 200], type=COUNT, nargs='+', metavar='K',
+    group.add_argument('--nb-knn', default=KS, type=COUNT, nargs='+', metavar='K',
                        help='numbers of neighbours')
     group.add_argument('--temperature', default=neighbours.TEMPERATURE, type=POSITIVE, metavar='T',
                        help='temperature of the votes')
@@ -69,6 +70,7 @@ def evaluate(args, device: torch.device) -> dict:
     backbone = frozen.build(args, device)
     if backbone is None:
         train, val = frozen.read_both(args.train_features, args.val_features)
+        args.nb_knn = neighbours.fitting(args.nb_knn, len(train), KS)
         return {'results': classify(train, val), 'train_features': args.train_features,
                 'val_features': args.val_features, 'images': {'train': len(train), 'val': len(val)}}
     loading = Loading(args.batch_size, device, num_workers=args.num_workers, pin_memory=args.pin_mem)
@@ -76,7 +78,7 @@ def evaluate(args, device: torch.device) -> dict:
     images = features.Images(datasets.source(args, resumes=False), view)
     sets = features.build_datasets(images)
     if not readers.is_stream(args.data_set):
-        neighbours.check(args.nb_knn, len(sets[0]))
+        args.nb_knn = neighbours.fitting(args.nb_knn, len(sets[0]), KS)
     train, val = frozen.features_of_both(backbone, images, sets, loading, folder=args.features_dir or '')
     results = {'model': backbone.loaded.name, 'weights': args.pretrained, 'fingerprint': backbone.fingerprint,
                'images': {'train': len(train), 'val': len(val)}, 'classes': len(train.classes)}

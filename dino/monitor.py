@@ -28,6 +28,9 @@ COLUMNS = {'loss': ('train_loss', '.4f'), 'lr': ('train_lr', '.2e'), 'wd': ('tra
            'k-NN': ('knn_top1', '.2f'), 'images/s': ('train_images_per_s', '.0f'), 'MB': ('train_memory_mb', '.0f')}
 
 
+K = 20  # default number of neighbours
+
+
 def add_flags(group):
     group.add_argument('--knn-every', default=0, type=COUNT_OR_0, metavar='N',
                        help='epochs between two k-NN classifications by the teacher\'s features, the first before '
@@ -37,7 +40,7 @@ def add_flags(group):
     group.add_argument('--knn-data-path', type=PATH, metavar='DIR',
                        help='folder of the labelled data set; --data-path if unset')
     group.add_argument('--knn-images', type=COUNT, metavar='N', help='maximum number of images per split; all if unset')
-    group.add_argument('--nb-knn', default=20, type=COUNT, metavar='K', help='number of neighbours')
+    group.add_argument('--nb-knn', default=K, type=COUNT, metavar='K', help='number of neighbours')
     group.add_argument('--knn-temperature', default=neighbours.TEMPERATURE, type=POSITIVE, metavar='T',
                        help='temperature of the neighbours\' votes')
     group.add_argument('--pictures-every', default=0, type=COUNT_OR_0, metavar='N',
@@ -170,5 +173,5 @@ def build_knn(args, loading: Loading, amp_dtype: Optional[torch.dtype]) -> Knn:
     except InputError as error:
         raise InputError(f'--knn-every: {error}') from None
     if not readers.is_stream(name):
-        neighbours.check([args.nb_knn], len(sets[0]))
+        args.nb_knn, = neighbours.fitting([args.nb_knn], len(sets[0]), [K])
     return Knn(sets, source.flag, args.nb_knn, args.knn_temperature, loading, amp_dtype)

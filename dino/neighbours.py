@@ -4,13 +4,14 @@ Shapes: `n` training features, `m` test features, `C` channels, `K` classes.
 
 Source: original eval_knn.py, knn_classifier.
 """
-from typing import Dict, Sequence, Tuple, Union
+from typing import Dict, List, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 
 from dino.features import Features
 from run import processes
+from run.output import log
 from utils import InputError
 
 TEST_BLOCK, TRAIN_BLOCK = 256, 2 ** 16  # features in one matrix product
@@ -100,6 +101,21 @@ def classify(train: Features, test: Features, *, ks: Sequence[int], temperature:
                       temperature=temperature, num_classes=len(train.classes), device=device)
     counts = processes.reduce_over_processes(torch.tensor([hits[k] for k in ks]))
     return {k: tuple((100 * row / len(test)).tolist()) for k, row in zip(ks, counts.double())}
+
+
+def fitting(ks: List[int], images: int, default: List[int]) -> List[int]:
+    """Return the numbers of neighbours for a number of training images: the default is reduced to these, and logged.
+
+    Raises:
+        InputError: other numbers than the default exceed the images.
+    """
+    if ks != default or max(ks) <= images:
+        check(ks, images)
+        return ks
+    fewer = [k for k in ks if k <= images] or [images]
+    log(f'--nb-knn {" ".join(map(str, fewer))} is used, because the default, {" ".join(map(str, ks))}, does not fit '
+        f'{images} training images')
+    return fewer
 
 
 def check(ks: Sequence[int], images: int):

@@ -90,7 +90,9 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     flags.check_run_flags(args)
     flags.check_compile_flags(args)
     data.check_flags(args, parser)
-    data.check_crop_flags(args, patch_size=networks.checked_patch_size(args.arch, args.patch_size))
+    patch_size = networks.checked_patch_size(args.arch, args.patch_size)
+    fit_defaults(args, parser, argv, patch_size)
+    data.check_crop_flags(args, patch_size=patch_size)
     for name in ('warmup_epochs', 'warmup_teacher_temp_epochs'):
         if vars(args)[name] > args.epochs:
             raise InputError(f'{dashed(name)} {vars(args)[name]}: longer than the run (--epochs {args.epochs})')
@@ -100,6 +102,18 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
         check_output_dir(args.preview_crops, '--preview-crops')
     monitor.check_flags(args, parser)
     return args
+
+
+def fit_defaults(args, parser: Parser, argv: Optional[list], patch_size: int):
+    """Fit defaults to a short run, and to small global crops."""
+    flags.fit_warmup(args, parser, argv)
+    flags.fit_default(args, parser, argv, 'freeze_last_layer', None if args.freeze_last_layer < args.epochs else 0,
+                      f'--epochs {args.epochs}')
+    side = args.input_size * parser.get_default('local_crops_size') / parser.get_default('input_size')
+    fitting = max(1, round(side / patch_size)) * patch_size
+    flags.fit_default(args, parser, argv, 'local_crops_size',
+                      None if args.local_crops_size <= args.input_size else fitting,
+                      f'--global-crops-size {args.input_size}')
 
 
 def build_dataset(args) -> PictureSet:
@@ -145,6 +159,8 @@ def train(args, device: torch.device) -> dict:
     if args.preview_crops:
         return {'pictures': drawings.write_crops(
             args.preview_crops, dataset, args.preview_count, seed=args.seed, skips_bad=args.skip_bad_images > 0)}
+    if args.batch_size == flags.BATCH_SIZE:
+        args.batch_size = flags.filled_batch(args.batch_size, images_of_epoch(dataset))
     loading, amp_dtype = flags.loading(args, device), flags.amp_dtype(args, device)
     watch = monitor.build(args, dataset, loading, amp_dtype)
     loader = build_train_loader(dataset, loading, collate_fn=crops.collate)
@@ -176,7 +192,7 @@ def train(args, device: torch.device) -> dict:
         with run.started({**pace.derived(device, amp_dtype), 'pictures': len(dataset), 'steps_per_epoch': steps,
                           'n_parameters': sum(p.numel() for p in student.parameters() if p.requires_grad)}):
             pace.log(batches=batches, warmup_epochs=args.warmup_epochs, epochs=args.epochs,
-                     images=images_of_epoch(dataset))
+                     images=images_of_epoch(dataset), min_lr=args.min_lr)
             log(f'The loss begins at about ln({args.out_dim}) = {math.log(args.out_dim):.2f}')
             if args.accum_iter > 1:
                 log(f'--accum-iter {args.accum_iter}: gradients come from {pace.images_per_step} images, but centre '

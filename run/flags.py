@@ -4,21 +4,24 @@ Functions below the programs do not read flags: the last section converts flags 
 """
 import argparse
 from pathlib import Path
-from typing import ContextManager, Iterable, Optional
+from typing import Any, ContextManager, Iterable, Optional
 
 import torch
 from timm.optim import list_optimizers, optimizer_kwargs
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 
-from run import checkpoints, devices, session
-from run.commandline import COUNT, COUNT_OR_0, FRACTION, NON_NEGATIVE, PATH, POSITIVE, number
+from run import checkpoints, devices, launch, session
+from run.commandline import COUNT, COUNT_OR_0, FRACTION, NON_NEGATIVE, PATH, POSITIVE, Parser, number
 from run.folder import check_output_dir
+from run.output import log
 from run.pace import Pace
 from run.position import Iterations
+from run.resume import flags_of_run
 from run.settings import Loading
 from utils import InputError, dashed, similar
 
 WEIGHTS = 'TAG|PATH|URL|hf-hub:NAME'
+BATCH_SIZE = 64  # default of --batch-size
 boolean = argparse.BooleanOptionalAction
 
 
@@ -85,7 +88,7 @@ def add_model_flag(group, *spellings: str, default: Optional[str] = None, dest: 
 
 
 def add_batch_flags(group, *, spellings: tuple = ('--batch-size',), trains: bool = True):
-    group.add_argument(*spellings, dest='batch_size', default=64, type=COUNT, metavar='IMAGES',
+    group.add_argument(*spellings, dest='batch_size', default=BATCH_SIZE, type=COUNT, metavar='IMAGES',
                        help='images per process and forward pass')
     if trains:
         group.add_argument('--accum-iter', default=1, type=COUNT, metavar='N', help='batches per optimizer step')
@@ -199,6 +202,56 @@ def refuse_without_effect(args, parser: argparse.ArgumentParser, names: Iterable
     for name in names:
         if vars(args)[name] != parser.get_default(name):
             raise InputError(f'{dashed(name)}: has no effect {reason}')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Defaults that other flags rule out; `argv`: command line, None: sys.argv
+
+def fit_default(args, parser: Parser, argv: Optional[list], name: str, fitting: Any, reason: str):
+    """Replace the default of a flag by a fitting value, and log it; a flag that is given stays.
+
+    Args:
+        name: destination of the flag.
+        fitting: value for a new run; None: the default fits. A resumed run keeps the value in its args.json.
+        reason: flags that rule out the default.
+    """
+    if not parser.is_default(argv, name):
+        return
+    stored = flags_of_run(args.resume, args.output_dir).get(name)
+    value = fitting if stored is None else stored
+    default = vars(args)[name]
+    if value in (None, default):
+        return
+    vars(args)[name] = value
+    if not launch.environment_rank():
+        why = f'because the default, {default}, does not fit {reason}' if stored is None else 'as before the resume'
+        log(f'{dashed(name)} {value} is used, {why}')
+
+
+def filled_batch(batch_size: int, images: int, *, even: bool = False) -> int:
+    """Return the images of a batch that the `images` of an epoch on this process can fill; log a smaller batch."""
+    smaller = images - images % 2 if even else images
+    if not 0 < smaller < batch_size:
+        return batch_size
+    log(f'--batch-size {batch_size}: an epoch has {images} images per process; using batches of {smaller}')
+    return smaller
+
+
+def fit_warmup(args, parser: Parser, argv: Optional[list]):
+    """Fit the default of --warmup-epochs to a run that the warm-up would fill: a tenth of the run."""
+    fitting = max(1, args.epochs // 10) if args.epochs > 1 else 0
+    fit_default(args, parser, argv, 'warmup_epochs', None if args.warmup_epochs < args.epochs else fitting,
+                f'--epochs {args.epochs}')
+
+
+def fit_schedule(args, parser: Parser, argv: Optional[list]):
+    """Fit the defaults of add_schedule_flags to a short run, in which the learning rate would never change."""
+    fit_warmup(args, parser, argv)
+    part = max(1, args.epochs // 4)
+    for sched, name in (('step', 'decay_epochs'), ('plateau', 'patience_epochs'), ('plateau', 'cooldown_epochs')):
+        if args.sched == sched:
+            fit_default(args, parser, argv, name, None if vars(args)[name] < args.epochs else part,
+                        f'--sched {sched} with --epochs {args.epochs}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -38,8 +38,9 @@ class Pace:
         return {'device': str(device), 'amp_dtype': str(amp_dtype), 'processes': get_world_size(),
                 'global_batch': self.images_per_step, 'scaled_lr': self.scaled_lr}
 
-    def log(self, *, batches: int, warmup_epochs: int, epochs: int, images: Optional[int] = None):
-        """Log learning rate and steps of a run in epochs; warn of a tiny learning rate or an endless warm-up.
+    def log(self, *, batches: int, warmup_epochs: int, epochs: int, images: Optional[int] = None,
+            min_lr: float = 0.):
+        """Log learning rate and steps of a run in epochs; warn of a tiny or rising rate, and of an endless warm-up.
 
         Args:
             batches, images: batches and images of an epoch on this process; the last images may not fill a batch.
@@ -55,6 +56,9 @@ class Pace:
             log(f'Warning: --lr {self.lr:g} is scaled to {self.scaled_lr:.3g}, because a step has '
                 f'{self.images_per_step} images, not {self.reference_batch}; for a learning rate of {self.lr:g}, give '
                 f'--lr {self.lr * self.reference_batch / self.images_per_step:.3g}')
+        if min_lr > self.scaled_lr:
+            log(f'Warning: --min-lr {min_lr:g}, the final learning rate, is above the peak, {self.scaled_lr:.3g}: the '
+                f'rate rises; to let it fall, give --min-lr 0')
         if warmup_epochs >= epochs:
             log(f'Warning: the warm-up (--warmup-epochs {warmup_epochs}) is as long as the run (--epochs {epochs}): '
                 f'the learning rate never reaches its peak')

@@ -1,11 +1,12 @@
 """Choice and reading of the checkpoint for --resume."""
 import contextlib
+import json
 import os
 from pathlib import Path
 from typing import Optional, Tuple
 
 from run import checkpoints
-from run.folder import CHECKPOINT, DAMAGED, PREVIOUS
+from run.folder import ARGS, CHECKPOINT, DAMAGED, PREVIOUS
 from run.output import log
 from run.processes import is_main_process, max_over_processes, on_main_process
 from utils import InputError
@@ -59,6 +60,19 @@ def newest_intact(output_dir: str, content: dict, *, keeps_damaged: bool) -> str
                 os.replace(candidates[0], Path(output_dir, DAMAGED))
         return str(path)
     return ''
+
+
+def flags_of_run(resume: str, output_dir: str) -> dict:
+    """Return the flags in args.json beside the checkpoint that --resume names; {} without such a file."""
+    if not resume or checkpoints.is_url(resume):
+        return {}
+    folder = Path(output_dir) if resume == 'auto' else Path(resume).parent
+    if resume == 'auto' and not any((folder / name).exists() for name in (CHECKPOINT, PREVIOUS)):
+        return {}  # a fresh start
+    try:
+        return dict(json.loads((folder / ARGS).read_text())['args'])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def continues_in_place(resume: str, output_dir: str) -> bool:

@@ -9,6 +9,7 @@ import pytest
 import timm
 from conftest import ROOT, tiniest
 
+import run_with_submitit
 from main import main
 from run import commandline
 from utils import InputError

@@ -85,6 +85,12 @@ def test_knn_evaluates_the_teacher_of_a_run(data, trained, capsys):
     assert results['images'] == {'train': 16, 'val': 8}
 
 
+def test_default_neighbours_fit_few_images(data, trained, capsys):
+    """Default numbers of neighbours above the number of training images are left out."""
+    assert list(knn.main(flags(data, trained))['results']) == ['10']
+    assert '--nb-knn 10 is used, because the default, 10 20 100 200, does not fit 16 tr' in capsys.readouterr().out
+
+
 def test_seven_test_images_are_enough(trained, tmp_path):
     """Any number of test images is evaluated, each once."""
     few = write_folders(tmp_path / 'few')

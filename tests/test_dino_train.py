@@ -531,6 +531,25 @@ def test_training_on_a_gpu(flat, tmp_path, flags):
         '': 'bf16', '--use_fp16 true': 'fp16', '--amp off --compile': 'off'}[' '.join(flags)]
 
 
+def test_defaults_fit_a_short_run_on_small_crops(capsys):
+    """Warm-up, frozen prototypes and local crops adapt to --epochs and --global-crops-size, and are logged."""
+    flags = ['--device', 'cpu', '--arch', 'xcit_nano_12_p16', '--data-path', 'x']
+    args = train.parse_args([*flags, '--epochs', '5', '--global-crops-size', '64'])
+    assert (args.warmup_epochs, args.freeze_last_layer, args.local_crops_size) == (1, 1, 32)
+    assert '--warmup-epochs 1 is used, because the default, 10, does not fit --epochs 5\n' in capsys.readouterr().out
+    args = train.parse_args([*flags, '--epochs', '1'])
+    assert (args.warmup_epochs, args.freeze_last_layer, args.local_crops_size) == (0, 0, 96)
+
+
+def test_default_batch_fits_few_pictures(flat, tmp_path, capsys):
+    """A folder with fewer pictures than the default of --batch-size is one batch; a size that is given is refused."""
+    argv = [word for word in small(flat, '--epochs', '1', '--warmup-epochs', '0') if word not in ('--batch-size', '4')]
+    small_dino.main([*argv, '--output-dir', str(tmp_path)])
+    assert 'an epoch has 8 images per process; using batches of 8' in capsys.readouterr().out
+    with pytest.raises(InputError, match='--batch-size 65: an epoch has 8 images'):
+        small_dino.main([*argv, '--batch-size', '65', '--output-dir', str(tmp_path / 'other')])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input
 

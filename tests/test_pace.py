@@ -38,3 +38,9 @@ def test_learning_rate_is_scaled_by_all_images_of_a_step(monkeypatch, reference_
     assert scaled.derived(torch.device('cpu'), torch.bfloat16) == {
         'device': 'cpu', 'amp_dtype': 'torch.bfloat16', 'processes': 4, 'global_batch': 96,
         'scaled_lr': scaled.scaled_lr}
+
+
+def test_rising_learning_rate_is_warned_about(capsys):
+    """A final learning rate above the peak is warned about."""
+    Pace(1e-3, 8, 1, 512).log(batches=2, warmup_epochs=0, epochs=1, min_lr=1e-4)
+    assert 'Warning: --min-lr 0.0001, the final learning rate, is above the peak, 1.56e-05' in capsys.readouterr().out

@@ -1,4 +1,6 @@
 """Arguments, learning rates and parameter groups against the original's."""
+import json
+
 import pytest
 import timm
 import torch
@@ -155,3 +157,28 @@ def test_plateau_lowers_the_rate_after_warm_up():
         scheduler.step(epoch, 50.)
     middle = 1e-6 + (base - 1e-6) / 2
     assert used == pytest.approx([1e-6, 1e-6, middle, base, base, base, base / 2])
+
+
+@pytest.mark.parametrize(('flags', 'name', 'value', 'reason'), [
+    (['--epochs', '4'], 'warmup_epochs', 1, 'the default, 5, does not fit --epochs 4'),
+    (['--epochs', '1'], 'warmup_epochs', 0, 'the default, 5, does not fit --epochs 1'),
+    (['--epochs', '4', '--warmup-epochs', '5'], 'warmup_epochs', 5, ''),
+    (['--epochs', '6'], 'warmup_epochs', 5, ''),
+    (['--epochs', '8', '--sched', 'step'], 'decay_epochs', 2, 'the default, 30, does not fit --sched step'),
+    (['--epochs', '8', '--sched', 'plateau'], 'patience_epochs', 2, 'the default, 10, does not fit --sched plateau'),
+    (['--epochs', '8'], 'decay_epochs', 30, '')])
+def test_defaults_fit_a_short_run(flags, name, value, reason, capsys):
+    """A default that other flags rule out is replaced, and logged; a flag that is given stays."""
+    assert vars(parse_args(['--device', 'cpu', *flags]))[name] == value
+    out, flag = capsys.readouterr().out, f'--{name.replace("_", "-")}'
+    assert (f'{flag} {value} is used, because {reason}' in out) if reason else flag not in out
+
+
+def test_a_resumed_run_keeps_its_fitted_defaults(tmp_path):
+    """A resumed run has the warm-up in its args.json, also if the default would fit or has changed since."""
+    (tmp_path / 'checkpoint.pth').touch()
+    flags = ['--device', 'cpu', '--output-dir', str(tmp_path), '--resume', 'auto']
+    for stored, epochs in ((5, '4'), (1, '20')):
+        (tmp_path / 'args.json').write_text(json.dumps({'args': {'warmup_epochs': stored}}))
+        assert parse_args([*flags, '--epochs', epochs]).warmup_epochs == stored
+        assert parse_args([*flags, '--epochs', epochs, '--warmup-epochs', '2']).warmup_epochs == 2

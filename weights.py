@@ -177,6 +177,8 @@ def extract(checkpoint: dict, source: str, *, own: Optional[Set[str]] = None, us
     """
     candidates = xcit_zoo.find_weights(checkpoint, own or names_of(''))
     refuse_other_tasks(checkpoint, source)
+    if not candidates:
+        refuse_linear(checkpoint, source)
     try:
         chosen = xcit_zoo.choose(candidates, average=use_ema, key=key)
     except ValueError as error:
@@ -217,6 +219,17 @@ def refuse_other_tasks(checkpoint: dict, source: str):
         if parts := xcit_zoo.of_other_task(list(tensors)):
             raise InputError(about(source, f'the weights of a detector or a segmenter ({", ".join(parts)}), not of a '
                                            f'classifier or a backbone'))
+
+
+def refuse_linear(checkpoint: dict, source: str):
+    """Raise InputError if a file only contains linear classifiers, as linear.pth of dino.linear."""
+    found = [tensors for _, tensors in xcit_zoo.dicts_of_tensors(checkpoint)]
+    if found and all(map(xcit_zoo.is_linear, found)):
+        shape = next(tuple(value.shape) for value in found[0].values() if value.ndim == 2)
+        raise InputError(about(
+            source, f'a linear classifier alone, of {shape[1]} features for {shape[0]} classes, without '
+                    'its backbone; both as one model: classifier.pth beside it, or python -m '
+                    'dino.linear --evaluate --linear-weights FILE --save-classifier MODEL.pth'))
 
 
 @functools.cache

@@ -185,6 +185,15 @@ def of_other_task(names: List[str]) -> List[str]:
     return sorted({part for name in names for part in name.split('.')[:3] if part.rstrip('0123456789') in OTHER_TASKS})
 
 
+def is_linear(tensors: dict) -> bool:
+    """Return True if tensors are those of a linear layer, a weight (K, C) and a bias (K,), or of several `layers.N`."""
+    layers = {key.rpartition('.')[0] for key in tensors}
+    pairs = [[tensors.get(f'{layer}.{part}' if layer else part) for part in ('weight', 'bias')] for layer in layers]
+    return len(tensors) == 2 * len(pairs) > 0 and all(
+        weight is not None and weight.ndim == 2 and bias is not None and bias.shape == weight.shape[:1]
+        for weight, bias in pairs) and (len(pairs) == 1 or all(re.fullmatch(r'layers\.\d+', layer) for layer in layers))
+
+
 def choose(candidates: List[Found], *, average: bool = False, key: str = '') -> Optional[Found]:
     """Choose one of the sets of weights in a file; None: no set of this kind.
 

@@ -6,7 +6,7 @@ Source: original eval_linear.py.
 """
 import copy
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -41,6 +41,30 @@ class Linears(nn.Module):
             return [layer(x.float()) for layer in self.layers]
 
 
+class Kept:
+    """Classifier in the file of a run, as a part of the run (run.parts).
+
+    Attributes:
+        layer: the classifier; None: there is none yet.
+        description: epoch, learning rate and metrics.
+    """
+
+    def __init__(self):
+        self.layer: Optional[nn.Linear] = None
+        self.description = {}
+
+    def keep(self, layer: nn.Linear, **description):
+        self.layer, self.description = copy.deepcopy(layer).cpu(), description
+
+    def state_dict(self) -> Optional[dict]:
+        return None if self.layer is None else {'layer': self.layer.state_dict(), **self.description}
+
+    def load_state_dict(self, state: dict):
+        layer = nn.Linear(*reversed(state['layer']['weight'].shape))
+        layer.load_state_dict(state['layer'])
+        self.layer, self.description = layer, {key: value for key, value in state.items() if key != 'layer'}
+
+
 @torch.inference_mode()
 def evaluate(layer: nn.Linear, features: Features, device: torch.device) -> Dict[str, float]:
     """Compute acc1, acc5 (percent) and loss of a classifier over all images."""
@@ -61,9 +85,8 @@ def read(given: str, model_name: str) -> Tuple[nn.Linear, dict]:
     path = xcit_zoo.DINO_LINEAR[model_name] if given == TAG else given
     content = checkpoints.load_checkpoint(path, '--linear-weights')
     for _, tensors in xcit_zoo.dicts_of_tensors(content):
-        values = {key.rpartition('.')[2]: value for key, value in tensors.items()}
-        if len(tensors) == 2 and values.keys() == {'weight', 'bias'} and values['weight'].ndim == 2 and (
-                values['bias'].shape == values['weight'].shape[:1]):
+        if len(tensors) == 2 and xcit_zoo.is_linear(tensors):
+            values = {key.rpartition('.')[2]: value for key, value in tensors.items()}
             layer = nn.Linear(*reversed(values['weight'].shape))
             layer.load_state_dict({name: value.float() for name, value in values.items()})
             return layer, content

@@ -91,17 +91,22 @@ def add_flags(parser, *, trains: bool):
     parser.set_defaults(batch_size=128)
 
 
-def check_flags(args, parser: argparse.ArgumentParser):
-    """Raise InputError if a flag is invalid or has no effect; complete --amp."""
+def check_flags(args, parser: argparse.ArgumentParser, *, needs_train: bool = True):
+    """Raise InputError if a flag is invalid or has no effect; complete --amp.
+
+    Args:
+        needs_train: --val-features need --train-features.
+    """
     args.amp = args.amp or 'off'
     flags.choose_device(args)  # --amp needs the device
-    if bool(args.train_features) != bool(args.val_features):
-        given, other = ('train', 'val') if args.train_features else ('val', 'train')
-        raise InputError(f'--{given}-features {args.train_features or args.val_features}: needs --{other}-features')
-    if args.train_features:
-        flags.refuse_without_effect(args, parser, OF_IMAGES, 'with --train-features')
+    if args.train_features and not args.val_features:
+        raise InputError(f'--train-features {args.train_features}: needs --val-features')
+    if args.val_features and needs_train and not args.train_features:
+        raise InputError(f'--val-features {args.val_features}: needs --train-features')
+    if args.val_features:
+        flags.refuse_without_effect(args, parser, OF_IMAGES, 'with --val-features')
     elif not args.pretrained:
-        raise InputError('--pretrained: is needed, or --train-features and --val-features')
+        raise InputError(f'--pretrained: is needed, or {"--train-features and " * needs_train}--val-features')
     else:
         if args.model:
             weights.check_model('--arch', args.model)
@@ -113,7 +118,7 @@ def check_flags(args, parser: argparse.ArgumentParser):
 
 def build(args, device: torch.device) -> Optional[Frozen]:
     """Load the backbone of the flags, see `load`; None: features are read from files."""
-    if args.train_features:
+    if args.val_features:
         return None
     frozen = load(**inference.flags.weights(args), **inference.flags.squares(args), device=device,
                   amp_dtype=flags.amp_dtype(args, device))

@@ -1,6 +1,7 @@
 """Train linear classifiers on the features of a frozen backbone, one per learning rate, or evaluate a classifier.
 
-All learning rates are tried in one pass over the images. The best classifier is written to linear.pth in --output-dir.
+All learning rates are tried in one pass over the images. The best classifier of the last epoch, or of all epochs with
+--keep-best, is written to --output-dir: alone as linear.pth, and with its backbone as one model as classifier.pth.
 """
 import argparse
 import contextlib
@@ -24,6 +25,7 @@ from loaders.transforms import PADDING, ToNormalizedTensor, View
 from run import checkpoints, flags, parts, processes
 from run.assembly import prepare
 from run.commandline import COUNT, PATH, POSITIVE, Parser, run_program, words_of
+from run.descriptions import names_of, trained_with
 from run.folder import check_output_dir
 from run.logs import table_row, write_result
 from run.output import log
@@ -31,11 +33,12 @@ from run.pace import Pace
 from run.position import Epochs
 from run.schedules import Schedule, cosine
 from run.training import Run
-from utils import InputError, seed_everything
+from utils import InputError, dashed, seed_everything
 
 REFERENCE_BATCH = 256  # images per step that --lr refers to
 MOMENTUM = .9
-FILE = 'linear.pth'
+FILE, MODEL = 'linear.pth', 'classifier.pth'
+VIEW = ('input_size', 'full_crop', 'mean', 'std')  # flags of the images that a classifier's file contains
 COLUMNS = {'loss': ('train_loss', '.4f'), 'lr': ('train_lr', '.2e'), 'top-1': ('test_acc1', '.2f'),
            'top-5': ('test_acc5', '.2f'), 'best': ('test_best_acc1', '.2f'), 'of --lr': ('test_lr', 'g')}
 
@@ -51,12 +54,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group('classifier')
     group.add_argument('--lr', default=[.001], type=POSITIVE, nargs='+', help='initial learning rates, one per '
                        f'classifier, for {REFERENCE_BATCH} images per step; scaled with the actual number')
+    group.add_argument('--keep-best', action=argparse.BooleanOptionalAction, default=False,
+                       help=f'{FILE} and {MODEL} of the best epoch, not of the last')
     group.add_argument('--num-labels', type=COUNT, metavar='N', help='number of classes, which must be the data\'s')
     group.add_argument('--evaluate', action='store_true', help='evaluation of --linear-weights only')
     group.add_argument('--linear-weights', default='', type=PATH, metavar=f'{TAG}|PATH|URL',
                        help=f'trained classifier: {FILE}, or a file of the original; {TAG}: the published classifier')
     group.add_argument('--save-classifier', default='', type=PATH, metavar='FILE', help='.pth or .safetensors file for '
-                       'backbone and classifier as one model, which main.py --eval and the tools can load')
+                       f'backbone and classifier as one model, as {MODEL} in --output-dir')
     frozen.add_flags(parser, trains=True)
     parser.set_defaults(output_dir=None)
     return parser
@@ -69,8 +74,8 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     if args.output_dir is None:
         args.output_dir = '' if args.evaluate else '.'
     flags.check_run_flags(args)
-    frozen.check_flags(args, parser)
-    if args.features_dir or args.train_features:
+    frozen.check_flags(args, parser, needs_train=not args.evaluate)
+    if args.features_dir or args.val_features:
         flags.refuse_without_effect(args, parser, ['skip_bad_images'], 'on features that are in files')
     if len(set(args.lr)) < len(args.lr):
         raise InputError(f'--lr {" ".join(f"{lr:g}" for lr in args.lr)}: has a value twice')
@@ -78,14 +83,16 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
         raise InputError(f'--resume {args.resume}: has no effect with --evaluate')
     if args.evaluate and not args.linear_weights:
         raise InputError(f'--evaluate: needs --linear-weights, a file or {TAG}')
+    if args.keep_best and args.evaluate:
+        raise InputError('--keep-best: has no effect with --evaluate')
     if args.linear_weights and not args.evaluate:
         raise InputError(f'--linear-weights {args.linear_weights}: has no effect without --evaluate')
     if args.linear_weights not in ('', TAG) and not (
             checkpoints.is_url(args.linear_weights) or Path(args.linear_weights).exists()):
         raise InputError(f'--linear-weights {args.linear_weights}: no such file; {TAG}: the published classifier')
     if args.save_classifier:
-        if args.train_features:
-            raise InputError(f'--save-classifier {args.save_classifier}: needs a backbone, unlike --train-features')
+        if args.val_features:
+            raise InputError(f'--save-classifier {args.save_classifier}: needs a backbone, unlike --val-features')
         if Path(args.save_classifier).suffix not in ('.pth', '.safetensors'):
             raise InputError(f'--save-classifier {args.save_classifier}: must end in .pth or .safetensors')
         check_output_dir(str(Path(args.save_classifier).absolute().parent), '--save-classifier')
@@ -179,12 +186,12 @@ def train(args, device: torch.device, backbone: Optional[frozen.Frozen]) -> dict
     check_classes(args.num_labels, source.classes)
     seed_everything(args.seed)
     linears = Linears(source.width, len(source.classes), len(args.lr)).to(device)
-    optimizer, best = build_optimizer(linears, args.lr), parts.Metrics()
+    optimizer, best, kept = build_optimizer(linears, args.lr), parts.Metrics(), classifiers.Kept()
     scaler, amp_dtype = flags.build_scaler(args, device), flags.amp_dtype(args, device)
     run = Run(args, Epochs(args.epochs), {
         'linears': linears, 'optimizer': parts.Optimizer(optimizer), 'backbone': Backbone(source.backbone),
-        'classes': parts.Classes(source.classes), 'accuracy': best, 'scaler': scaler},
-        fixed=('epochs', 'lr'), files=(FILE,))
+        'classes': parts.Classes(source.classes), 'accuracy': best, 'kept': kept, 'scaler': scaler},
+        optional=('kept',), fixed=('epochs', 'lr', 'keep_best'), files=(FILE, MODEL))
     pace = Pace(1., args.batch_size, args.accum_iter, REFERENCE_BATCH)  # scaled_lr: the factor of all rates
     schedule = Schedule(optimizer, cosine(pace.scaled_lr, 0., steps=args.epochs))
     derived = {**pace.derived(device, amp_dtype), 'scaled_lr': [lr * pace.scaled_lr for lr in args.lr],
@@ -207,22 +214,48 @@ def train(args, device: torch.device, backbone: Optional[frozen.Frozen]) -> dict
                 if (epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs:
                     tested = test(args.lr, linears, val, device)
                     stats.update(metrics_of(tested))
-                    best.update_best({'acc1': stats['test_acc1']})
+                    is_best = best.update_best({'acc1': stats['test_acc1']}, epoch=epoch) is not None
                     stats['test_best_acc1'] = best['acc1']
-                    if run.folder is not None:
-                        lr = best_lr(tested)
-                        classifiers.save(run.folder / FILE, linears.layers[args.lr.index(lr)], {
-                            'backbone': source.backbone, 'classes': list(source.classes), 'lr': lr, **tested[lr]})
+                    if is_best or not args.keep_best or kept.layer is None:
+                        keep(kept, args.lr, linears, tested, epoch=epoch)
+                        if run.folder is not None:
+                            classifiers.save(run.folder / FILE, kept.layer, {
+                                'backbone': source.backbone, 'classes': list(source.classes), **kept.description,
+                                **({} if backbone is None else {'args': settings_of(args, backbone)})})
+                if epoch + 1 == args.epochs and run.folder is not None and backbone is not None:
+                    save_model(args, run.folder / MODEL, backbone, kept.layer, source.classes)
                 run.finish(epoch, stats, summary=table_row(stats, COLUMNS))
         if is_over:  # else the last epoch was tested above
             tested = test(args.lr, linears, val, device)
+            if kept.layer is None:  # in checkpoints of earlier versions
+                keep(kept, args.lr, linears, tested, epoch=run.position.done)
     for lr, metrics in tested.items():
         log(f'--lr {lr:g}: {accuracy_line(metrics)}')
     lr = best_lr(tested)
-    log(f'Best: --lr {lr:g}\n{accuracy_line(tested[lr])}')
+    log(f'Best in the last epoch: --lr {lr:g}\n{accuracy_line(tested[lr])}')
+    if run.folder is not None:
+        log(line_about(run.folder / FILE, kept, best, last=args.epochs - 1))
     if args.save_classifier:
-        save_model(args, backbone, linears.layers[args.lr.index(lr)], source.classes)
+        save_model(args, Path(args.save_classifier), backbone, kept.layer, source.classes)
+    if backbone is not None and (args.save_classifier or run.folder is not None):
+        log_use(args, Path(args.save_classifier or run.folder / MODEL), backbone)
     return metrics_of(tested) if is_over else stats
+
+
+def keep(kept: classifiers.Kept, lrs: List[float], linears: Linears, tested: Dict[float, dict], *, epoch: int):
+    """Keep the classifier with the best learning rate of an epoch."""
+    lr = best_lr(tested)
+    kept.keep(linears.layers[lrs.index(lr)], epoch=epoch, lr=lr, **tested[lr])
+
+
+def line_about(file: Path, kept: classifiers.Kept, best: parts.Metrics, *, last: int) -> str:
+    """Return the log line about the classifier in a file: its epoch, and whether another epoch was better."""
+    epoch, acc1 = kept.description['epoch'], kept.description['acc1']
+    notes = [f'{file}: epoch {epoch}', *['the last'] * (epoch == last), *['the best'] * (acc1 >= best['acc1']),
+             f'--lr {kept.description["lr"]:g}', f'Acc@1 {acc1:.3f}']
+    number = f' {best["best_epoch"]:.0f}' if 'best_epoch' in best else ''  # not in checkpoints of earlier versions
+    better = f'; epoch{number} was better, with {best["acc1"]:.3f}: --keep-best keeps it' if acc1 < best['acc1'] else ''
+    return f'{", ".join(notes)}{better}'
 
 
 def test(lrs: List[float], linears: Linears, val: Features, device: torch.device) -> Dict[float, dict]:
@@ -250,11 +283,20 @@ def metrics_of(tested: Dict[float, dict]) -> dict:
     return {**{f'test_{name}': value for name, value in tested[lr].items()}, **each, 'test_lr': lr}
 
 
-def save_model(args, backbone: frozen.Frozen, layer: torch.nn.Linear, classes: List[str]):
-    """Write a classifier with its backbone, and log the command that evaluates the model."""
-    path, settings = Path(args.save_classifier), build_view(args, backbone).setting()
-    classifiers.save_with_backbone(path, layer, backbone, {'args': {'model': backbone.loaded.name, **settings},
+def settings_of(args, backbone: frozen.Frozen) -> dict:
+    """Return the model and the view of its images, as flags."""
+    return {'model': backbone.loaded.name, **build_view(args, backbone).setting()}
+
+
+def save_model(args, path: Path, backbone: frozen.Frozen, layer: torch.nn.Linear, classes: List[str]):
+    """Write a classifier with its backbone."""
+    classifiers.save_with_backbone(path, layer, backbone, {'args': settings_of(args, backbone),
                                                            'classes': list(classes)})
+
+
+def log_use(args, path: Path, backbone: frozen.Frozen):
+    """Log the command that evaluates the model in a file of save_model."""
+    settings = build_view(args, backbone).setting()
     options = words_of({'eval': True, 'pretrained': path, **settings, 'full_crop': settings['full_crop'] or None,
                         **datasets.flags_of(args.data_set, args.data_path)})
     command = shlex.join(['python', 'main.py', *options])
@@ -269,7 +311,7 @@ def check_classes(num_labels: Optional[int], classes: List[str]):
 def evaluate(args, device: torch.device, backbone: Optional[frozen.Frozen]) -> dict:
     """Evaluate --linear-weights; return the metrics."""
     if backbone is None:
-        val = frozen.read_both(args.train_features, args.val_features)[1]
+        val = read_val(args)
         classes, width, identity = val.classes, val.features.shape[1], frozen.identity(val.made_of)
     else:
         dataset = features.build_dataset(build_images(args, backbone), is_train=False)
@@ -284,13 +326,39 @@ def evaluate(args, device: torch.device, backbone: Optional[frozen.Frozen]) -> d
         setting = {} if backbone is None else build_view(args, backbone).setting()
         write_result(Path(args.output_dir, 'eval.json'), {**stats, **setting}, vars(args))
     if args.save_classifier:
-        save_model(args, backbone, layer, classes)
+        save_model(args, Path(args.save_classifier), backbone, layer, classes)
+        log_use(args, Path(args.save_classifier), backbone)
     return stats
+
+
+def read_val(args) -> Features:
+    """Read --val-features, with labels that are indices of the classifier's classes if its file names them."""
+    if args.train_features:
+        return frozen.read_both(args.train_features, args.val_features)[1]
+    val = features.read(args.val_features, '--val-features')
+    layer, content = classifiers.read(args.linear_weights, frozen.identity(val.made_of).get('model', ''))
+    names = names_of(content.get('classes'), layer.out_features)
+    return val if names is None else features.with_labels_of(names, val, where=f'--val-features {args.val_features}')
+
+
+def take_view(args):
+    """Set the flags of the images that are unset to the values in the file of --linear-weights; log other values."""
+    if args.linear_weights == TAG or args.val_features:
+        return
+    trained = trained_with(checkpoints.load_checkpoint(args.linear_weights, '--linear-weights'))
+    for name in VIEW:
+        value, given = trained.get(name), vars(args)[name]
+        if given is None:
+            vars(args)[name] = value
+        elif value not in (None, given):
+            log(f'Warning: the classifier was trained with {dashed(name)} {value}, not {given}')
 
 
 def main(argv: Optional[list] = None) -> dict:
     """Train or evaluate with a command line (`sys.argv` if None); return the metrics of the last evaluation."""
     args = parse_args(argv)
+    if args.evaluate:
+        take_view(args)
     with flags.joined(args, trains=not args.evaluate) as device:
         backbone = frozen.build(args, device)
         return evaluate(args, device, backbone) if args.evaluate else train(args, device, backbone)

@@ -212,7 +212,8 @@ def test_several_rates_learn_as_each_does_alone(saved, tmp_path, capsys):
     for lr in ('.1', '1'):
         alone = linear.main(from_files(saved, '--lr', lr, '--epochs', '3', '--output-dir', str(tmp_path / lr)))
         assert alone['test_acc1'] == together[f'test_acc1_lr{float(lr):g}']
-    assert f'Best: --lr {together["test_lr"]:g}\n* Acc@1 {together["test_acc1"]:.3f} Acc@5 ' in capsys.readouterr().out
+    expected = f'Best in the last epoch: --lr {together["test_lr"]:g}\n* Acc@1 {together["test_acc1"]:.3f} Acc@5 '
+    assert expected in capsys.readouterr().out
 
 
 def test_stopped_linear_run_resumes(saved, tmp_path):
@@ -263,6 +264,72 @@ def test_saved_classifier_is_a_model_for_every_program(data, trained, tmp_path, 
     if suffix == 'pth':
         export.main(['--pretrained', path, '--output', str(tmp_path / 'model.pt2'), '--format', 'torch-export'])
         assert (tmp_path / 'model.pt2').exists()
+
+
+def predicted(data: Path, weights: Path) -> list:
+    return predict.main([str(data / 'val'), '--pretrained', str(weights), '--device', 'cpu', '--num-workers', '0'])
+
+
+def test_training_writes_a_model(data, trained, tmp_path, capsys):
+    """classifier.pth has the accuracy of training; linear.pth, and the run's checkpoint, are refused with a remedy."""
+    run = tmp_path / 'run'
+    stats = linear.main(flags(data, trained, '--epochs', '1', '--lr', '.1', '1', '--output-dir', str(run)))
+    results = predicted(data, run / 'classifier.pth')
+    hits = sum(result[0]['class'] == ('cat' if i < 4 else 'dog') for i, result in enumerate(results))
+    assert 100 * hits / 8 == stats['test_acc1']
+    for name in ('linear.pth', 'checkpoint.pth'):
+        with pytest.raises(InputError, match=r'a linear classifier alone, .* classifier\.pth beside it, or python'):
+            predicted(data, run / name)
+    with pytest.raises(InputError, match='a linear classifier alone'):
+        main.main(['--eval', '--resume', str(run / 'linear.pth'), '--model', 'xcit_test', '--data-set', 'FOLDER',
+                   '--data-path', str(data), '--device', 'cpu', '--num-workers', '0'])
+
+
+@pytest.mark.parametrize(('more', 'kept', 'message'), [
+    ([], 2, 'linear.pth: epoch 2, the last, --lr 0.1, Acc@1 40.000; epoch 1 was better, with 90.000: --keep-best'),
+    (['--keep-best'], 1, 'linear.pth: epoch 1, the best, --lr 0.1, Acc@1 90.000')])
+def test_best_epoch_is_kept(saved, tmp_path, monkeypatch, capsys, more, kept, message):
+    """linear.pth is of the last epoch, which a line names, or of the best with --keep-best; also after a resume."""
+    weights, accuracy = [], iter([10., 90., 40.])
+
+    def test(lrs, linears, val, device):
+        weights.append(linears.layers[0].weight.detach().clone())
+        return {.1: {'acc1': next(accuracy), 'acc5': 95., 'loss': 1.}}
+
+    monkeypatch.setattr(linear, 'test', test)
+    flags_ = from_files(saved, '--lr', '.1', '--epochs', '3', '--output-dir', str(tmp_path), *more)
+    with pytest.raises(RuntimeError, match='stopped at'):
+        linear.main([*flags_, '--stop-after-epochs', '2'])
+    (tmp_path / 'linear.pth').unlink()
+    linear.main([*flags_, '--resume', 'auto'])
+    assert message in capsys.readouterr().out
+    layer = torch.load(tmp_path / 'checkpoint.pth')['kept']['layer']
+    assert torch.equal(layer['weight'], weights[kept])
+
+
+def test_evaluation_needs_no_training_features(saved, tmp_path):
+    """--evaluate with --val-features alone matches classes by name, for any order in either file."""
+    linear.main(from_files(saved, '--epochs', '2', '--output-dir', str(tmp_path / 'run')))
+    evaluate = ['--device', 'cpu', '--evaluate', '--linear-weights', str(tmp_path / 'run' / 'linear.pth')]
+    expected = linear.main(from_files(saved, *evaluate))
+    val = features.read(saved[1], '')
+    features.write(tmp_path / 'val.npz', Features(val.features, 9 - val.labels, val.classes[::-1]))
+    for path in (saved[1], str(tmp_path / 'val.npz')):
+        assert linear.main([*evaluate, '--val-features', path]) == expected
+    features.write(tmp_path / 'val.npz', Features(val.features, val.labels, [*val.classes[:9], 'emu']))
+    with pytest.raises(InputError, match='has 1 classes that the training images lack: emu'):
+        linear.main([*evaluate, '--val-features', str(tmp_path / 'val.npz')])
+
+
+def test_evaluation_takes_the_view_of_training(data, trained, tmp_path, capsys):
+    """The size and normalisation of the images come from the classifier's file; a flag has priority, with a warning."""
+    stats = linear.main(flags(data, trained, '--epochs', '1', '--input-size', '48', '--mean', '.1', '.2', '.3',
+                              '--output-dir', str(tmp_path)))
+    evaluate = flags(data, trained, '--evaluate', '--linear-weights', str(tmp_path / 'linear.pth'))
+    assert linear.main(evaluate)['loss'] == pytest.approx(stats['test_loss'], rel=1e-6)
+    assert 'Warning' not in capsys.readouterr().out
+    linear.main([*evaluate, '--input-size', '32'])
+    assert 'the classifier was trained with --input-size 48, not 32' in capsys.readouterr().out
 
 
 def test_classes_in_another_order_are_refused(saved, tmp_path):
@@ -335,6 +402,7 @@ def test_more_neighbours_than_images_are_refused(data, trained, saved, monkeypat
 @pytest.mark.parametrize(('options', 'message'), [
     ([], '--pretrained: is needed, or --train-features'),
     (['--train-features', 'a.npz'], '--train-features a.npz: needs --val-features'),
+    (['--val-features', 'a.npz'], '--val-features a.npz: needs --train-features'),
     (['--train-features', 'a.npz', '--val-features', 'b.npz'], '--train-features a.npz: no such file'),
     (['--train-features', 'a.txt', '--val-features', 'b.txt'], 'must end in .npz or .safetensors'),
     (['--train-features', 'a.npz', '--val-features', 'b.npz', '--pretrained', 'x.pth'], '--pretrained: has no'),
@@ -359,6 +427,7 @@ def test_bad_input(tmp_path, monkeypatch, program, options, message):
     (['--evaluate'], '--evaluate: needs --linear-weights'),
     (['--linear-weights', 'fb_dino_linear'], 'has no effect without --evaluate'),
     (['--evaluate', '--linear-weights', 'x.pth'], '--linear-weights x.pth: no such file'),
+    (['--evaluate', '--linear-weights', __file__, '--keep-best'], '--keep-best: has no effect with --evaluate'),
     (['--lr', '.1', '.1'], '--lr 0.1 0.1: has a value twice'),
     (['--num-labels', '1000'], '--num-labels 1000: the data have 10 classes'),
     (['--save-classifier', 'x.pth'], '--save-classifier x.pth: needs a backbone'),

@@ -42,6 +42,7 @@ def add_loading_flags(parser: argparse.ArgumentParser):
     group = parser.add_argument_group('data')
     flags.add_batch_flags(group, trains=False)
     flags.add_workers_flag(group)
+    flags.add_pixels_flag(group)
 
 
 def weights(args) -> dict:

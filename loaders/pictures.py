@@ -1,17 +1,22 @@
 """Picture files and their conversion to RGB, for every program; docs/data.md, "Pictures", lists the rules."""
 import contextlib
 import functools
+import logging
 import os
+import re
 import sys
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, Iterable, List, Optional, Sequence, Set, Tuple
+from typing import BinaryIO, Dict, Iterable, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from loaders import tiff
 from run.output import log, write_line
+from run.settings import MostPixels
 from utils import UnreadableImage, abridge, first_line
 
 # Folders made by systems and programs, in lower case; names with a dot in front are hidden too
@@ -23,6 +28,12 @@ UNREGISTERED = ('.mpo', '.jps')  # suffixes of formats that Pillow recognises by
 HEIF = ('.heic', '.heif', '.hif')  # suffixes that Pillow reads with the package pillow-heif
 UNKNOWN = (0, 0)  # size of a picture that can't be opened
 SIXTEEN_BIT_FORMATS = ('PNG', 'PPM')  # formats whose mode `I` has 16 bits
+ONE_PICTURE = ('MPO', 'PSD')  # formats whose further frames are not pictures of their own: gain maps, layers
+BEGINNINGS = {  # kinds of files that are no pictures, by their first bytes in lower case
+    b'version https://git-lfs': 'a Git-LFS pointer; git lfs pull downloads the file', b'%pdf': 'a PDF',
+    b'\x89hdf': 'an HDF5 file', b'cdf': 'a NetCDF file', b'pk\x03\x04': 'a zip archive', b'\x1f\x8b': 'a gzip archive',
+    b'<!doctype': 'a web page', b'<html': 'a web page', b'<svg': 'an SVG drawing', b'<?xml': 'an XML file'}
+HEIF_BEGINNINGS = (b'ftypheic', b'ftypheix', b'ftypmif1', b'ftyphevc')
 NUM_PROBED = 1000  # pictures that are checked before work starts
 NUM_MEASURED = 20  # probed 16-bit pictures whose brightness is measured
 MOST_REPORTED = 5  # pictures per process whose broken EXIF data are reported
@@ -30,12 +41,15 @@ MOST_REPORTED = 5  # pictures per process whose broken EXIF data are reported
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}
-# Kinds of pictures whose conversion is logged
+# Kinds of pictures whose conversion is logged: a description, and the conversion; {}: details of the first example
 PECULIARITIES = {
-    '16-bit': 'values from 0 to 65535 are scaled to 0 to 255',
-    '32-bit': 'each is scaled by its own range: its smallest value becomes black, its largest white. Convert the '
-              'pictures to 16 bits to keep their brightness',
-    'transparent': 'transparency is ignored, the stored colours are used'}
+    '16-bit': 'are 16-bit: values from 0 to 65535 are scaled to 0 to 255',
+    '32-bit': 'are 32-bit: each is scaled by its own range: its smallest value becomes black, its largest white. '
+              'Convert the pictures to 16 bits to keep their brightness',
+    'transparent': 'are transparent: transparency is ignored, the stored colours are used{}',
+    'channels': 'have channels that are ignored: this one has {}',
+    'pages': 'have several pages or frames: this one has {}, of which the first is used. To use all, write each to a '
+             'file of its own, e.g. magick IN.tif OUT-%d.png'}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,6 +66,15 @@ def suffixes() -> Set[str]:
              if isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)}
     return {*UNREGISTERED, *(suffix for suffix, name in Image.registered_extensions().items()
                              if name in Image.OPEN and name not in stubs and name not in NOT_PICTURES)}
+
+
+def prepare_pillow():
+    """Register the formats of other packages; let Pillow refuse pictures above MostPixels, and print nothing itself."""
+    suffixes()
+    if Image.MAX_IMAGE_PIXELS != MostPixels.value / 2:  # Pillow warns above this number, and raises above twice of it
+        Image.MAX_IMAGE_PIXELS = MostPixels.value / 2
+        warnings.filterwarnings('ignore', module=r'PIL\.')
+        logging.getLogger('PIL').setLevel(logging.CRITICAL)
 
 
 def is_hidden(name: str) -> bool:
@@ -104,16 +127,42 @@ def load_rgb(path, *, upright: bool = True) -> Image.Image:
     try:
         with open(path, 'rb') as file:
             return decode(file, str(path), upright=upright)
-    except UnidentifiedImageError:  # Pillow's message contains the open file
-        raise UnreadableImage(f'unreadable image {path}: damaged, or not a picture that Pillow reads') from None
     except Exception as error:
-        raise UnreadableImage(f'unreadable image {path}: {first_line(error)}') from None
+        raise UnreadableImage(f'unreadable image {path}: {reason_of(error)}') from None
 
 
 def decode(file: BinaryIO, name: str, *, upright: bool) -> Image.Image:
-    """Decode an open picture file, called `name` in messages, to RGB; raise any error of Pillow's."""
-    suffixes()  # registers the formats of other packages
-    return finish(Image.open(file), name, upright=upright)
+    """Decode an open picture file, called `name` in messages, to RGB; raise UnreadableImage or an error of Pillow's."""
+    prepare_pillow()
+    try:
+        image = Image.open(file)
+        if image.format == 'TIFF' and tiff.page(image.tag_v2).is_misread:
+            raise UnidentifiedImageError
+        return finish(image, name, upright=upright)
+    except (UnidentifiedImageError, ValueError) as error:  # Pillow's message contains the open file, or its own terms
+        reason = first_line(error) if isinstance(error, ValueError) else 'damaged, or not a picture that Pillow reads'
+        raise UnidentifiedImageError(kind_of(file) or reason) from None
+
+
+def kind_of(file: BinaryIO) -> str:
+    """Return a description of an open file that Pillow can't read; '' if its kind is unknown, or common."""
+    pages = tiff.pages(file)
+    if pages:
+        return pages[0].describe()
+    file.seek(0)
+    head = file.read(64)
+    known = [kind for beginning, kind in BEGINNINGS.items() if head.lstrip().lower().startswith(beginning)]
+    if head[4:12] in HEIF_BEGINNINGS:
+        known = ['a HEIC picture, which needs pip install pillow-heif']
+    return known[0] if known else '' if head else 'an empty file'
+
+
+def reason_of(error: Exception) -> str:
+    """Return the reason why Pillow can't read a picture."""
+    if isinstance(error, Image.DecompressionBombError):
+        count = re.search(r'\d+', str(error))  # Pillow's message: Image size (N pixels) exceeds limit of ...
+        return f'{count[0] if count else "too many"} pixels, more than --max-pixels {MostPixels.value} allows'
+    return first_line(error)
 
 
 def finish(image: Image.Image, name: str, *, upright: bool) -> Image.Image:
@@ -180,41 +229,94 @@ def sizes(paths: Iterable, *, upright: bool) -> Set[Tuple[int, int]]:
         return set(pool.map(lambda path: load_rgb(path, upright=upright).size[::-1], paths))
 
 
-def header(path) -> Tuple[str, Tuple[int, int]]:
-    """Return a picture's key of PECULIARITIES ('' for none) and its size (img_h, img_w), UNKNOWN if unreadable."""
-    suffixes()  # registers the formats of other packages
+def header(path) -> Tuple[Dict[str, str], Tuple[int, int]]:
+    """Return a picture's keys of PECULIARITIES, each with details ('' for none), and its size; see UNKNOWN.
+
+    The size is (img_h, img_w).
+    """
+    prepare_pillow()
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in SIXTEEN_BIT_FORMATS):
-                kind = '16-bit'
-            elif image.mode in ('I', 'F'):
-                kind = '32-bit'
-            else:
-                kind = 'transparent' if image.has_transparency_data else ''
-            return kind, image.size[::-1]
+        with open(path, 'rb') as file, Image.open(file) as image:
+            return peculiarities(image, tiff.pages(file)), image.size[::-1]
     except Exception:  # reported when the picture is decoded
-        return '', UNKNOWN
+        return {}, UNKNOWN
+
+
+def peculiarities(image: Image.Image, pages: List[tiff.Page]) -> Dict[str, str]:
+    """Return the keys of PECULIARITIES of an opened picture; `pages`: of a TIFF."""
+    kinds = {}
+    is_grey = image.mode.startswith('I;16') or (image.mode == 'I' and image.format in SIXTEEN_BIT_FORMATS)
+    if is_grey or is_reduced(image):
+        kinds['16-bit'] = ''
+    elif image.mode in ('I', 'F'):
+        kinds['32-bit'] = ''
+    channels, colours = (pages[0].channels, pages[0].colours) if pages else (0, 0)
+    if image.has_transparency_data:
+        is_last = channels == colours + 1
+        kinds['transparent'] = f'. This one has {channels} channels, of which the last is ignored' if is_last else ''
+    if channels > colours + image.has_transparency_data:
+        used = {1: 'the first is used as grey', 3: 'the first 3 are used as red, green and blue'}
+        of_which = used.get(colours, 'the first 4 are used as CMYK')
+        kinds['channels'] = f'{channels}, of which {of_which}. To use others, {pages[0].remedy}'
+    count = sum(not page.is_extra for page in pages) if pages else number_of_frames(image)
+    if count > 1:
+        kinds['pages'] = str(count)
+    return kinds
+
+
+def number_of_frames(image: Image.Image) -> int:
+    return 1 if image.format in ONE_PICTURE else getattr(image, 'n_frames', 1)
+
+
+def is_reduced(image: Image.Image) -> bool:
+    """Return True if Pillow decodes channels of 16 bits to 8 bits, as it does for all modes but grey."""
+    if image.mode.startswith('I') or not image.tile:
+        return False
+    codec, _, offset, options = image.tile[0][:4]
+    if codec.startswith('ppm'):
+        return options[-1] == 2 ** 16 - 1  # other maxima are the brightest value of the file
+    if codec == 'jpeg2k':
+        image.fp.seek(0)
+        head = image.fp.read(4096)
+        image.fp.seek(offset)
+        return head[head.find(b'\xff\x4f\xff\x51') + 42:][:1] == b'\x0f'  # the precision of a channel, minus one
+    return codec == 'SGI16' or ';16' in str(options)
 
 
 def log_peculiarities(paths: list):
     """Log the conversion of pictures that are not plain RGB or 8-bit grey, with the number of each kind."""
     probed = evenly_spread(paths)
     with ThreadPoolExecutor(max_workers=8) as pool:
-        kinds = [kind for kind, _ in pool.map(header, probed)]
-    for kind in filter(None, dict.fromkeys(kinds)):
-        examples = [path for path, other in zip(probed, kinds) if other == kind]
-        remark = remark_on_brightness(examples[:NUM_MEASURED]) if kind == '16-bit' else ''
-        log(f'{len(examples)} of {len(probed)} probed pictures (such as {examples[0]}) are {kind}: '
-            f'{PECULIARITIES[kind]}{remark}')
+        kinds = [kinds for kinds, _ in pool.map(header, probed)]
+    for kind, conversion in PECULIARITIES.items():
+        examples = [(path, own[kind]) for path, own in zip(probed, kinds) if kind in own]
+        if examples:
+            (path, details), measured = examples[0], [path for path, _ in examples[:NUM_MEASURED]]
+            remark = remark_on_brightness(measured) if kind == '16-bit' else ''
+            log(f'{len(examples)} of {len(probed)} probed pictures (such as {path}) '
+                f'{conversion.format(details)}{remark}')
 
 
 def remark_on_brightness(paths: list) -> str:
     """Return a remark on 16-bit pictures that use fewer bits and will be dark; '' for others."""
     try:
-        brightest = max(int(np.asarray(Image.open(path)).max()) for path in paths)
+        brightest, is_estimate = max(map(brightest_value, paths))
     except Exception:  # reported when the picture is decoded
         return ''
     bits = max(8, brightest.bit_length())
     return '' if brightest >= 2 ** 14 else (
-        f'. The brightest value in {len(paths)} of these pictures is {brightest}: the pictures will be dark. If the '
-        f'values have {bits} bits, multiply the values by {2 ** (16 - bits)}')
+        f'. The brightest value in {len(paths)} of these pictures is {"about " * is_estimate}{brightest}: the pictures '
+        f'will be dark. If the values have {bits} bits, multiply the values by {2 ** (16 - bits)}')
+
+
+def brightest_value(path) -> Tuple[int, bool]:
+    """Return the brightest value of a 16-bit picture but for transparency, and True if Pillow only decodes 8 bits."""
+    with Image.open(path) as image:
+        reduced, is_rounded = is_reduced(image), image.format == 'PPM'
+        values = np.asarray(image)
+        if image.mode in ('LA', 'RGBA'):
+            values = values[..., :-1]
+    brightest = int(values.max())
+    if not reduced:
+        return brightest, False
+    return max(0, brightest * 257 - 128) if is_rounded else brightest * 256, True  # the smallest possible value

@@ -171,6 +171,7 @@ class Readable(PictureSet, Dataset):
 
     def __getitem__(self, index: int):
         name = f'image number {index}'
+        pictures.prepare_pillow()
         try:
             if hasattr(self.source, 'reader'):  # timm's data set would skip an unreadable image
                 file, target = self.source.reader[index]
@@ -182,5 +183,5 @@ class Readable(PictureSet, Dataset):
         except UnreadableImage:
             raise
         except Exception as error:  # Pillow raises many kinds
-            raise UnreadableImage(f'unreadable {name}: {first_line(error)}') from None
+            raise UnreadableImage(f'unreadable {name}: {pictures.reason_of(error)}') from None
         return self.transformed(image), check_label(target, len(self.classes)) if self.labelled else 0

@@ -38,6 +38,7 @@ class Stream(PictureSet, IterableDataset):
     def __iter__(self) -> Iterator[tuple]:
         worker = get_worker_info()
         rank, world = get_rank(), get_world_size()
+        pictures.prepare_pillow()
         for position, (image, target) in enumerate(self.source):
             if not self.is_train and position % world != rank:
                 continue

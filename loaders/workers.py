@@ -11,6 +11,7 @@ from run import signals
 from run.cpu import usable_workers
 from run.output import log
 from run.progress import map_leaves
+from run.settings import MostPixels
 from utils import InputError, RunStopped
 
 SHARED_MEMORY = '/dev/shm'  # on Linux; containers often have 64 MB of it
@@ -46,7 +47,7 @@ class Loader(DataLoader):
         if workers:
             collate_fn = HandOver(collate_fn, through_pipes=self.through_pipes)
         super().__init__(dataset, num_workers=workers, batch_size=batch_size, collate_fn=collate_fn,
-                         worker_init_fn=signals.WorkerSignals(), **kwargs)
+                         worker_init_fn=WorkerStart(), **kwargs)
 
     def __iter__(self) -> Iterator:
         try:
@@ -63,6 +64,17 @@ class Loader(DataLoader):
                 raise RunStopped(f'a loading worker has died ({message.splitlines()[0]}); if memory is short, use '
                                  f'fewer (--num-workers)') from None
             raise
+
+
+class WorkerStart:
+    """`worker_init_fn`: prepares a worker, which may be a new process, as the main process is prepared."""
+
+    def __init__(self):
+        self.prepare_signals, self.most_pixels = signals.WorkerSignals(), MostPixels.value
+
+    def __call__(self, worker_id: int):
+        self.prepare_signals(worker_id)
+        MostPixels.value = self.most_pixels
 
 
 class HandOver:

@@ -10,6 +10,7 @@ from typing import Any, List, Optional
 
 from run import config, launch, processes
 from run.output import BROKEN_PIPE, discard, has_no_reader, write_line
+from run.settings import MostPixels
 from utils import InputError, Interrupted, RunStopped, dashed, did_you_mean
 
 FLAG = re.compile(r'(--|[\u2013\u2014]+|-(?=[A-Za-z].))([^\s=]+)(=.*)?', re.DOTALL)  # some editors replace --
@@ -66,6 +67,7 @@ class Parser(argparse.ArgumentParser):
         parsed = super().parse_args(argv, namespace)
         if self.unknown:  # not earlier: a program may leave unknown flags to another parser
             raise InputError(self.unknown)
+        MostPixels.value = vars(parsed).get('max_pixels', MostPixels.DEFAULT)  # of flags.add_pixels_flag
         return parsed
 
     def known_options(self, argv: list) -> List[str]:

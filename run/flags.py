@@ -17,7 +17,7 @@ from run.output import log
 from run.pace import Pace
 from run.position import Iterations
 from run.resume import flags_of_run
-from run.settings import Loading
+from run.settings import Loading, MostPixels
 from utils import InputError, dashed, similar
 
 WEIGHTS = 'TAG|PATH|URL|hf-hub:NAME'
@@ -137,10 +137,16 @@ def add_data_path_flag(group, *, default: str = '', help: str = 'folder of the d
 
 def add_loader_flags(group, *, trains: bool = True):
     add_workers_flag(group)
+    add_pixels_flag(group)
     if trains:
         group.add_argument('--skip-bad-images', default=0, type=COUNT_OR_0, metavar='N',
                            help='maximum of unreadable training images that are reported and replaced, per process')
     group.add_argument('--pin-mem', action=boolean, default=True, help='page-locked host memory for cuda')
+
+
+def add_pixels_flag(group):
+    group.add_argument('--max-pixels', default=MostPixels.DEFAULT, type=COUNT, metavar='N',
+                       help='maximum number of pixels of a picture; a larger picture is unreadable')
 
 
 def add_workers_flag(group):

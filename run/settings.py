@@ -4,6 +4,12 @@ import dataclasses
 import torch
 
 
+class MostPixels:
+    """Maximum number of pixels of a picture in this process: --max-pixels of the last parsed command line."""
+    DEFAULT = 10 ** 9
+    value = DEFAULT
+
+
 @dataclasses.dataclass(frozen=True)
 class Loading:
     """Settings of a loader of batches."""

@@ -63,6 +63,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument('--batch-size', default=64, type=COUNT, metavar='IMAGES',
                         help='two thirds of the images per forward pass, as in main.py')
     flags.add_workers_flag(parser)
+    flags.add_pixels_flag(parser)
     flags.add_device_flag(parser)
     flags.add_amp_flag(parser)
     return parser

@@ -33,6 +33,7 @@ def get_args_parser() -> Parser:
     parser.add_argument('--data-path', type=PATH, metavar='DIR',
                         help='pictures to evaluate; the run\'s pictures if unset')
     flags.add_workers_flag(parser)
+    flags.add_pixels_flag(parser)
     flags.add_device_flag(parser)
     return parser
 

@@ -22,6 +22,7 @@ from loaders.pictures import load_rgb
 from loaders.transforms import ToNormalizedTensor
 from reports.maps import color_scale, color_table, paint, scale_to, side_by_side
 from run.commandline import COUNT, PATH, PATH_OBJECT, Parser, run_program
+from run.flags import add_pixels_flag
 from run.folder import check_output_dir
 from run.output import log, shows_bar
 from utils import InputError
@@ -49,6 +50,7 @@ def get_args_parser() -> Parser:
     group.add_argument('--output-dir', required=True, type=PATH_OBJECT, metavar='DIR', help='folder of the maps')
     group.add_argument('--input-size', default=1024, type=COUNT, metavar='PIXELS',
                        help='longer side that a picture is scaled to, up or down, uncropped')
+    add_pixels_flag(group)
     flags.add_weights_flags(parser)
     flags.add_device_flags(parser)
     group = parser.add_argument_group('attention')

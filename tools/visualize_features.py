@@ -19,6 +19,7 @@ from loaders.pictures import load_rgb
 from loaders.transforms import SMALL, ToNormalizedTensor
 from reports import maps
 from run.commandline import COUNT, PATH, Parser, run_program
+from run.flags import add_pixels_flag
 from run.folder import check_output_dir
 from run.output import log, shows_bar
 from utils import RunStopped
@@ -40,6 +41,7 @@ def get_args_parser() -> Parser:
     group.add_argument('--remove-background', action=argparse.BooleanOptionalAction, default=False,
                        help='black background: patches separated by the first component that are mostly at the edges; '
                        'the colours are the components of the other patches')
+    add_pixels_flag(group)
     flags.add_weights_flags(parser)
     flags.add_device_flags(parser)
     return parser

@@ -15,13 +15,14 @@ import xca_gram
 import xcit
 from classification import evaluation, initial, recipe, report
 from engine import train_one_epoch
+from inference import setting
 from inference.flags import add_choice_of_weights
 from loaders import readers, samples
 from loaders.batches import build_eval_loader, build_train_loader, images_of_epoch
 from loaders.transforms import View
 from losses import DistillationLoss
 from reports import real_labels
-from run import assembly, flags, optimization, parts, processes, schedules
+from run import assembly, flags, launch, optimization, parts, processes, schedules
 from run.commandline import COUNT, COUNT_OR_0, FRACTION, PATH, POSITIVE, Parser, number, run_program, words_of
 from run.descriptions import names_of
 from run.folder import BEST, CHECKPOINT
@@ -115,15 +116,10 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
         parser.set_defaults(**FINETUNING)
         args = parser.parse_args(argv)
         args.pretrained = args.finetune
-    if args.pretrained and parser.is_default(argv, 'model'):
-        flag = '--finetune' if args.finetune else '--pretrained'
-        name = weights.model_named_in(args.pretrained, flag)
-        if name not in (None, args.model) and timm.is_model(name):
-            log(f'{flag} {args.pretrained}: using --model {name}, as named in the checkpoint')
-            args.model = name
-    weights.check_model('--model', args.model)
     if weights.published('', args.model) and not args.pretrained and not args.resume:
         args.pretrained = args.model  # a name with a tag includes the weights
+    use_setting_of_file(args, parser, argv)
+    weights.check_model('--model', args.model)
     datasets.check_data_set(args)
     flags.check_run_flags(args)
     flags.check_compile_flags(args)
@@ -140,6 +136,36 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     return args
 
 
+def use_setting_of_file(args, parser: Parser, argv: Optional[list]):
+    """Set the flags that the command line leaves open as the weights need; log flags that change, and that differ."""
+    if not args.pretrained and not (args.eval and args.resume):
+        return
+    source, own = setting_of_file(args, '' if parser.is_default(argv, 'model') else args.model)
+    names = setting.NAMES if args.eval else ('model', 'mean', 'std')  # other sizes are usual in fine-tuning
+    own = {name: own[name] for name in names if name in own}
+    used = {name: value if parser.is_default(argv, name) else vars(args)[name] for name, value in own.items()}
+    if xcit.is_xcit_name(used.get('model', '')):
+        weights.refuse_other_model(own['model'], used['model'], source=source)
+    changed = setting.differences(used, vars(args))
+    vars(args).update(used)
+    if launch.environment_rank() == 0:  # the processes are not connected yet
+        if changed:
+            log(f'{source}: using {setting.words({name: used[name] for name in changed})}, as in the checkpoint')
+        setting.log_differences(own, used, source)
+
+
+def setting_of_file(args, model: str) -> Tuple[str, dict]:
+    """Return the name, for messages, and the setting of the weights; `model`: --model, '' if not set."""
+    if args.eval and args.resume:
+        checkpoint, source = load_for_resume(args.resume, args.output_dir, keeps_damaged=True)
+        if checkpoint is None:
+            raise InputError(f'--resume auto: no {CHECKPOINT} in {args.output_dir} to evaluate')
+        return source, setting.of(checkpoint, weights.published_as(args.resume, model))
+    flag = '--finetune' if args.finetune else '--pretrained'
+    model = model or ('' if weights.published('', args.pretrained) else args.model)  # tags of the default model
+    return f'{flag} {args.pretrained}', setting.of_flag(args.pretrained, flag, model, downloads=args.eval)
+
+
 def check_model_flags(args):
     """Check the flags of model and weights."""
     if args.xca != 'auto' and not xcit.is_xcit_name(args.model):
@@ -154,7 +180,8 @@ def check_model_flags(args):
                                ('--surgery', args.surgery, args.model),
                                ('--teacher-path', args.teacher_path, args.teacher_model)):
         if value:
-            weights.check_exists(value, flag, model)
+            weights.check_exists(value, flag, model,
+                                 model_flag='--teacher-model' if flag == '--teacher-path' else '--model')
     for flag, value in (('--use-ema', args.use_ema), ('--checkpoint-key', args.checkpoint_key)):
         if value and not args.pretrained and not (args.eval and args.resume):
             raise InputError(f'{flag}: needs a file with weights: --pretrained, or --eval with --resume')
@@ -198,7 +225,6 @@ def build_model(args, num_classes: int, *, new_head: bool) -> torch.nn.Module:
         flag = '--finetune' if args.finetune else '--pretrained'
         given = weights.read(args.pretrained, flag, args.model, use_ema=args.use_ema, key=args.checkpoint_key)
         weights.load(model, given, new_head=new_head)
-        initial.log_other_normalisation(given.checkpoint, mean=args.mean, std=args.std)
     if args.surgery:
         initial.transplant_stem(model, weights.read(args.surgery, '--surgery', args.model))
     if args.freeze_backbone:
@@ -249,8 +275,8 @@ def train(args, device: torch.device) -> dict:
     accuracy = parts.Metrics(last=0., best=0., best_ema=0.)
     run = Run(
         args, Epochs(args.epochs, first=args.start_epoch),
-        {'model': weights.ModelPart(model),
-         'model_ema': None if model_ema is None else weights.ModelPart(model_ema.module),
+        {'model': weights.ModelPart(model, args.model),
+         'model_ema': None if model_ema is None else weights.ModelPart(model_ema.module, args.model),
          'optimizer': parts.Optimizer(optimizer, keeps_lr=scheduler.depends_on_the_past),
          'lr_scheduler': scheduler, 'scaler': scaler, 'accuracy': accuracy,
          'classes': parts.Classes(train_set.class_names())},
@@ -371,15 +397,9 @@ def evaluate_only(args, device: torch.device) -> dict:
     checkpoint, origin = load_for_resume(args.resume, args.output_dir, keeps_damaged=True)
     if checkpoint is not None:
         weights.load(model, weights.extract(checkpoint, origin, own=weights.names_of(args.model), use_ema=args.use_ema,
-                                            key=args.checkpoint_key))
-        initial.log_other_normalisation(checkpoint, mean=args.mean, std=args.std)
-    elif args.resume:
-        raise InputError(f'--resume auto: no {CHECKPOINT} in {args.output_dir} to evaluate')
+                                            key=args.checkpoint_key, expected=(args.model, '--model')))
     elif not args.pretrained:
         log('Neither --resume nor --pretrained: the weights are random')
-    else:
-        initial.log_published_setting(args.model, args.pretrained, input_size=args.input_size,
-                                      full_crop=args.full_crop)
     stats, predictions = evaluation.evaluate_classifier(
         model, dataset, view, flags.loading(args, device), amp_dtype=flags.amp_dtype(args, device),
         shares_images=args.dist_eval, compile_mode=args.compile_mode if args.compile else None, name=args.model,

@@ -27,15 +27,41 @@ class Weights:
         source: flag and value that gave the weights, for messages; '' if the caller adds them.
         description: place of the weights in the file, for messages.
         checkpoint: content of the whole file, with other keys beside the weights (`args`, `classes`, `epoch`).
+        expected: name of the model that the weights must match, and its flag, for messages; both '' if unknown.
     """
     tensors: dict
     source: str
     description: str
     checkpoint: dict
+    expected: Tuple[str, str] = ('', '')
+
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models by name
+
+def without_resolution(name: str) -> str:
+    """Return a model's name without its tag, an XCiT's also without timm's resolution."""
+    base = name.partition('.')[0]
+    short = re.sub(r'_(224|384)$', '', base)
+    return short if short in xcit.MODELS else base
+
+
+def refuse_other_model(own: Optional[str], name: str, flag: str = '--model', *, source: str):
+    """Raise InputError if weights of the model `own` (None: unknown) are not those of `name`, which `flag` gave."""
+    if own and without_resolution(own) != without_resolution(name):
+        raise InputError(about(source, f'checkpoint is {own}, {flag} is {name}'))
+
+
+def xcit_with(tensors: dict) -> Optional[str]:
+    """Return the name of the XCiT, one of 14, whose weights have these names and shapes; None: no such model."""
+    depth = len({key.split('.')[1] for key in tensors if key.startswith('blocks.')})
+    patch = 2 ** len({key.split('.')[2] for key in tensors if key.startswith('patch_embed.proj.')})
+    width = getattr(tensors.get('cls_token'), 'shape', ())[-1:]
+    return next((f'xcit_{size}_p{patch}' for size, config in xcit.SIZES.items()
+                 if ((config['embed_dim'],), config['depth']) == (width, depth) and patch in xcit.STEM_CONVOLUTIONS),
+                None)
+
 
 def check_model(flag: str, name: str):
     """Raise InputError, with similar names, if timm has no model or tag of the name given by `flag`."""
@@ -94,11 +120,13 @@ def published_as(given: str, model_name: str = '') -> Optional[xcit_zoo.Publishe
     return published(model_name, given) or published('', given) or next(addressed, None)
 
 
-def check_exists(given: str, flag: str, model_name: str):
+def check_exists(given: str, flag: str, model_name: str, *, model_flag: str = '--model'):
     """Raise InputError with the allowed tags unless `given` by `flag` is a tag, a URL, or an existing file."""
     is_address = given.startswith(hub.PREFIX) or checkpoints.is_url(given)
     if is_address or published(model_name, given) or Path(given).exists():
         return
+    if other := published('', given):
+        raise InputError(f'{flag} {given}: checkpoint is {other.model}, {model_flag} is {model_name}')
     models = [entry.model for entry in xcit_zoo.ZOO.values() if entry.tag == given]
     if models and not model_name:
         allowed = f'; a tag needs its model\'s name in front: {models[0]}.{given}'
@@ -107,7 +135,8 @@ def check_exists(given: str, flag: str, model_name: str):
     raise InputError(f'{flag} {given}: no such file{allowed}')
 
 
-def read(given: str, flag: str, model_name: str = '', *, use_ema: bool = False, key: str = '') -> Weights:
+def read(given: str, flag: str, model_name: str = '', *, use_ema: bool = False, key: str = '',
+         model_flag: str = '--model') -> Weights:
     """Read weights from any place.
 
     Args:
@@ -116,6 +145,7 @@ def read(given: str, flag: str, model_name: str = '', *, use_ema: bool = False, 
         model_name: name of the model; '': the name in the file, or any XCiT.
         use_ema: read the EMA in a run's checkpoint.
         key: place of the weights in a file that has several sets.
+        model_flag: flag that gave `model_name`, for messages.
 
     Raises:
         InputError: the file does not exist, is damaged, or has no weights.
@@ -123,7 +153,7 @@ def read(given: str, flag: str, model_name: str = '', *, use_ema: bool = False, 
     content = read_content(given, flag, model_name)
     name = model_name or model_of_training(content) or ''
     own = names_of(name) if timm.is_model(name.partition('.')[0]) else None
-    return extract(content, f'{flag} {given}', own=own, use_ema=use_ema, key=key)
+    return extract(content, f'{flag} {given}', own=own, use_ema=use_ema, key=key, expected=(model_name, model_flag))
 
 
 def read_content(given: str, flag: str, model_name: str = '') -> dict:
@@ -160,8 +190,8 @@ def about(source: str, message: str) -> str:
     return f'{source}: {message}' if source else message
 
 
-def extract(checkpoint: dict, source: str, *, own: Optional[Set[str]] = None, use_ema: bool = False, key: str = ''
-            ) -> Weights:
+def extract(checkpoint: dict, source: str, *, own: Optional[Set[str]] = None, use_ema: bool = False, key: str = '',
+            expected: Tuple[str, str] = ('', '')) -> Weights:
     """Find the weights in the content of a file, and rename them to the published names.
 
     Supported are published files, bare state dicts, DINO's runs (the teacher's backbone), timm's naming, and nesting
@@ -171,6 +201,7 @@ def extract(checkpoint: dict, source: str, *, own: Optional[Set[str]] = None, us
         own: names of the model's weights (`names_of`); None: any XCiT.
         use_ema: choose the EMA.
         key: place of the weights in the file, or prefix of their names, if there are several sets.
+        expected: see `Weights`.
 
     Raises:
         InputError: there are no weights, several sets that differ, or weights of another task.
@@ -198,7 +229,7 @@ def extract(checkpoint: dict, source: str, *, own: Optional[Set[str]] = None, us
              f'{len(chosen.beside)} other tensors are ignored ({abridge(chosen.beside, 3)})' if chosen.beside else '',
              f'epoch {checkpoint["epoch"]}' if isinstance(checkpoint.get('epoch'), int) else '']
     tensors = xcit_zoo.from_timm_names(chosen.tensors) if is_of_timm else chosen.tensors
-    return Weights(tensors, source, ', '.join(filter(None, notes)), checkpoint)
+    return Weights(tensors, source, ', '.join(filter(None, notes)), checkpoint, expected)
 
 
 def weights_of_another_model(checkpoint: dict) -> Optional[xcit_zoo.Found]:
@@ -275,8 +306,10 @@ def check(model: torch.nn.Module, weights: Weights):
         'other shapes': [f'{k} {tuple(getattr(given[k], "shape", ()))}, model has {tuple(own[k].shape)}'
                          for k in own if k in given and getattr(given[k], 'shape', None) != own[k].shape]}
     problems = {problem: keys for problem, keys in problems.items() if any(k.split()[0] not in head for k in keys)}
+    if problems and weights.expected[0]:
+        refuse_other_model(model_in(weights.checkpoint), *weights.expected, source=weights.source)
     if problems:
-        details = '; '.join(f'{problem}: {abridge(keys)}' for problem, keys in problems.items())
+        details = '; '.join(f'{problem}: {abridge(keys, 3)}' for problem, keys in problems.items())
         raise InputError(about(weights.source, f'the weights do not match this model; {details}'))
 
 
@@ -314,16 +347,17 @@ def load(model: torch.nn.Module, weights: Weights, *, new_head: bool = False):
 
 
 class ModelPart:
-    """Model as a part of a run (run.parts), with its weights in any naming."""
+    """Model as a part of a run (run.parts), with its weights in any naming; `name`: value of --model."""
 
-    def __init__(self, model: torch.nn.Module):
-        self.model = model
+    def __init__(self, model: torch.nn.Module, name: str = ''):
+        self.model, self.name = model, name
 
     def state_dict(self) -> dict:
         return self.model.state_dict()
 
     def load_state_dict(self, state: dict):
-        load(self.model, extract({'model': state}, '', own=xcit_zoo.in_both_namings(self.model.state_dict())))
+        load(self.model, extract({'model': state}, '', own=xcit_zoo.in_both_namings(self.model.state_dict()),
+                                 expected=(self.name, '--model')))
 
 
 def model_of_training(checkpoint: dict) -> Optional[str]:
@@ -331,8 +365,16 @@ def model_of_training(checkpoint: dict) -> Optional[str]:
     flags = trained_with(checkpoint)
     names = (flags.get('model'), flags.get('arch'), checkpoint.get('arch'))
     name = next((name for name in names if isinstance(name, str) and name), None)
-    without_resolution = re.sub(r'_(224|384)(\..*)?$', '', str(name))
-    return without_resolution if without_resolution in xcit.MODELS else name
+    return without_resolution(name) if name and without_resolution(name) in xcit.MODELS else name
+
+
+def model_in(checkpoint: dict) -> Optional[str]:
+    """Return the name of the timm model in a file's description, or of the XCiT with its weights; None: unknown."""
+    name = model_of_training(checkpoint)
+    if name and timm.is_model(name.partition('.')[0]):
+        return name
+    found = xcit_zoo.find_weights(checkpoint, names_of(''))
+    return next(filter(None, (xcit_with(xcit_zoo.from_timm_names(part.tensors)) for part in found)), None)
 
 
 def backbone_state(model: torch.nn.Module) -> dict:
@@ -350,13 +392,6 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def model_named_in(given: str, flag: str) -> Optional[str]:
-    """Return the name of the model that weights belong to, without a download; None if unknown."""
-    if entry := published_as(given):
-        return entry.model
-    return model_of_training(checkpoints.load_checkpoint(given, flag)) if Path(given).is_file() else None
-
-
 def create_model(name: str, pretrained=False, **kwargs) -> torch.nn.Module:
     """Build an XCiT model by `timm.create_model`, with any weights that `read` accepts.
 
@@ -371,8 +406,8 @@ def create_model(name: str, pretrained=False, **kwargs) -> torch.nn.Module:
     if not pretrained:
         return timm.create_model(name, **kwargs)
     source = tags(name)[0] if pretrained is True else str(pretrained)
-    check_exists(source, 'pretrained', name)
-    given = read(source, 'pretrained', name)
+    check_exists(source, 'pretrained', name, model_flag='the model')
+    given = read(source, 'pretrained', name, model_flag='the model')
     check(build_without_storage(name, given), given)
     entry = published_as(source, name)
     model = timm.create_model(

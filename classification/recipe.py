@@ -108,5 +108,6 @@ def build_criterion(args, num_classes: int) -> DistillationLoss:
         classification_loss(soft_targets=uses_soft_targets(args), smoothing=args.smoothing),
         None if args.distillation_type == 'none' else teacher.build(
             args.teacher_model, num_classes, path=args.teacher_path, pretrained=args.teacher_pretrained,
-            input_size=args.input_size, mean=args.teacher_mean, std=args.teacher_std),
+            input_size=args.input_size, mean=args.teacher_mean, std=args.teacher_std,
+            student=(tuple(args.mean or teacher.IMAGENET[0]), tuple(args.std or teacher.IMAGENET[1]))),
         args.distillation_type, alpha=args.distillation_alpha, tau=args.distillation_tau)

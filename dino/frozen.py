@@ -17,7 +17,7 @@ from dino.features import Features, Images
 from inference.loaded import LoadedModel
 from loaders import readers
 from loaders.samples import PictureSet
-from loaders.transforms import Mean, View
+from loaders.transforms import View
 from run import devices, flags, parts, processes
 from run.commandline import PATH
 from run.folder import check_output_dir
@@ -58,10 +58,9 @@ class Frozen:
     def extract(self, dataset: PictureSet, loading: Loading, split: str) -> Features:
         return features.extract(self, dataset, loading, amp_dtype=self.loaded.amp_dtype, header=f'Features, {split}')
 
-    def view(self, *, resize: Optional[bool] = None, mean: Mean = None, std: Mean = None) -> View:
-        """Return the view of images for this backbone; `mean`, `std`: other normalisation."""
-        own = self.loaded.view
-        return dataclasses.replace(own, resize=resize, mean=mean or own.mean, std=std or own.std)
+    def view(self, *, resize: Optional[bool] = None) -> View:
+        """Return the view of images for this backbone."""
+        return dataclasses.replace(self.loaded.view, resize=resize)
 
 
 def add_flags(parser, *, trains: bool):
@@ -120,8 +119,8 @@ def build(args, device: torch.device) -> Optional[Frozen]:
     """Load the backbone of the flags, see `load`; None: features are read from files."""
     if args.val_features:
         return None
-    frozen = load(**inference.flags.weights(args), **inference.flags.squares(args), device=device,
-                  amp_dtype=flags.amp_dtype(args, device))
+    frozen = load(**inference.flags.weights(args), **inference.flags.squares(args), mean=args.mean, std=args.std,
+                  device=device, amp_dtype=flags.amp_dtype(args, device))
     patch_size = getattr(frozen.loaded.model, 'feature_info', [{}])[0].get('reduction')  # also of timm's models
     networks.check_patch_size(args.patch_size, frozen.loaded.name, patch_size)
     return frozen

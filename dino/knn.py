@@ -74,8 +74,7 @@ def evaluate(args, device: torch.device) -> dict:
         return {'results': classify(train, val), 'train_features': args.train_features,
                 'val_features': args.val_features, 'images': {'train': len(train), 'val': len(val)}}
     loading = Loading(args.batch_size, device, num_workers=args.num_workers, pin_memory=args.pin_mem)
-    view = backbone.view(resize=args.resize, mean=args.mean, std=args.std)
-    images = features.Images(datasets.source(args, resumes=False), view)
+    images = features.Images(datasets.source(args, resumes=False), backbone.view(resize=args.resize))
     sets = features.build_datasets(images)
     if not readers.is_stream(args.data_set):
         args.nb_knn = neighbours.fitting(args.nb_knn, len(sets[0]), KS)

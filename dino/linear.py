@@ -21,7 +21,7 @@ from dino.features import Features, Images
 from engine import accuracy_line, train_one_epoch
 from loaders.batches import build_train_loader
 from loaders.samples import PictureSet, inspect
-from loaders.transforms import PADDING, ToNormalizedTensor, View
+from loaders.transforms import PADDING, ToNormalizedTensor
 from run import checkpoints, flags, parts, processes
 from run.assembly import prepare
 from run.commandline import COUNT, PATH, POSITIVE, Parser, run_program, words_of
@@ -120,12 +120,8 @@ class Source:
     backbone: dict
 
 
-def build_view(args, backbone: frozen.Frozen) -> View:
-    return backbone.view(resize=args.resize, mean=args.mean, std=args.std)
-
-
 def build_images(args, backbone: frozen.Frozen) -> Images:
-    return Images(datasets.source(args), build_view(args, backbone))
+    return Images(datasets.source(args), backbone.view(resize=args.resize))
 
 
 def build_source(args, device: torch.device, backbone: Optional[frozen.Frozen]) -> Source:
@@ -196,7 +192,7 @@ def train(args, device: torch.device, backbone: Optional[frozen.Frozen]) -> dict
     schedule = Schedule(optimizer, cosine(pace.scaled_lr, 0., steps=args.epochs))
     derived = {**pace.derived(device, amp_dtype), 'scaled_lr': [lr * pace.scaled_lr for lr in args.lr],
                'images': source.images, 'classes': len(source.classes), 'width': source.width, **source.backbone,
-               **({} if backbone is None else build_view(args, backbone).setting())}
+               **({} if backbone is None else backbone.view(resize=args.resize).setting())}
     with run.resumed():
         is_over = run.is_over()
         if is_over and not args.save_classifier:
@@ -238,7 +234,7 @@ def train(args, device: torch.device, backbone: Optional[frozen.Frozen]) -> dict
     if args.save_classifier:
         save_model(args, Path(args.save_classifier), backbone, kept.layer, source.classes)
     if backbone is not None and (args.save_classifier or run.folder is not None):
-        log_use(args, Path(args.save_classifier or run.folder / MODEL), backbone)
+        log_use(args, Path(args.save_classifier or run.folder / MODEL))
     return metrics_of(tested) if is_over else stats
 
 
@@ -285,7 +281,7 @@ def metrics_of(tested: Dict[float, dict]) -> dict:
 
 def settings_of(args, backbone: frozen.Frozen) -> dict:
     """Return the model and the view of its images, as flags."""
-    return {'model': backbone.loaded.name, **build_view(args, backbone).setting()}
+    return {'model': backbone.loaded.name, **backbone.view(resize=args.resize).setting()}
 
 
 def save_model(args, path: Path, backbone: frozen.Frozen, layer: torch.nn.Linear, classes: List[str]):
@@ -294,11 +290,9 @@ def save_model(args, path: Path, backbone: frozen.Frozen, layer: torch.nn.Linear
                                                            'classes': list(classes)})
 
 
-def log_use(args, path: Path, backbone: frozen.Frozen):
+def log_use(args, path: Path):
     """Log the command that evaluates the model in a file of save_model."""
-    settings = build_view(args, backbone).setting()
-    options = words_of({'eval': True, 'pretrained': path, **settings, 'full_crop': settings['full_crop'] or None,
-                        **datasets.flags_of(args.data_set, args.data_path)})
+    options = words_of({'eval': True, 'pretrained': path, **datasets.flags_of(args.data_set, args.data_path)})
     command = shlex.join(['python', 'main.py', *options])
     log(f'{path}: backbone and classifier as one model; to evaluate it: {command}')
 
@@ -323,11 +317,11 @@ def evaluate(args, device: torch.device, backbone: Optional[frozen.Frozen]) -> d
     stats = {**classifiers.evaluate(layer.to(device), val, device), 'images': len(val)}
     log(accuracy_line(stats))
     if args.output_dir and processes.is_main_process():
-        setting = {} if backbone is None else build_view(args, backbone).setting()
+        setting = {} if backbone is None else backbone.view(resize=args.resize).setting()
         write_result(Path(args.output_dir, 'eval.json'), {**stats, **setting}, vars(args))
     if args.save_classifier:
         save_model(args, Path(args.save_classifier), backbone, layer, classes)
-        log_use(args, Path(args.save_classifier), backbone)
+        log_use(args, Path(args.save_classifier))
     return stats
 
 

@@ -126,7 +126,7 @@ def build_networks(args, criterion: DinoLoss) -> Tuple[MultiCrop, MultiCrop]:
     if args.pretrained:
         content = weights.read_content(args.pretrained, '--pretrained', args.arch)
         if not files.is_full(content):
-            given = weights.extract(content, source, own=weights.names_of(args.arch))
+            given = weights.extract(content, source, own=weights.names_of(args.arch), expected=(args.arch, '--arch'))
     seed_everything(args.seed)
     student = networks.build(args.arch, args.out_dim, given, drop_path_rate=args.drop_path_rate,
                              use_bn=args.use_bn_in_head, norm_last_layer=args.norm_last_layer)
@@ -136,6 +136,7 @@ def build_networks(args, criterion: DinoLoss) -> Tuple[MultiCrop, MultiCrop]:
         try:
             notes = files.load_full(content, student, teacher, criterion)
         except InputError as error:
+            weights.refuse_other_model(weights.model_in(content), args.arch, '--arch', source=source)
             raise InputError(f'{source}: {error}') from None
         log(f'{source}: {"; ".join([*notes, "weights of student and teacher are loaded"])}')
         return student, teacher

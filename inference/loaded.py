@@ -9,8 +9,9 @@ from timm.data import ImageNetInfo
 
 import weights
 import xcit
-from loaders.transforms import SMALL, View
-from run.descriptions import names_of, number_of, side_of, trained_with
+from inference import setting
+from loaders.transforms import SMALL, Mean, View
+from run.descriptions import names_of, number_of, trained_with
 from run.output import log
 from utils import InputError
 
@@ -44,15 +45,15 @@ class LoadedModel:
 
 
 def load(pretrained: str, *, model: str = '', use_ema: bool = False, checkpoint_key: str = '',
-         input_size: Optional[int] = None, full_crop: Optional[bool] = None, device: torch.device = CPU,
-         amp_dtype: Optional[torch.dtype] = None, fuse: bool = True) -> LoadedModel:
-    """Build a model with weights, and with as many classes as the weights have.
+         input_size: Optional[int] = None, full_crop: Optional[bool] = None, mean: Mean = None, std: Mean = None,
+         device: torch.device = CPU, amp_dtype: Optional[torch.dtype] = None, fuse: bool = True) -> LoadedModel:
+    """Build a model with weights, and with as many classes as the weights have; log values that differ from its own.
 
     Args:
         pretrained: value of --pretrained, see weights.read.
         model: name of the model; '': the name in the weights.
         use_ema, checkpoint_key: choice of one of several sets of weights, see weights.read.
-        input_size, full_crop: see `View`; None: the values of the model's own evaluation.
+        input_size, full_crop, mean, std: see `View`; None: the values of the model's own evaluation.
         amp_dtype: autocast dtype; None: full precision.
         fuse: prepare an XCiT for inference (xcit.fuse).
 
@@ -63,9 +64,8 @@ def load(pretrained: str, *, model: str = '', use_ema: bool = False, checkpoint_
         weights.check_model('--model', model)
     weights.check_exists(pretrained, '--pretrained', model)
     given = weights.read(pretrained, '--pretrained', model, use_ema=use_ema, key=checkpoint_key)
-    trained = trained_with(given.checkpoint)
-    published = weights.published_as(pretrained, model)
-    name = model or (published and published.model) or weights.model_of_training(given.checkpoint)
+    own = setting.of(given.checkpoint, weights.published_as(pretrained, model))
+    name = model or own.get('model') or weights.model_of_training(given.checkpoint)
     if name is None:
         raise InputError(f'--model: needed, because {pretrained} does not contain the name of its model')
     weights.check_model('--model', name)
@@ -74,22 +74,15 @@ def load(pretrained: str, *, model: str = '', use_ema: bool = False, checkpoint_
     network.eval().requires_grad_(False)
     if fuse and isinstance(network, xcit.Xcit):
         xcit.fuse(network)
-    if published:
-        own_size, crop = published.resolution, published.crop
-    else:
-        own_size = side_of(trained.get('input_size')) or network.default_cfg['input_size'][-1]
-        crop = evaluation_crop(trained)
-    size, full_crop = input_size or own_size, crop == 1. if full_crop is None else full_crop
-    view = View(size, full_crop, size > SMALL, trained.get('mean'), trained.get('std'))
+    size = own.get('input_size') or network.default_cfg['input_size'][-1]
+    defaults = {'input_size': size, 'full_crop': True, 'mean': None, 'std': None}
+    given_flags = {'model': name, 'input_size': input_size, 'full_crop': full_crop, 'mean': mean, 'std': std}
+    used = {**defaults, **own, **{flag: value for flag, value in given_flags.items() if value is not None}}
+    setting.log_differences(own, used, given.source)
+    view = View(used['input_size'], used['full_crop'], used['input_size'] > SMALL or 'resize' in own, used['mean'],
+                used['std'])
     return LoadedModel(network.to(device), name, class_names(given, network), view, device, amp_dtype,
-                       seed=number_of(trained.get('seed')))
-
-
-def evaluation_crop(trained: dict) -> float:
-    """Return the fraction of a picture's shorter side in evaluation; `trained`: flags of the training run."""
-    # Runs of DINO have no --full-crop.
-    is_dino = 'teacher_temp' in trained and 'out_dim' in trained
-    return .875 if trained.get('full_crop') is False or is_dino else 1.
+                       seed=number_of(trained_with(given.checkpoint).get('seed')))
 
 
 def class_names(given: weights.Weights, model: torch.nn.Module) -> Optional[List[str]]:

@@ -7,7 +7,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 import weights
 import xcit
 import xcit_zoo
-from inference.loaded import evaluation_crop
+from inference.setting import evaluation_crop
 from run.descriptions import names_of, side_of, trained_with
 
 

@@ -221,10 +221,13 @@ def test_unreachable_url(data, tmp_path, monkeypatch):
 
 
 def test_checkpoint_of_another_model(data, weights, tmp_path):
-    """Weights of another model are refused with their unexpected keys and other shapes."""
-    flags = tiny(data, '--pretrained', str(weights), '--model', 'xcit_nano_12_p8')
-    refused(flags, str(weights), 'unexpected keys: patch_embed.proj.6.0.weight', 'other shapes: patch_embed.proj.0.0',
-            output_dir=tmp_path / 'run')
+    """Weights of a model without a name are refused with their unexpected keys and other shapes."""
+    state = {key: value for key, value in torch.load(weights)['model'].items()
+             if not key.startswith('blocks.11.')}
+    torch.save(state, tmp_path / 'w.pth')
+    flags = tiny(data, '--pretrained', str(tmp_path / 'w.pth'), '--model', 'xcit_nano_12_p8')
+    refused(flags, 'w.pth', 'unexpected keys: patch_embed.proj.6.0.weight', 'other shapes: patch_embed.proj.0.0',
+            'missing keys: blocks.11', output_dir=tmp_path / 'run')
 
 
 def test_checkpoint_with_a_missing_key(data, weights, tmp_path):

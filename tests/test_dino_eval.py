@@ -511,7 +511,7 @@ def test_test_classes_that_training_lacks_are_refused(saved, tmp_path):
 def test_other_weights_are_refused_with_the_names(data, tmp_path):
     """Weights of another model are an error."""
     torch.save(timm.create_model('xcit_nano_12_p16', num_classes=0).state_dict(), tmp_path / 'nano.pth')
-    with pytest.raises(InputError, match='the weights do not match this model'):
+    with pytest.raises(InputError, match='checkpoint is xcit_nano_12_p16, --model is xcit_nano_12_p8'):
         knn.main(flags(data, tmp_path / 'nano.pth', '--arch', 'xcit_nano_12_p8'))
 
 

@@ -304,7 +304,7 @@ def test_another_models_file_is_an_error(imagenet, tmp_path):
     torch.save(seeded_model('xcit_nano_12_p8').state_dict(), file_of(tmp_path, 'fb_in1k'))
     with pytest.raises(RunStopped):
         main(flags(imagenet, tmp_path, tmp_path / 'zoo', tags=['fb_in1k']))
-    assert 'the weights do not match this model' in read(tmp_path / 'zoo')[0]['error']
+    assert 'checkpoint is xcit_nano_12_p8, --model is xcit_nano_12_p16' in read(tmp_path / 'zoo')[0]['error']
 
 
 # ----- bad input

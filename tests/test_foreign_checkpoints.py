@@ -240,7 +240,7 @@ def test_head_of_another_width(tmp_path, state):
 def test_flags_of_any_kind(tmp_path, state, args):
     """Flags without a valid model or size do not prevent loading."""
     path = saved({'model': state, 'args': args}, tmp_path)
-    assert load(path, model=NAME).input_size == 224
+    assert load(path, model=NAME).view.input_size == 224
     data = write_folders(tmp_path / 'data')
     assert main(tiny(data, '--eval', '--resume', path))['images'] == 8
 
@@ -275,7 +275,7 @@ def test_tools_with_classes_of_any_kind(tmp_path, state, classes, capsys):
     """Names of another number of classes are ignored, which is logged."""
     path = saved({'model': state, 'args': {'model': NAME, 'input_size': (3, 48, 48)}, 'classes': classes}, tmp_path)
     model = load(path)
-    assert model.input_size == 48
+    assert model.view.input_size == 48
     assert model.classes == (['cat', 'dog'] if isinstance(classes, dict) else None)
     assert ('class names are ignored' in capsys.readouterr().out) is not isinstance(classes, dict)
 
@@ -386,8 +386,9 @@ def test_converted_file_is_described(tmp_path, trained, naming):
     path = tmp_path / 'w.safetensors'
     convert_checkpoint.main([str(trained), str(path), '--to', naming])
     converted, expected = map(load, (path, trained))
-    assert (converted.name, converted.classes, converted.input_size, converted.full_crop) == (
-        expected.name, expected.classes, expected.input_size, expected.full_crop) == (NAME, ['cat', 'dog'], 32, True)
+    assert (converted.name, converted.classes) == (expected.name, expected.classes) == (NAME, ['cat', 'dog'])
+    assert converted.view == expected.view
+    assert (converted.view.input_size, converted.view.full_crop) == (32, True)
     assert torch.equal(logits(converted.model), logits(expected.model))
     data = trained.parent.parent / 'data'
     assert main(tiny(data, '--eval', '--pretrained', str(path)))['images'] == 8

@@ -98,9 +98,11 @@ def test_unreadable_picture_among_others(tmp_path, trained, capsys):
     (['IMAGE', '--pretrained', 'no/such.pth'], r'--pretrained no/such\.pth: no such file'),
     (['IMAGE', '--pretrained', 'fb_in1k'], r'--pretrained fb_in1k: no such file'),
     (['IMAGE', '--pretrained', 'W', '--model', 'xcit_nano'], r'--model xcit_nano: no such model; similar: xcit_nano'),
-    (['IMAGE', '--pretrained', 'W', '--model', 'xcit_nano_12_p8'], 'the weights do not match this model'),
+    (['IMAGE', '--pretrained', 'W', '--model', 'xcit_nano_12_p8'],
+     'checkpoint is xcit_nano_12_p16, --model is xcit_nano_12_p8'),
     (['IMAGE', '--pretrained', 'BACKBONE', '--model', 'xcit_nano_12_p16'], 'has no head to predict classes with'),
-    (['IMAGE', '--pretrained', 'BACKBONE'], '--model: needed, because'),
+    (['IMAGE', '--pretrained', 'BACKBONE'], 'has no head to predict classes with'),
+    (['IMAGE', '--pretrained', 'OTHER'], '--model: needed, because'),
     (['IMAGE', '--pretrained', 'W', '--use-ema', '--amp', 'fp16'], '--amp fp16: needs cuda'),
     (['IMAGE', '--pretrained', 'W', '--topk', '0'], "'0' is not allowed"),
 ])
@@ -108,7 +110,8 @@ def test_bad_input(tmp_path, data, trained, words, message):
     """Missing pictures, unusable weights and invalid flags are refused with flag and value."""
     (tmp_path / 'empty').mkdir()
     torch.save(seeded_model('xcit_nano_12_p16', num_classes=0).state_dict(), tmp_path / 'backbone.pth')
-    places = {'EMPTY': tmp_path / 'empty', 'IMAGE': data / 'val' / 'cat' / '0.png', 'W': trained,
+    torch.save({'fc.weight': torch.zeros(3, 4), 'fc.bias': torch.zeros(3)}, tmp_path / 'other.pth')
+    places = {'OTHER': tmp_path / 'other.pth', 'EMPTY': tmp_path / 'empty', 'IMAGE': data / 'val' / 'cat' / '0.png', 'W': trained,
               'BACKBONE': tmp_path / 'backbone.pth'}
     with pytest.raises(InputError, match=message):
         predict(*(places.get(word, word) for word in words))

@@ -10,7 +10,6 @@ from typing import Optional
 
 import utils
 import weights
-import xcit
 import xcit_zoo
 from inference import timm_files
 from inference.flags import add_choice_of_weights
@@ -47,12 +46,8 @@ def check_target(source: str, target: Path):
 
 def model_of(given: weights.Weights) -> str:
     """Return the name of the model, one of 14, whose weights have these shapes; raise InputError if there is none."""
-    depth = len({key.split('.')[1] for key in given.tensors if key.startswith('blocks.')})
-    patch = 2 ** len({key.split('.')[2] for key in given.tensors if key.startswith('patch_embed.proj.')})
-    width = getattr(given.tensors.get('cls_token'), 'shape', ())[-1:]
-    for size, config in xcit.SIZES.items():
-        if ((config['embed_dim'],), config['depth']) == (width, depth) and patch in xcit.STEM_CONVOLUTIONS:
-            return f'xcit_{size}_p{patch}'
+    if name := weights.xcit_with(given.tensors):
+        return name
     raise InputError(f'{given.source}: not the weights of an XCiT model; keys: {utils.abridge(list(given.tensors))}')
 
 
@@ -78,7 +73,7 @@ def main(argv: Optional[list] = None) -> dict:
     given = weights.read(args.source, 'IN', args.model or '', use_ema=args.use_ema, key=args.checkpoint_key)
     name = model_of(given)
     if args.model and args.model.split('.')[0] != name:
-        raise InputError(f'--model {args.model}: {given.source} has the weights of {name}')
+        raise InputError(f'{given.source}: checkpoint is {name}, --model is {args.model}')
     model = weights.build_without_storage(name, given)
     weights.check(model, given)
     published = weights.published(args.model or '', args.source) or weights.published_as(args.source)

@@ -324,7 +324,7 @@ def train(args, device: torch.device) -> dict:
                             where=f'the end of epoch {epoch}', after_batch=run.check_signals,
                             collects=bool(args.report and args.output_dir))
                     stats.update(metrics)
-                    best = update_best(accuracy, stats, epoch)
+                    best = update_best(accuracy, stats, epoch, images=len(eval_set))
                     if best and predictions:
                         predictions[best].gather(eval_loader)
                         facts = report.setting(
@@ -335,7 +335,10 @@ def train(args, device: torch.device) -> dict:
                 # faithful: stepped with the epoch just finished, so that epochs 0 and 1 share a rate (original main.py)
                 scheduler.step(epoch, accuracy['last'])
                 stats['n_parameters'] = derived['n_parameters']
-                run.finish(epoch, stats, keep=[BEST] if best else [], summary=table_row(stats, evaluation.COLUMNS))
+                # The best file has the better weights as `model`; programs such as timm's prefer its `model_ema`
+                replace = {'model': 'model_ema'} if best == 'best_ema' else {'model_ema': None} if model_ema else {}
+                run.finish(epoch, stats, keep=[BEST] if best else [], replace=replace,
+                           summary=table_row(stats, evaluation.COLUMNS))
     if run.folder is not None:
         if args.report:
             with without_ending(f'the report in {run.folder}'):
@@ -344,9 +347,11 @@ def train(args, device: torch.device) -> dict:
     return stats
 
 
-def update_best(accuracy: parts.Metrics, stats: dict, epoch: int) -> Optional[str]:
+def update_best(accuracy: parts.Metrics, stats: dict, epoch: int, *, images: int) -> Optional[str]:
     """Update the accuracies; return `best` or `best_ema` if this evaluation is the best so far, else None."""
-    accuracy['last'] = stats['test_acc1']
+    accuracy.update(last=stats['test_acc1'], last_epoch=float(epoch), images=float(images))
+    if 'test_ema_acc1' in stats:
+        accuracy['last_ema'] = stats['test_ema_acc1']
     best = accuracy.update_best({'best': stats['test_acc1'], 'best_ema': stats.get('test_ema_acc1', float('nan'))},
                                 epoch=epoch)
     if best:
@@ -365,22 +370,19 @@ def log_start(run: Run, train_set: samples.PictureSet, loader, *, preview: int):
 
 def print_next_steps(args, accuracy: parts.Metrics):
     """Print the best epoch of a run, and the commands that evaluate and use its model."""
-    best = Path(args.output_dir, BEST)
-    file = best if best.exists() else best.with_name(CHECKPOINT)  # no new best after a resume from another folder
-    is_ema = bool(accuracy.get('better_is_average'))
+    file, is_ema = Path(args.output_dir, BEST), bool(accuracy.get('better_is_average'))
     if 'best_epoch' in accuracy:
+        place = f', in {file}' if file.exists() else ''  # no new best after a resume from another folder
         log(f'Best: epoch {accuracy["best_epoch"]:.0f}, {"the EMA" if is_ema else "the model"}, Acc@1 '
-            f'{accuracy["best_ema" if is_ema else "best"]:.3f}, in {file}')
-    ema = {'use_ema': is_ema or None}
+            f'{accuracy["best_ema" if is_ema else "best"]:.3f}{place}')
+    file = file if file.exists() else file.with_name(CHECKPOINT)
     evaluate = words_of({
-        'resume': file, 'model': args.model, 'input_size': args.input_size,
-        **datasets.flags_of(args.data_set, args.data_path),
+        'resume': file, **datasets.flags_of(args.data_set, args.data_path),
         'inat_category': args.inat_category if args.data_set.startswith('INAT') else None,
-        'full_crop': args.full_crop or None, 'mean': args.mean, 'std': args.std, 'num_classes': args.num_classes,
-        'val_split': args.val_split if readers.prefix_of(args.data_set) else None, **ema})
+        'num_classes': args.num_classes, 'val_split': args.val_split if readers.prefix_of(args.data_set) else None})
     log('Next, evaluate the model, or predict your own pictures:\n  '
         + shlex.join(['python', 'main.py', '--eval', *evaluate]) + '\n  '
-        + shlex.join(['python', '-m', 'tools.predict', 'PICTURE.jpg', *words_of({'pretrained': file, **ema})]))
+        + shlex.join(['python', '-m', 'tools.predict', 'PICTURE.jpg', *words_of({'pretrained': file})]))
 
 
 def evaluate_only(args, device: torch.device) -> dict:

@@ -28,12 +28,14 @@ class Weights:
         description: place of the weights in the file, for messages.
         checkpoint: content of the whole file, with other keys beside the weights (`args`, `classes`, `epoch`).
         expected: name of the model that the weights must match, and its flag, for messages; both '' if unknown.
+        entry: keys of the weights' dict in the file, joined by dots, e.g. 'model_ema'.
     """
     tensors: dict
     source: str
     description: str
     checkpoint: dict
     expected: Tuple[str, str] = ('', '')
+    entry: str = ''
 
 
 
@@ -229,7 +231,7 @@ def extract(checkpoint: dict, source: str, *, own: Optional[Set[str]] = None, us
              f'{len(chosen.beside)} other tensors are ignored ({abridge(chosen.beside, 3)})' if chosen.beside else '',
              f'epoch {checkpoint["epoch"]}' if isinstance(checkpoint.get('epoch'), int) else '']
     tensors = xcit_zoo.from_timm_names(chosen.tensors) if is_of_timm else chosen.tensors
-    return Weights(tensors, source, ', '.join(filter(None, notes)), checkpoint, expected)
+    return Weights(tensors, source, ', '.join(filter(None, notes)), checkpoint, expected, chosen.entry)
 
 
 def weights_of_another_model(checkpoint: dict) -> Optional[xcit_zoo.Found]:

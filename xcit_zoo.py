@@ -79,6 +79,7 @@ OTHER_TASKS = ('neck', 'fpn', 'rpn_head', 'roi_head', 'bbox_head', 'mask_head', 
 HEADS = ('head.fc', 'classifier', 'fc', 'head', 'cls_head')
 AVERAGE = re.compile(r'(^|[._])(ema|averaged?|swa)([._]|$)')  # in the name of an EMA of the weights
 DEPTH = 4  # levels of nested dicts that are searched
+REPLACED = 'replaced.'  # dict of best_model.pth with the weights that are not the best, for a resume
 
 
 @dataclasses.dataclass
@@ -211,6 +212,7 @@ def choose(candidates: List[Found], *, average: bool = False, key: str = '') -> 
         candidates = [weights for weights in candidates if weights.is_average]
     else:
         candidates = [weights for weights in candidates if not weights.is_average] or candidates
+        candidates = [weights for weights in candidates if not weights.entry.startswith(REPLACED)] or candidates
         if any(weights.entry == 'teacher' for weights in candidates):  # DINO, whose result is the teacher
             candidates = [weights for weights in candidates if weights.entry != 'student']
     different = candidates[:1] + [weights for weights in candidates[1:] if not weights.equals(candidates[0])]

@@ -1,4 +1,4 @@
-"""Files for timm: the description of weights, and their config.json."""
+"""Files for timm: the description of weights, their measured accuracy, and their config.json."""
 from typing import Optional
 
 import torch
@@ -16,8 +16,31 @@ def describe(given: weights.Weights, name: str, published: Optional[xcit_zoo.Pub
     trained = trained_with(given.checkpoint)
     evaluated = {'input_size': published.resolution, 'full_crop': published.crop == 1.} if published else {}
     names = names_of(given.checkpoint.get('classes'))
-    kept = {key: given.checkpoint[key] for key in ('accuracy', 'epoch') if key in given.checkpoint}
-    return {'args': {**trained, **evaluated, 'model': name}, **({'classes': names} if names else {}), **kept}
+    measured = accuracy_of(given)
+    if 'epoch' in given.checkpoint:
+        measured['epoch'] = given.checkpoint['epoch']
+    return {'args': {**trained, **evaluated, 'model': name}, **({'classes': names} if names else {}), **measured}
+
+
+def accuracy_of(given: weights.Weights) -> dict:
+    """Return the `accuracy` that main.py measured of these weights, as in a checkpoint, or an empty dict.
+
+    `accuracy` has `last` (top-1 in percent), `last_epoch` and, if known, `images` (number of pictures).
+    """
+    checkpoint, accuracy = given.checkpoint, given.checkpoint.get('accuracy')
+    is_run = given.entry in ('model', 'model_ema', 'replaced.model', 'replaced.model_ema')
+    if not is_run or not isinstance(accuracy, dict) or checkpoint.get('step'):  # stored within an epoch
+        return {}
+    replaced = checkpoint.get('replaced') or {}
+    is_ema = given.entry.endswith('model_ema') or (given.entry == 'model' and 'model' in replaced)
+    epoch, value = accuracy.get('last_epoch'), accuracy.get('last_ema' if is_ema else 'last')
+    if epoch is None:  # of an earlier version
+        epoch = accuracy.get('best_epoch')
+        value = accuracy.get('best_ema') if is_ema and accuracy.get('better_is_average') else None if is_ema else value
+    if value is None or epoch is None or epoch != checkpoint.get('epoch'):
+        return {}
+    images = {'images': accuracy['images']} if 'images' in accuracy else {}
+    return {'accuracy': {'last': value, 'last_epoch': epoch, **images}}
 
 
 def contiguous(tensors: dict) -> dict:

@@ -1,12 +1,13 @@
 """Weights in repositories of the Hugging Face hub."""
 import contextlib
+from pathlib import Path
 from typing import Optional
 
 import huggingface_hub
 import safetensors
 from timm.models import load_state_dict_from_hf
 
-from run.checkpoints import DownloadError
+from run.checkpoints import DownloadError, load_safetensors
 from utils import first_line
 
 PREFIX = 'hf-hub:'  # before the name of a repository
@@ -29,10 +30,12 @@ def read(name: str, flag: str) -> dict:
             with contextlib.suppress(huggingface_hub.errors.EntryNotFoundError):
                 huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(**file))
         try:
-            return load_state_dict_from_hf(name, weights_only=True)
+            content = load_state_dict_from_hf(name, weights_only=True)
         except safetensors.SafetensorError:  # the hub's cache is damaged
             huggingface_hub.hf_hub_download(**file, force_download=True)
-            return load_state_dict_from_hf(name, weights_only=True)
+            content = load_state_dict_from_hf(name, weights_only=True)
+        path = huggingface_hub.try_to_load_from_cache(**file)
+        return load_safetensors(Path(path)) if isinstance(path, str) else content  # with the description of the weights
     except Exception as error:  # the network, the hub and the file have many kinds of errors
         raise DownloadError(f'{flag} {PREFIX}{name}: can\'t be read from the Hugging Face hub ({first_line(error)}); '
                             f'without a network, give the path of its {FILE}') from None

@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Iterable, Iterator, Optional
+from typing import Dict, Iterable, Iterator, Optional
 
 import torch
 
@@ -55,7 +55,7 @@ class Run:
 
     def __init__(self, args, position: Epochs, parts: dict, *, optional: tuple = (), fixed: tuple = (),
                  files: tuple = ()):
-        if reserved := parts.keys() & {*position.state_dict(), 'averages', 'batch', 'args'}:
+        if reserved := parts.keys() & {*position.state_dict(), 'averages', 'batch', 'args', 'replaced'}:
             raise ValueError(f'{", ".join(sorted(reserved))}: reserved keys of a checkpoint; rename the parts')
         self.flags, self.position, self.parts, self.optional, self.files = vars(args), position, parts, optional, files
         self.fixed = {name: self.flags[name] for name in (*fixed, *position.fixed)}
@@ -150,13 +150,15 @@ class Run:
                     (self.folder / CHECKPOINT).unlink()
             raise
 
-    def finish(self, number: int, stats: dict, *, summary: dict, keep: Iterable[str] = ()):
+    def finish(self, number: int, stats: dict, *, summary: dict, keep: Iterable[str] = (),
+               replace: Optional[Dict[str, Optional[str]]] = None):
         """Finish a round after its evaluation: log and store it; raise Interrupted after --stop-after-epochs rounds.
 
         Args:
             stats: metrics for the log.
             summary: row of the printed table: texts by column.
             keep: names of further files for this state, e.g. of the best round; equal on all processes.
+            replace: parts that are another part in these files, by name (None: left out). The files can be resumed.
         """
         self.position.finish(number)
         self.sums = dict.fromkeys(self.sums, 0.)
@@ -166,7 +168,7 @@ class Run:
             self.log.write(stats)
         files = [self.folder / name for name in keep] if self.folder is not None else []
         if files:
-            checkpoints.save_checkpoint(self.state_dict(), files[0])
+            checkpoints.save_checkpoint(self.state_dict(replace), files[0])
         for file in files[1:]:
             checkpoints.copy_file(files[0], file)
         self.save()
@@ -182,12 +184,15 @@ class Run:
             wait_for_all()
             self.interrupt(signal.SIGTERM, f'--stop-after-epochs {done}')
 
-    def state_dict(self) -> dict:
-        """Return the content of a checkpoint; all processes must call this method together."""
+    def state_dict(self, replace: Optional[Dict[str, Optional[str]]] = None) -> dict:
+        """Return the content of a checkpoint, see `finish`; all processes must call this method together."""
         totals = sum_over_processes(self.sums) if self.sums else {}
         averages = {name: total / max(self.step, 1) / get_world_size() for name, total in totals.items()}
-        return {**{name: None if part is None else part.state_dict() for name, part in self.parts.items()},
-                **self.position.state_dict(), 'averages': averages, 'batch': self.images_per_batch, 'args': self.flags}
+        states = {name: None if part is None else part.state_dict() for name, part in self.parts.items()}
+        replaced = {name: states.pop(name) for name in replace or ()}
+        states |= {name: {**states, **replaced}[other] for name, other in (replace or {}).items() if other}
+        return {**states, **({'replaced': replaced} if replaced else {}), **self.position.state_dict(),
+                'averages': averages, 'batch': self.images_per_batch, 'args': self.flags}
 
     def save(self, *, in_background: bool = False):
         """Store the run; `in_background`: return once the state is in host memory, while a thread writes the file."""
@@ -254,6 +259,7 @@ class Run:
         Raises:
             InputError: the checkpoint is incomplete, or does not match this run.
         """
+        checkpoint = {**checkpoint, **checkpoint.get('replaced', {})}
         parts = {name: part for name, part in self.parts.items() if part is not None}
         missing = {name for name in parts if checkpoint.get(name) is None}
         self.check_settings(checkpoint, source)

@@ -1,10 +1,12 @@
 """The whole program as `main([...])` on tiny class folders."""
 import argparse
+import dataclasses
 import json
 import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import List, Tuple
 
 import pytest
@@ -17,7 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import weights
-from classification import recipe
+from classification import evaluation, recipe
+from inference import timm_files
 from loaders import samples
 from main import main, parse_args
 from run import checkpoints
@@ -77,6 +80,7 @@ def test_checkpoint_holds_everything(trained):
     """Both files load without Python objects and have all parts that a resume needs."""
     for name in ('checkpoint.pth', 'best_model.pth'):
         content = state(trained[1], name)
+        content |= content.pop('replaced', {})
         assert set(content) == {'model', 'model_ema', 'optimizer', 'lr_scheduler', 'scaler', 'epoch', 'step',
                                 'averages', 'batch', 'accuracy', 'classes', 'args'}
         assert isinstance(content['args'], dict)
@@ -100,6 +104,60 @@ def test_next_command_evaluates_the_best_model(tmp_path, folders, capsys):
     stats = main([*command[2:], '--device', 'cpu', '--num-workers', '0'])
     accuracy = state(tmp_path / 'run')['accuracy']
     assert stats['acc1'] == max(accuracy['best'], accuracy['best_ema'])
+
+
+@pytest.fixture(scope='module', params=['best', 'best_ema'])
+def better(request, tmp_path_factory) -> Tuple[str, Path, Path]:
+    """A run of an epoch whose model, or whose EMA, is the better one: (better one, data, folder)."""
+    folder = tmp_path_factory.mktemp('better')
+    data = write_folders(folder / 'data')
+    metrics = {'test_acc1': 50., 'test_acc5': 100., 'test_loss': 1.,
+               'test_ema_acc1': 75. if request.param == 'best_ema' else 25.}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, 'evaluate_with_ema', lambda *args, **kwargs: (metrics, {}))
+        main(tiniest(data, '--epochs', '1', '--model-ema-decay', '.5', '--output-dir', str(folder / 'run')))
+    return request.param, data, folder / 'run'
+
+
+def test_best_file_has_the_better_weights(better):
+    """`model` of best_model.pth is the better one of model and EMA, for this code and timm; both can be chosen."""
+    name, _, run = better
+    own = {flag: weights.read(str(run / 'checkpoint.pth'), '', use_ema=flag).tensors for flag in (False, True)}
+    best, key = str(run / 'best_model.pth'), 'cls_token'
+    assert not torch.equal(own[False][key], own[True][key])
+    assert torch.equal(weights.read(best, '').tensors[key], own[name == 'best_ema'][key])
+    assert torch.equal(timm.models.load_state_dict(best)[key], own[name == 'best_ema'][key])
+    assert torch.equal(weights.read(best, '', use_ema=True).tensors[key], own[True][key])
+    if name == 'best_ema':
+        assert torch.equal(weights.read(best, '', key='replaced.model').tensors[key], own[False][key])
+
+
+def test_best_file_is_resumed(better, tmp_path):
+    """A run resumed from best_model.pth is bitwise the run resumed from checkpoint.pth of the same epoch."""
+    _, data, run = better
+    for name in ('checkpoint.pth', 'best_model.pth'):
+        main(tiniest(data, '--epochs', '2', '--model-ema-decay', '.5', '--resume', str(run / name), '--output-dir',
+                     str(tmp_path / name)))
+    assert_same_training(*(state(tmp_path / name) for name in ('checkpoint.pth', 'best_model.pth')))
+
+
+def test_measured_accuracy_is_that_of_the_weights(better):
+    """The measured accuracy of weights in best_model.pth is that of the chosen ones, also in a converted file."""
+    name, _, run = better
+    accuracies = {'best': 50, 'best_ema': 75 if name == 'best_ema' else 25}
+    for use_ema, expected in ((False, accuracies[name]), (True, accuracies['best_ema'])):
+        given = weights.read(str(run / 'best_model.pth'), '', use_ema=use_ema)
+        measured = {'last': expected, 'last_epoch': 0, 'images': 8}
+        assert timm_files.accuracy_of(given) == {'accuracy': measured}
+        converted = {'model': given.tensors, **timm_files.describe(given, 'xcit_test', None)}
+        assert timm_files.accuracy_of(weights.extract(converted, '')) == {'accuracy': measured}
+
+
+def test_accuracy_of_changed_weights_is_unknown(better):
+    """Weights that were trained after their evaluation have no measured accuracy."""
+    given = weights.read(str(better[2] / 'checkpoint.pth'), '')
+    for change in ({'step': 2}, {'epoch': 1}, {'accuracy': None}):
+        assert timm_files.accuracy_of(dataclasses.replace(given, checkpoint={**given.checkpoint, **change})) == {}
 
 
 # ----- resuming

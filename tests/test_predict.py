@@ -111,7 +111,7 @@ def test_bad_input(tmp_path, data, trained, words, message):
     (tmp_path / 'empty').mkdir()
     torch.save(seeded_model('xcit_nano_12_p16', num_classes=0).state_dict(), tmp_path / 'backbone.pth')
     torch.save({'fc.weight': torch.zeros(3, 4), 'fc.bias': torch.zeros(3)}, tmp_path / 'other.pth')
-    places = {'OTHER': tmp_path / 'other.pth', 'EMPTY': tmp_path / 'empty', 'IMAGE': data / 'val' / 'cat' / '0.png', 'W': trained,
-              'BACKBONE': tmp_path / 'backbone.pth'}
+    places = {'EMPTY': tmp_path / 'empty', 'IMAGE': data / 'val' / 'cat' / '0.png', 'W': trained,
+              'OTHER': tmp_path / 'other.pth', 'BACKBONE': tmp_path / 'backbone.pth'}
     with pytest.raises(InputError, match=message):
         predict(*(places.get(word, word) for word in words))

@@ -1,5 +1,7 @@
 """tools.push_to_hub: a folder for timm and this repository, and a card with measured values only."""
 import json
+import os
+import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -48,15 +50,50 @@ def test_folder_is_read_by_timm_and_here(run, tmp_path):
     assert list(theirs.pretrained_cfg['input_size']) == [3, 32, 32]
 
 
-def test_card_has_what_was_measured(run, tmp_path):
-    """The card has the accuracies of the run and of the evaluation beside it, and the commands to use the model."""
-    card = dry_run(tmp_path / 'hub', run / 'best_model.pth', '--license', 'mit')
+def test_card_has_what_was_measured(run, tmp_path, capsys):
+    """The card has the accuracies of the run and of the evaluation beside it, their data, and commands."""
+    card = dry_run(tmp_path / 'hub', run / 'best_model.pth', '--license', 'mit', '--code', 'https://example.org/code')
+    assert capsys.readouterr().out.endswith(f'--dry-run: {tmp_path}/hub is written, nothing was uploaded\n')
     stats = json.loads((run / 'eval.json').read_text())
-    assert f'- {stats["acc1"]:.2f} % top-1 and {stats["acc5"]:.2f} % top-5 on 8 pictures (`--data-set FOLDER`)' in card
-    assert 'on the evaluation pictures of the training (`--data-set FOLDER`)' in card
+    data = '8 evaluation pictures of data (`--data-set FOLDER`)'
+    assert f'- {stats["acc1"]:.2f} % top-1 on the {data}, after epoch 0 of the training\n' in card
+    assert f'- {stats["acc1"]:.2f} % top-1 and {stats["acc5"]:.2f} % top-5 on {data} at 32 x 32 pixels, crop 1' in card
     assert 'license: mit\n' in card
     assert "timm.create_model('hf-hub:me/my-pets', pretrained=True)" in card
-    assert '2 classes: cat, dog' in card
+    assert f'python -m tools.predict PICTURE.jpg --model {NAME} --pretrained hf-hub:me/my-pets' in card
+    assert '2 classes: cat, dog. Trained on data (`--data-set FOLDER`).' in card
+    assert '[the code of the training](https://example.org/code)' in card
+
+
+def test_evaluation_of_other_weights_is_not_on_the_card(run, tmp_path, capsys):
+    """An eval.json of the EMA, or older than the weights, is left out."""
+    for name in ('best_model.pth', 'eval.json'):
+        shutil.copy2(run / name, tmp_path / name)
+    os.utime(tmp_path / 'eval.json', (0, 0))
+    assert 'top-5' not in dry_run(tmp_path / 'hub', tmp_path / 'best_model.pth')
+    assert f'{tmp_path}/eval.json: older than {tmp_path}/best_model.pth' in capsys.readouterr().out
+    (tmp_path / 'eval.json').write_text((run / 'eval.json').read_text().replace('"use_ema": false', '"use_ema": true'))
+    assert 'top-5' not in dry_run(tmp_path / 'hub', tmp_path / 'best_model.pth')
+
+
+def test_card_of_a_backbone(tmp_path):
+    """The card of a backbone has the command for features, and names the data of --data."""
+    content = {'model': seeded_model(NAME, num_classes=0).state_dict(), 'args': {'model': NAME, 'data_set': 'FOLDER'}}
+    torch.save(content, tmp_path / 'w.pth')
+    card = dry_run(tmp_path / 'hub', tmp_path / 'w.pth', '--data', 'my slides')
+    assert 'python -m tools.extract_features PICTURE.jpg --output features.npz' in card
+    assert 'tools.predict' not in card
+    assert 'pixels. Trained on my slides.' in card
+    assert 'pipeline_tag: image-feature-extraction\n' in card
+
+
+def test_python_of_the_card_runs(run, tmp_path):
+    """The Python on the card runs on a picture, in the folder in place of the hub."""
+    card = dry_run(tmp_path / 'hub', run / 'best_model.pth')
+    code = card.split('```python\n')[1].split('```')[0].replace('hf-hub:me/my-pets', f'local-dir:{tmp_path}/hub')
+    names: dict = {}
+    exec(code.replace('PICTURE.jpg', str(run.parent / 'data' / 'val' / 'cat' / '0.png')), names)
+    assert names['logits'].shape == (1, 2)
 
 
 def test_card_of_bare_weights(tmp_path):

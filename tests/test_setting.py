@@ -185,5 +185,5 @@ def test_run_of_another_model_is_not_resumed(data, tmp_path):
 
 def test_another_tags_model_is_one_line():
     """A tag of another model is refused with both names."""
-    with pytest.raises(InputError, match='checkpoint is xcit_nano_12_p8, --model is xcit_tiny_12_p8$'):
+    with pytest.raises(InputError, match=r'checkpoint is xcit_nano_12_p8, --model is xcit_tiny_12_p8$'):
         main.parse_args(['--eval', '--model', 'xcit_tiny_12_p8', '--pretrained', 'xcit_nano_12_p8.fb_in1k'])

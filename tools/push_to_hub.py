@@ -15,6 +15,7 @@ import torch
 
 import utils
 import weights
+import xcit
 import xcit_zoo
 from inference import flags, timm_files
 from inference.loaded import LoadedModel, load
@@ -25,37 +26,46 @@ from run.output import log
 from utils import InputError, RunStopped, first_line
 
 TOLERANCE = 1e-3  # largest difference between the logits of both models, as a fraction of the largest logit
+DATA = {'IMNET': 'ImageNet-1k', 'IMNET22k': 'ImageNet-22k', 'CIFAR10': 'CIFAR-10', 'CIFAR100': 'CIFAR-100',
+        'FASHION': 'Fashion-MNIST', 'SAMPLE': 'a part of Fashion-MNIST', 'INAT': 'iNaturalist 2018',
+        'INAT19': 'iNaturalist 2019', 'CARS': 'Stanford Cars', 'FLOWERS': 'Oxford Flowers 102'}  # by --data-set
+CODE = 'https://github.com/facebookresearch/xcit'
 CARD = '''---
 library_name: timm
 pipeline_tag: {task}
 license: {license}
 tags:
 - {task}
-- timm
-- xcit
+- timm{tag}
 ---
 # {title}
 
-{model} for {size} x {size} pixels{classes}.
+{model} for {size} x {size} pixels{classes}.{trained}
 
 ## Use
 
 ```python
 import timm
+from PIL import Image
 
 model = timm.create_model('hf-hub:{repo}', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+{outputs} = model(transform(Image.open('PICTURE.jpg').convert('RGB'))[None])
 ```
 
-With the [XCiT repository](https://arxiv.org/abs/2106.09681) of the training:
+With {code}:
 
 ```bash
-python -m tools.predict PICTURE.jpg --model {model} --pretrained hf-hub:{repo}
+python -m tools.{command} --model {model} --pretrained hf-hub:{repo}
 ```
 
 ## Measured
 
 {measured}
 '''
+CLASSIFIER = dict(task='image-classification', outputs='logits', command='predict PICTURE.jpg')
+BACKBONE = dict(task='image-feature-extraction', outputs='features',
+                command='extract_features PICTURE.jpg --output features.npz')
 
 
 def get_args_parser() -> Parser:
@@ -66,36 +76,63 @@ def get_args_parser() -> Parser:
                         help='folder to write; unset: a temporary folder')
     parser.add_argument('--dry-run', action='store_true', help='folder only, no upload')
     parser.add_argument('--private', action='store_true', help='private visibility of a new repository')
+    parser.add_argument('--data', metavar='NAME', help='name of the training data on the card; if unset, by --data-set '
+                        'or the folder\'s name')
+    parser.add_argument('--code', metavar='URL', help='address of this code, for a link on the card')
     parser.add_argument('--license', default='other', metavar='ID', help='licence of the weights, e.g. apache-2.0')
     flags.add_weights_flags(parser)
     return parser
 
 
-def measured(given: weights.Weights, source: str, *, is_ema: bool) -> List[str]:
-    """Return a line for each measured accuracy of weights, which may be the EMA of a training checkpoint."""
-    trained, lines = trained_with(given.checkpoint), []
-    accuracy = given.checkpoint.get('accuracy')
-    key = 'best_ema' if is_ema else 'best'
-    if isinstance(accuracy, dict) and isinstance(accuracy.get(key), (int, float)) and accuracy[key] > 0:
-        lines.append(f'- {accuracy[key]:.2f} % top-1 on the evaluation pictures of the training (`--data-set '
-                     f'{trained.get("data_set")}`), the best of its epochs')
+def data_of(run: dict, name: Optional[str]) -> str:
+    """Return the name of a run's data for the card, '' if unknown; `run`: flags of the run, `name`: --data."""
+    data_set, folder = run.get('data_set'), Path(str(run.get('data_path') or '')).name
+    known = DATA.get(data_set) or (f'{folder} (`--data-set {data_set}`)' if folder else data_set)
+    return name or (known if isinstance(data_set, str) else '')
+
+
+def in_training(given: weights.Weights, data: str) -> List[str]:
+    """Return a line with the accuracy that the training measured of weights, if there is one."""
+    accuracy = timm_files.accuracy_of(given).get('accuracy')
+    if not accuracy:
+        return []
+    count = f'{accuracy["images"]:.0f} ' if 'images' in accuracy else ''
+    return [f'- {accuracy["last"]:.2f} % top-1 on the {count}evaluation pictures of {data}, after epoch '
+            f'{accuracy["last_epoch"]:.0f} of the training']
+
+
+def in_evaluation(source: str, run: dict, name: Optional[str], *, choice: dict) -> List[str]:
+    """Return a line with the accuracy in an eval.json beside a file of weights, if it is that of these weights.
+
+    Args:
+        source: path of the weights.
+        run: flags of the training.
+        name: name of the training data, --data.
+        choice: flags that choose the weights in their file.
+    """
     file = Path(source).parent / 'eval.json'
-    if Path(source).is_file() and file.is_file():
-        try:
-            stats = json.loads(file.read_text())
-            if Path(str(stats['weights'])).name == Path(source).name:
-                side = ' x '.join(map(str, stats['resolution']))
-                lines.append(f'- {stats["acc1"]:.2f} % top-1 and {stats["acc5"]:.2f} % top-5 on {stats["images"]} '
-                             f'pictures (`--data-set {stats["args"]["data_set"]}`) at {side} pixels, crop '
-                             f'{stats["crop"]:g}')
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f'{file}: can\'t be read ({type(error).__name__}: {first_line(error)})') from None
-    return lines
+    if not Path(source).is_file() or not file.is_file():
+        return []
+    try:
+        stats = json.loads(file.read_text())
+        used = stats['args']
+        if Path(str(stats.get('weights'))).name != Path(source).name or any(
+                used.get(flag, value) != value for flag, value in choice.items()):
+            return []
+        if file.stat().st_mtime < Path(source).stat().st_mtime:
+            log(f'{file}: older than {source}, so its accuracy is left out')
+            return []
+        is_same = all(used.get(flag) == run.get(flag) for flag in ('data_set', 'data_path'))
+        side = ' x '.join(map(str, stats['resolution']))
+        return [f'- {stats["acc1"]:.2f} % top-1 and {stats["acc5"]:.2f} % top-5 on {stats["images"]} evaluation '
+                f'pictures of {data_of(used, name if is_same else None)} at {side} pixels, crop {stats["crop"]:g}']
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f'{file}: can\'t be read ({type(error).__name__}: {first_line(error)})') from None
 
 
 def write_folder(folder: Path, loaded: LoadedModel, given: weights.Weights, card: dict, *,
                  published: Optional[xcit_zoo.Published]):
-    """Write model.safetensors, config.json and README.md; `card`: repo, license and measured, for CARD."""
+    """Write model.safetensors, config.json and README.md; `card`: repo, license, trained, code and measured of CARD."""
     described = timm_files.describe(given, loaded.name, published)
     described['args'].update(input_size=loaded.view.input_size, full_crop=loaded.view.full_crop)
     config = timm_files.config(loaded.name, described, loaded.model, published)
@@ -105,7 +142,8 @@ def write_folder(folder: Path, loaded: LoadedModel, given: weights.Weights, card
     utils.write_json(folder / 'config.json', config)
     classes = loaded.classes
     utils.write_text(folder / 'README.md', CARD.format(
-        **card, task='image-classification' if loaded.model.num_classes else 'image-feature-extraction',
+        **card, **(CLASSIFIER if loaded.model.num_classes else BACKBONE),
+        tag='\n- xcit' if xcit.is_xcit_name(loaded.name) else '',
         title=card['repo'].partition('/')[2], model=loaded.name, size=loaded.view.input_size,
         classes=f', {len(classes)} classes: {utils.abridge(classes, 20)}' if classes else ''))
 
@@ -146,15 +184,21 @@ def main(argv: Optional[list] = None) -> Optional[str]:
     loaded = load(**flags.weights(args), fuse=False)
     given = weights.read(args.pretrained, '--pretrained', loaded.name, use_ema=args.use_ema, key=args.checkpoint_key)
     published = weights.published(args.model or '', args.pretrained) or weights.published_as(args.pretrained)
-    lines = measured(given, args.pretrained, is_ema=args.use_ema or args.checkpoint_key.startswith('model_ema'))
-    figures = '\n'.join(lines) or 'Nothing was measured with this file.'
-    card = dict(repo=args.repo, license=args.license, measured=figures)
+    run = trained_with(given.checkpoint)
+    data = data_of(run, args.data)
+    lines = in_training(given, data) + in_evaluation(
+        args.pretrained, run, args.data, choice={'use_ema': args.use_ema, 'checkpoint_key': args.checkpoint_key})
+    card = dict(repo=args.repo, license=args.license, trained=f' Trained on {data}.' if data else '',
+                code=f'[the code of the training]({args.code})' if args.code else
+                f'the code of the training, a new version of [XCiT\'s code]({CODE})',
+                measured='\n'.join(lines) or 'Nothing was measured with this file.')
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.output_dir or Path(temporary)
         write_folder(folder, loaded, given, card, published=published)
         check_folder(folder, loaded)
         log(f'{folder}: {loaded.name}, {loaded.model.num_classes} classes; timm computes the same outputs')
         if args.dry_run:
+            log(f'--dry-run: {folder} is written, nothing was uploaded')
             return None
         address = upload(folder, args.repo, private=args.private)
     log(f'{address}: uploaded')

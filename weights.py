@@ -55,16 +55,6 @@ def refuse_other_model(own: Optional[str], name: str, flag: str = '--model', *, 
         raise InputError(about(source, f'checkpoint is {own}, {flag} is {name}'))
 
 
-def xcit_with(tensors: dict) -> Optional[str]:
-    """Return the name of the XCiT, one of 14, whose weights have these names and shapes; None: no such model."""
-    depth = len({key.split('.')[1] for key in tensors if key.startswith('blocks.')})
-    patch = 2 ** len({key.split('.')[2] for key in tensors if key.startswith('patch_embed.proj.')})
-    width = getattr(tensors.get('cls_token'), 'shape', ())[-1:]
-    return next((f'xcit_{size}_p{patch}' for size, config in xcit.SIZES.items()
-                 if ((config['embed_dim'],), config['depth']) == (width, depth) and patch in xcit.STEM_CONVOLUTIONS),
-                None)
-
-
 def check_model(flag: str, name: str):
     """Raise InputError, with similar names, if timm has no model or tag of the name given by `flag`."""
     base, _, tag = name.partition('.')
@@ -376,7 +366,7 @@ def model_in(checkpoint: dict) -> Optional[str]:
     if name and timm.is_model(name.partition('.')[0]):
         return name
     found = xcit_zoo.find_weights(checkpoint, names_of(''))
-    return next(filter(None, (xcit_with(xcit_zoo.from_timm_names(part.tensors)) for part in found)), None)
+    return next(filter(None, (xcit.name_with(xcit_zoo.from_timm_names(part.tensors)) for part in found)), None)
 
 
 def backbone_state(model: torch.nn.Module) -> dict:

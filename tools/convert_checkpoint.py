@@ -10,6 +10,7 @@ from typing import Optional
 
 import utils
 import weights
+import xcit
 import xcit_zoo
 from inference import timm_files
 from inference.flags import add_choice_of_weights
@@ -46,7 +47,7 @@ def check_target(source: str, target: Path):
 
 def model_of(given: weights.Weights) -> str:
     """Return the name of the model, one of 14, whose weights have these shapes; raise InputError if there is none."""
-    if name := weights.xcit_with(given.tensors):
+    if name := xcit.name_with(given.tensors):
         return name
     raise InputError(f'{given.source}: not the weights of an XCiT model; keys: {utils.abridge(list(given.tensors))}')
 

@@ -25,7 +25,7 @@ from reports import real_labels
 from run import assembly, flags, launch, optimization, parts, processes, schedules
 from run.commandline import COUNT, COUNT_OR_0, FRACTION, PATH, POSITIVE, Parser, number, run_program, words_of
 from run.descriptions import names_of
-from run.folder import BEST, CHECKPOINT
+from run.folder import BEST, CHECKPOINT, EVALUATION_FILES, RUN_FILES
 from run.logs import table_row, write_result
 from run.output import log, without_ending
 from run.position import Epochs
@@ -34,6 +34,7 @@ from run.training import Run
 from utils import InputError, first_line, seed_everything
 
 REFERENCE_BATCH = 512  # images per step that --lr refers to
+FILES = (*RUN_FILES, 'split.json', BEST, *EVALUATION_FILES)
 # Defaults that --finetune changes; the command line has priority
 FINETUNING = dict(epochs=30, lr=4e-4, min_lr=1e-6, warmup_epochs=0, drop_path=0., reprob=0., repeated_aug=False,
                   full_crop=True)
@@ -121,7 +122,7 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     use_setting_of_file(args, parser, argv)
     weights.check_model('--model', args.model)
     datasets.check_data_set(args)
-    flags.check_run_flags(args)
+    flags.check_run_flags(args, writes=EVALUATION_FILES if args.eval else FILES)
     flags.check_compile_flags(args)
     flags.check_optimizer_flags(args)
     flags.check_schedule_flags(args)
@@ -282,7 +283,7 @@ def train(args, device: torch.device) -> dict:
          'classes': parts.Classes(train_set.class_names())},
         optional=('model_ema', 'scaler', 'accuracy', 'classes',
                   *([] if scheduler.depends_on_the_past else ['lr_scheduler'])),
-        fixed=('opt', 'val_fraction'), files=('split.json',))
+        fixed=('opt', 'val_fraction'), files=FILES)
     # The head, a linear layer, is the same in both modes
     frozen = model if args.freeze_backbone else model.patch_embed if args.surgery else None
     derived = {**pace.derived(device, amp_dtype), 'num_classes': num_classes, 'train_images': len(train_set),

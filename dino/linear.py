@@ -26,7 +26,7 @@ from run import checkpoints, flags, parts, processes
 from run.assembly import prepare
 from run.commandline import COUNT, PATH, POSITIVE, Parser, run_program, words_of
 from run.descriptions import names_of, trained_with
-from run.folder import check_output_dir
+from run.folder import EVALUATION_FILES, RUN_FILES, check_output_dir
 from run.logs import table_row, write_result
 from run.output import log
 from run.pace import Pace
@@ -38,6 +38,7 @@ from utils import InputError, dashed, seed_everything
 REFERENCE_BATCH = 256  # images per step that --lr refers to
 MOMENTUM = .9
 FILE, MODEL = 'linear.pth', 'classifier.pth'
+FILES = (*RUN_FILES, FILE, MODEL)
 VIEW = ('input_size', 'full_crop', 'mean', 'std')  # flags of the images that a classifier's file contains
 COLUMNS = {'loss': ('train_loss', '.4f'), 'lr': ('train_lr', '.2e'), 'top-1': ('test_acc1', '.2f'),
            'top-5': ('test_acc5', '.2f'), 'best': ('test_best_acc1', '.2f'), 'of --lr': ('test_lr', 'g')}
@@ -73,7 +74,7 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.output_dir is None:
         args.output_dir = '' if args.evaluate else '.'
-    flags.check_run_flags(args)
+    flags.check_run_flags(args, writes=EVALUATION_FILES[:1] if args.evaluate else FILES)
     frozen.check_flags(args, parser, needs_train=not args.evaluate)
     if args.features_dir or args.val_features:
         flags.refuse_without_effect(args, parser, ['skip_bad_images'], 'on features that are in files')
@@ -187,7 +188,7 @@ def train(args, device: torch.device, backbone: Optional[frozen.Frozen]) -> dict
     run = Run(args, Epochs(args.epochs), {
         'linears': linears, 'optimizer': parts.Optimizer(optimizer), 'backbone': Backbone(source.backbone),
         'classes': parts.Classes(source.classes), 'accuracy': best, 'kept': kept, 'scaler': scaler},
-        optional=('kept',), fixed=('epochs', 'lr', 'keep_best'), files=(FILE, MODEL))
+        optional=('kept',), fixed=('epochs', 'lr', 'keep_best'), files=FILES)
     pace = Pace(1., args.batch_size, args.accum_iter, REFERENCE_BATCH)  # scaled_lr: the factor of all rates
     schedule = Schedule(optimizer, cosine(pace.scaled_lr, 0., steps=args.epochs))
     derived = {**pace.derived(device, amp_dtype), 'scaled_lr': [lr * pace.scaled_lr for lr in args.lr],

@@ -23,7 +23,7 @@ from loaders.samples import PictureSet
 from run import devices, flags, parts
 from run.assembly import prepare
 from run.commandline import COUNT_OR_0, PATH, POSITIVE, Parser, run_program, switch, words_of
-from run.folder import CHECKPOINT, check_output_dir
+from run.folder import CHECKPOINT, RUN_FILES, check_output_dir
 from run.logs import table_row
 from run.output import log
 from run.schedules import Schedule, cosine, ramp
@@ -35,7 +35,8 @@ REFERENCE_BATCH = 256  # images per step that --lr refers to
 FIXED = ('arch', 'epochs', 'warmup_epochs', 'warmup_teacher_temp_epochs', 'lr', 'min_lr', 'weight_decay',
          'weight_decay_end', 'momentum_teacher', 'warmup_teacher_temp', 'teacher_temp', 'freeze_last_layer',
          'clip_grad', 'optimizer', 'local_crops_number', 'norm_last_layer', 'data_set')
-FILES = ('checkpoint[0-9][0-9][0-9][0-9].pth', files.BEST, 'backbone.pth', 'backbone.safetensors', drawings.FOLDER)
+FILES = (*RUN_FILES, 'checkpoint[0-9][0-9][0-9][0-9].pth', files.BEST, 'backbone.pth', 'backbone.safetensors',
+         drawings.FOLDER)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -87,7 +88,7 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     if not args.amp:
         is_cuda = devices.choose_device(args.device).type == 'cuda'
         args.amp = ('bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16') if is_cuda else 'off'
-    flags.check_run_flags(args)
+    flags.check_run_flags(args, writes=() if args.preview_crops else FILES)
     flags.check_compile_flags(args)
     data.check_flags(args, parser)
     patch_size = networks.checked_patch_size(args.arch, args.patch_size)

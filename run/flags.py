@@ -12,11 +12,11 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 
 from run import checkpoints, devices, launch, session
 from run.commandline import COUNT, COUNT_OR_0, FRACTION, NON_NEGATIVE, PATH, POSITIVE, Parser, number
-from run.folder import check_output_dir
+from run.folder import RUN_FILES, check_output_dir
 from run.output import log
 from run.pace import Pace
 from run.position import Iterations
-from run.resume import flags_of_run
+from run.resume import check_is_free_for, flags_of_run
 from run.settings import Loading, MostPixels
 from utils import InputError, dashed, similar
 
@@ -167,14 +167,16 @@ def add_distributed_flags(group, *, sync_bn: bool = True):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks; each raises InputError
 
-def check_run_flags(args) -> argparse.Namespace:
-    """Check the flags of add_run_group, and return them."""
+def check_run_flags(args, *, writes: Iterable[str] = RUN_FILES) -> argparse.Namespace:
+    """Check the flags of add_run_group, and return them; `writes`: patterns of the files written to --output-dir."""
     choose_device(args)
     if args.resume not in ('', 'auto') and not checkpoints.is_url(args.resume) and not Path(args.resume).exists():
         raise InputError(f'--resume {args.resume}: no such file')
     if args.resume == 'auto' and not args.output_dir:
         raise InputError('--resume auto: needs --output-dir to search')
     check_output_dir(args.output_dir)
+    if args.output_dir:
+        check_is_free_for(args.resume, args.output_dir, writes)
     return args
 
 

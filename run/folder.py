@@ -6,16 +6,19 @@ import os
 import shutil
 import socket
 from pathlib import Path
-from typing import Iterable, Optional
+from typing import Iterable, List, Optional
 
 from run.output import log
-from run.processes import is_main_process, on_main_process
-from utils import InputError, first_line
+from run.processes import on_main_process
+from utils import InputError, abridge, first_line
 
 CHECKPOINT, PREVIOUS, BEST = 'checkpoint.pth', 'checkpoint_previous.pth', 'best_model.pth'
 DAMAGED, ARGS = 'checkpoint_damaged.pth', 'args.json'
+HOLDER = 'process '  # beginning of a lock's content
+EVALUATION_FILES = ('eval.json', 'report')
 # Patterns of the files that every run may write
-RUN_FILES = (CHECKPOINT, PREVIOUS, DAMAGED, BEST, 'log.txt', ARGS, 'eval.json', 'report', 'tb')
+RUN_FILES = (CHECKPOINT, PREVIOUS, DAMAGED, 'log.txt', ARGS, 'tb')
+UNLISTED = (*RUN_FILES, BEST, *EVALUATION_FILES)  # patterns that the args.json of earlier versions does not list
 
 
 def check_output_dir(path: str, flag: str = '--output-dir'):
@@ -26,11 +29,18 @@ def check_output_dir(path: str, flag: str = '--output-dir'):
         raise InputError(f'{flag} {path}: {existing} is not a writable directory')
 
 
-def set_aside(folder: Path, task_files: Iterable[str] = ()):
-    """Move the files of an earlier run in a folder, by the patterns of all runs and of this task, to `previous-N`."""
-    patterns = dict.fromkeys((*RUN_FILES, *task_files, *files_of_earlier_run(folder)))
-    files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
-    if not files or not is_main_process():
+def set_aside(folder: Path, patterns: Iterable[str]):
+    """Move the files of an earlier run in a folder to `previous-N`.
+
+    Args:
+        patterns: patterns of the files that a new run may write.
+
+    Raises:
+        InputError: the new run would write to files that no run has written.
+    """
+    check_is_free(folder, patterns)
+    files = files_of_earlier_run(folder)
+    if not files:
         return
     previous = next(path for i in itertools.count(1) if not (path := folder / f'previous-{i}').exists())
     previous.mkdir()
@@ -39,12 +49,37 @@ def set_aside(folder: Path, task_files: Iterable[str] = ()):
     log(f'{folder} contained another run: its files are now in {previous} (to resume a run: --resume auto)')
 
 
-def files_of_earlier_run(folder: Path) -> list:
-    """Return the patterns in args.json of an earlier run, perhaps of another task, for its task's files."""
+def check_is_free(folder: Path, patterns: Iterable[str]):
+    """Raise InputError if a folder contains files that match `patterns`, and that no run has written."""
+    files_of_run = set(files_of_earlier_run(folder))
+    others = [file.name for file in matches(folder, patterns) if file not in files_of_run]
+    if others:
+        raise InputError(f'--output-dir {folder}: contains {abridge(others)}, which no earlier run has written (there '
+                         f'is no {ARGS} of a run that lists them); rename them, or choose another folder')
+
+
+def files_of_earlier_run(folder: Path) -> List[Path]:
+    """Return the files of an earlier run or evaluation in a folder, perhaps of another task, by its own list."""
+    patterns: List[str] = []
+    if run := result_of(folder / ARGS):
+        listed = [str(pattern) for pattern in run.get('files', [])]
+        patterns = listed if CHECKPOINT in listed else [*UNLISTED, *listed]
+    if result_of(folder / EVALUATION_FILES[0]):
+        patterns += EVALUATION_FILES
+    return matches(folder, patterns)
+
+
+def matches(folder: Path, patterns: Iterable[str]) -> List[Path]:
+    return list(dict.fromkeys(file for pattern in patterns for file in sorted(folder.glob(pattern))))
+
+
+def result_of(path: Path) -> dict:
+    """Return the content of a file of run.logs.write_result; {} if there is none."""
     try:
-        return [str(pattern) for pattern in json.loads((folder / ARGS).read_text()).get('files', [])]
-    except (OSError, ValueError, AttributeError, TypeError):
-        return []
+        content = json.loads(path.read_text())
+        return content if isinstance(content['args'], dict) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 class DirectoryLock:
@@ -73,8 +108,11 @@ class DirectoryLock:
         os.register_at_fork(after_in_child=self.release)  # else workers would keep the lock for some time after kill -9
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.file.seek(0)
+            if not (self.file.read() or HOLDER).startswith(HOLDER):
+                raise InputError(f'--output-dir {path}: {path / ".lock"} is no file of a run; choose another folder')
             self.file.truncate(0)
-            self.file.write(f'process {os.getpid()} on {socket.gethostname()}')
+            self.file.write(f'{HOLDER}{os.getpid()} on {socket.gethostname()}')
             self.file.flush()
         except BlockingIOError:
             self.file.seek(0)

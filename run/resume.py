@@ -1,12 +1,11 @@
 """Choice and reading of the checkpoint for --resume."""
 import contextlib
-import json
 import os
 from pathlib import Path
-from typing import Optional, Tuple
+from typing import Iterable, Optional, Tuple
 
 from run import checkpoints
-from run.folder import ARGS, CHECKPOINT, DAMAGED, PREVIOUS
+from run.folder import ARGS, CHECKPOINT, DAMAGED, PREVIOUS, check_is_free, result_of
 from run.output import log
 from run.processes import is_main_process, max_over_processes, on_main_process
 from utils import InputError
@@ -67,12 +66,23 @@ def flags_of_run(resume: str, output_dir: str) -> dict:
     if not resume or checkpoints.is_url(resume):
         return {}
     folder = Path(output_dir) if resume == 'auto' else Path(resume).parent
-    if resume == 'auto' and not any((folder / name).exists() for name in (CHECKPOINT, PREVIOUS)):
+    if resume == 'auto' and not has_checkpoint(folder):
         return {}  # a fresh start
-    try:
-        return dict(json.loads((folder / ARGS).read_text())['args'])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    return result_of(folder / ARGS).get('args', {})
+
+
+def has_checkpoint(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (CHECKPOINT, PREVIOUS))
+
+
+def check_is_free_for(resume: str, output_dir: str, patterns: Iterable[str]):
+    """Raise InputError if a run would write to files in its folder, by their `patterns`, that no run has written.
+
+    A checkpoint that is resumed in its folder is a run's, also without args.json.
+    """
+    folder = Path(output_dir)
+    if not (continues_in_place(resume, output_dir) and (resume != 'auto' or has_checkpoint(folder))):
+        check_is_free(folder, patterns)
 
 
 def continues_in_place(resume: str, output_dir: str) -> bool:

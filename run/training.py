@@ -23,11 +23,18 @@ import torch
 from run import checkpoints
 from run.descriptions import trained_with
 from run.devices import amp_dtype_of
-from run.folder import ARGS, CHECKPOINT, PREVIOUS, DirectoryLock, set_aside
+from run.folder import ARGS, CHECKPOINT, PREVIOUS, RUN_FILES, DirectoryLock, set_aside
 from run.logs import EpochLog, environment, log_values, write_result
 from run.output import log
 from run.position import Epochs
-from run.processes import get_world_size, is_main_process, max_over_processes, sum_over_processes, wait_for_all
+from run.processes import (
+    get_world_size,
+    is_main_process,
+    max_over_processes,
+    on_main_process,
+    sum_over_processes,
+    wait_for_all,
+)
 from run.progress import Table, map_leaves
 from run.resume import NOT_SHARED, continues_in_place, load_for_resume
 from run.signals import StopRequest
@@ -44,7 +51,7 @@ class Run:
             `load_state_dict`, or None for a part that this run does not have.
         optional: names of parts that a checkpoint may lack.
         fixed: flags whose value may not change on resume.
-        files: patterns of files that only this task writes to --output-dir; a later run sets them aside.
+        files: patterns of further files that this run writes to --output-dir; a later run sets them aside.
 
     Attributes:
         folder: --output-dir; None: nothing is written.
@@ -57,7 +64,8 @@ class Run:
                  files: tuple = ()):
         if reserved := parts.keys() & {*position.state_dict(), 'averages', 'batch', 'args', 'replaced'}:
             raise ValueError(f'{", ".join(sorted(reserved))}: reserved keys of a checkpoint; rename the parts')
-        self.flags, self.position, self.parts, self.optional, self.files = vars(args), position, parts, optional, files
+        self.flags, self.position, self.parts, self.optional = vars(args), position, parts, optional
+        self.files = tuple(dict.fromkeys((*RUN_FILES, *files)))
         self.fixed = {name: self.flags[name] for name in (*fixed, *position.fixed)}
         self.resume_from, self.save_every, self.stop_after = args.resume, args.save_every, args.stop_after_epochs
         self.seed, self.accum_iter, self.amp = args.seed, args.accum_iter, args.amp
@@ -306,7 +314,7 @@ class Run:
         if self.folder is None:
             return None
         if not continues_in_place(self.resume_from, str(self.folder)):
-            set_aside(self.folder, self.files)
+            on_main_process(lambda: set_aside(self.folder, self.files) or '')
         if not is_main_process():
             return None
         write_result(self.folder / ARGS, {'derived': derived, 'files': self.files}, self.flags)

@@ -2,7 +2,9 @@
 
 To test a new task, add it to PROGRAMS.
 """
+import contextlib
 import importlib
+import json
 import os
 import random
 import shutil
@@ -18,6 +20,8 @@ from processes import finish, run, start
 from resuming import assert_same_run, interrupt, interrupt_within_round, is_same, log_lines, state
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import main
+from dino import linear, train
 from run import folder
 from utils import InputError, Interrupted, RunStopped
 
@@ -316,7 +320,9 @@ def test_resume_auto_reads_a_file_once(program, whole, tmp_path, monkeypatch):
 def test_files_of_an_earlier_run_of_another_task_are_set_aside(program, whole, tmp_path):
     """A new run in a folder moves what the folder's args.json lists, also files that its own task does not write."""
     run = shutil.copytree(whole, tmp_path / 'run')
-    (run / 'args.json').write_text('{"files": ["sheet-*.png", "other.pth"]}')
+    described = json.loads((run / 'args.json').read_text())
+    described['files'] += ['sheet-*.png', 'other.pth']
+    (run / 'args.json').write_text(json.dumps(described))
     for name in ('sheet-1.png', 'other.pth', 'notes.txt'):
         (run / name).write_text(name)
     before = (run / 'checkpoint.pth').read_bytes()
@@ -344,3 +350,49 @@ def test_older_checkpoint_is_resumed_to_the_same_end(data, tmp_path, module, nam
     if 'accuracy' in expected:
         after['accuracy'] = {key: after['accuracy'][key] for key in expected['accuracy']}  # there are more now
     assert [key for key in expected if key != 'args' and not is_same(after[key], expected[key], rtol=1e-4)] == []
+
+
+@pytest.mark.parametrize('name', ['log.txt', 'tb', 'args.json', 'checkpoint.pth'])
+def test_files_of_the_user_are_refused(program, tmp_path, name):
+    """A new run is refused in a folder with a file of the user's own that it would write, and the file is unchanged."""
+    (tmp_path / name).write_text('[1, 2]')
+    for resume in ([], ['--resume', 'auto'] * (name != 'checkpoint.pth')):
+        with pytest.raises(InputError, match=f'--output-dir .*: contains {name}, which no earlier run has written'):
+            program(tmp_path, *resume)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: '[1, 2]'}
+
+
+@pytest.mark.parametrize(('parse', 'argv', 'own', 'refused'), [
+    (main.parse_args, [], 'report', True), (main.parse_args, ['--eval'], 'report', True),
+    (main.parse_args, ['--eval'], 'log.txt', False), (train.parse_args, [], 'report', False),
+    (train.parse_args, [], 'backbone.pth', True), (train.parse_args, ['--preview-crops', 'x'], 'log.txt', False),
+    (linear.parse_args, ['--train-features', 'a', '--val-features', 'b'], 'linear.pth', True)])
+def test_each_program_refuses_what_it_would_write(parse, argv, own, refused, tmp_path, monkeypatch):
+    """In the current folder, a program refuses files that it would write, before any work, and no others."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / own).touch()
+    with pytest.raises(InputError, match=f'contains {own}') if refused else contextlib.nullcontext():
+        parse(['--device', 'cpu', '--output-dir', '.', *argv])
+
+
+def test_only_files_of_runs_are_set_aside(tmp_path):
+    """Files that args.json or eval.json account for are moved, of earlier versions too; a user's report/ stays."""
+    for args, moved in (({'files': ['checkpoint.pth', 'log.txt', 'args.json']}, {'checkpoint.pth', 'args.json'}),
+                        ({'files': ['split.json']}, {'checkpoint.pth', 'args.json', 'split.json', 'report'})):
+        for name in ('checkpoint.pth', 'split.json', 'report'):
+            (tmp_path / name).touch()
+        (tmp_path / 'args.json').write_text(json.dumps({'args': {}, **args}))
+        folder.set_aside(tmp_path, ['checkpoint.pth'])
+        aside = max(tmp_path.glob('previous-*'))
+        assert {path.name for path in aside.iterdir()} == moved
+    (tmp_path / 'eval.json').write_text('{"args": {}}')
+    folder.set_aside(tmp_path, ['checkpoint.pth'])
+    assert [path.name for path in (tmp_path / 'previous-3').iterdir()] == ['eval.json']
+
+
+def test_lock_of_another_program_is_unchanged(tmp_path):
+    """A .lock that no run has written is refused, and keeps its content."""
+    (tmp_path / '.lock').write_text('mine')
+    with pytest.raises(InputError, match='no file of a run'):
+        folder.DirectoryLock(tmp_path)
+    assert (tmp_path / '.lock').read_text() == 'mine'

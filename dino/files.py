@@ -1,4 +1,5 @@
 """Checkpoints of DINO under the original's names, and names in files of other programs and years."""
+import itertools
 import re
 from typing import List, Optional
 
@@ -71,7 +72,10 @@ def load(network: MultiCrop, tensors: dict):
                                      expected.items() if key in tensors and tensors[key].shape != value.shape]}
     if any(problems.values()):
         listed = '; '.join(f'{problem}: {abridge(keys)}' for problem, keys in problems.items() if keys)
-        raise InputError(f'the weights do not match this network ({listed})')
+        names = itertools.chain(*problems.values())
+        remedy = ('; only the heads differ: --pretrained with backbone.pth, the file of the backbone alone, starts '
+                  'with new heads of any --out-dim' if all(name.startswith('head.') for name in names) else '')
+        raise InputError(f'the weights do not match this network ({listed}){remedy}')
     network.load_state_dict(tensors)
 
 

@@ -121,8 +121,12 @@ def build_dataset(args) -> PictureSet:
     return data.build_dataset(datasets.source(args), data.build_crops(args), skips_bad=args.skip_bad_images > 0)
 
 
-def build_networks(args, criterion: DinoLoss) -> Tuple[MultiCrop, MultiCrop]:
-    """Build student and teacher, with equal weights unless --pretrained contains both; load its centre, if any."""
+def build_networks(args, criterion: DinoLoss) -> Tuple[MultiCrop, MultiCrop, bool]:
+    """Build student and teacher, with equal weights unless --pretrained contains both; load its centre, if any.
+
+    Returns:
+        Student, teacher, and whether their heads are new.
+    """
     source, content, given = f'--pretrained {args.pretrained}', {}, None
     if args.pretrained:
         content = weights.read_content(args.pretrained, '--pretrained', args.arch)
@@ -140,11 +144,11 @@ def build_networks(args, criterion: DinoLoss) -> Tuple[MultiCrop, MultiCrop]:
             weights.refuse_other_model(weights.model_in(content), args.arch, '--arch', source=source)
             raise InputError(f'{source}: {error}') from None
         log(f'{source}: {"; ".join([*notes, "weights of student and teacher are loaded"])}')
-        return student, teacher
+        return student, teacher, False
     if given is not None:
         log(f'{source}: a backbone for student and teacher; their heads are new')
     teacher.load_state_dict(student.state_dict())
-    return student, teacher
+    return student, teacher, True
 
 
 def build_curves(args, *, lr: float, steps: int) -> Dict[str, List[float]]:
@@ -153,6 +157,13 @@ def build_curves(args, *, lr: float, steps: int) -> Dict[str, List[float]]:
     return {'lr': cosine(lr, args.min_lr, steps=total, warmup_steps=args.warmup_epochs * steps),
             'wd': cosine(args.weight_decay, args.weight_decay_end, steps=total),
             'momentum': cosine(args.momentum_teacher, 1., steps=total)}
+
+
+def remedy(args) -> str:
+    """Return the way to train on with other flags or pictures, for the errors of --resume."""
+    file = Path(args.output_dir, CHECKPOINT) if args.resume == 'auto' else args.resume
+    return (f'; to train longer, or with other flags or pictures, start from its weights in another folder: '
+            f'--pretrained {file} --output-dir OTHER')
 
 
 def train(args, device: torch.device) -> dict:
@@ -169,8 +180,8 @@ def train(args, device: torch.device) -> dict:
     batches, steps = len(loader), -(-len(loader) // args.accum_iter)
     pace = flags.pace(args, reference_batch=REFERENCE_BATCH)
     criterion = DinoLoss(args.out_dim, GLOBAL + args.local_crops_number).to(device)
-    student, teacher = (network.to(device) for network in build_networks(args, criterion))
-    for network in (student, teacher):
+    student, teacher, has_new_heads = build_networks(args, criterion)
+    for network in (student.to(device), teacher.to(device)):
         xcit.speed_up_training(network.backbone)
     optimizer, scaler = updates.build_optimizer(args.optimizer, student), flags.build_scaler(args, device)
     curves = build_curves(args, lr=pace.scaled_lr, steps=steps)
@@ -180,7 +191,8 @@ def train(args, device: torch.device) -> dict:
         'student': files.Network(student), 'teacher': files.Network(teacher),
         'optimizer': parts.Optimizer(optimizer), 'dino_loss': criterion, 'fp16_scaler': scaler,
         'data': parts.Images(len(dataset), dataset.files()), 'monitor': watch.metrics},
-        optional=('fp16_scaler', 'data', 'monitor'), fixed=FIXED, files=FILES)
+        optional=('fp16_scaler', 'data', 'monitor'), fixed=FIXED, files=FILES,
+        remedies=dict.fromkeys({*FIXED, 'data'} - {'arch'}, remedy(args)))
 
     with run.resumed():
         if run.is_over():
@@ -195,11 +207,13 @@ def train(args, device: torch.device) -> dict:
                           'n_parameters': sum(p.numel() for p in student.parameters() if p.requires_grad)}):
             pace.log(batches=batches, warmup_epochs=args.warmup_epochs, epochs=args.epochs,
                      images=images_of_epoch(dataset), min_lr=args.min_lr)
-            log(f'The loss begins at about ln({args.out_dim}) = {math.log(args.out_dim):.2f}')
+            is_fresh = run.position.done < 0 and not run.step
+            if is_fresh and has_new_heads:
+                log(f'The loss begins at about ln({args.out_dim}) = {math.log(args.out_dim):.2f}')
             if args.accum_iter > 1:
                 log(f'--accum-iter {args.accum_iter}: gradients come from {pace.images_per_step} images, but centre '
                     f'and BatchNorm from {pace.images_per_batch} images at a time')
-            if run.position.done < 0 and not run.step:
+            if is_fresh:
                 watch.before_training(teacher, run)
             for epoch in run.rounds(loader):
                 stats = train_one_epoch(

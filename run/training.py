@@ -52,6 +52,7 @@ class Run:
         optional: names of parts that a checkpoint may lack.
         fixed: flags whose value may not change on resume.
         files: patterns of further files that this run writes to --output-dir; a later run sets them aside.
+        remedies: text by the name of a fixed flag or a part, which ends the error about its difference on resume.
 
     Attributes:
         folder: --output-dir; None: nothing is written.
@@ -61,11 +62,12 @@ class Run:
     """
 
     def __init__(self, args, position: Epochs, parts: dict, *, optional: tuple = (), fixed: tuple = (),
-                 files: tuple = ()):
+                 files: tuple = (), remedies: Optional[Dict[str, str]] = None):
         if reserved := parts.keys() & {*position.state_dict(), 'averages', 'batch', 'args', 'replaced'}:
             raise ValueError(f'{", ".join(sorted(reserved))}: reserved keys of a checkpoint; rename the parts')
         self.flags, self.position, self.parts, self.optional = vars(args), position, parts, optional
         self.files = tuple(dict.fromkeys((*RUN_FILES, *files)))
+        self.remedies = remedies or {}
         self.fixed = {name: self.flags[name] for name in (*fixed, *position.fixed)}
         self.resume_from, self.save_every, self.stop_after = args.resume, args.save_every, args.stop_after_epochs
         self.seed, self.accum_iter, self.amp = args.seed, args.accum_iter, args.amp
@@ -276,7 +278,7 @@ class Run:
                 try:
                     part.load_state_dict(checkpoint[name])
                 except InputError as error:
-                    raise InputError(f'{source}: {error}') from None
+                    raise InputError(f'{source}: {error}{self.remedies.get(name, "")}') from None
                 except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
                     raise InputError(f'{source}: its {name} does not match this run ({first_line(error)})') from None
         needed = [name for name in (*parts, *self.position.required)
@@ -296,7 +298,8 @@ class Run:
         before = trained_with(checkpoint)
         for name, value in self.fixed.items():
             if before.get(name, value) != value:
-                raise InputError(f'{source}: was trained with {dashed(name)} {before[name]}, not {value}')
+                raise InputError(f'{source}: was trained with {dashed(name)} {before[name]}, not {value}'
+                                 f'{self.remedies.get(name, "")}')
         batch, accum_iter = checkpoint.get('batch', 0), before.get('accum_iter', 1)
         images, images_now = batch * accum_iter, self.images_per_batch * self.accum_iter
         if images and images != images_now:

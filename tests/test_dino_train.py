@@ -336,7 +336,7 @@ def load_pretrained(path: Path, flat: Path) -> tuple:
     args = train.parse_args(small(flat, '--pretrained', str(path)))
     criterion = train.DinoLoss(16, 3)
     with small_dino.mock.patch.object(small_dino.networks, 'HIDDEN', 16):
-        return *train.build_networks(args, criterion), criterion
+        return *train.build_networks(args, criterion)[:2], criterion
 
 
 @pytest.mark.parametrize('other', OTHERS)
@@ -371,10 +371,17 @@ def test_backbone_file_starts_both_networks(trained, flat, capsys):
     assert 'their heads are new' in capsys.readouterr().out
 
 
+def test_initial_loss_is_named_for_new_heads_only(trained, flat, capsys):
+    """The line about the initial loss is only true for new heads, not for those of a checkpoint."""
+    for name, is_named in (('checkpoint.pth', False), ('backbone.pth', True)):
+        small_dino.main(small(flat, '--epochs', '1', '--output-dir', '', '--pretrained', str(trained / name)))
+        assert ('The loss begins at' in capsys.readouterr().out) == is_named
+
+
 def test_head_of_another_width_is_refused_with_the_names(trained, flat):
     """A head that does not match is an error with the names of its weights."""
     args = train.parse_args(small(flat, '--pretrained', str(trained / 'checkpoint.pth')))
-    with pytest.raises(InputError, match=r'of another shape: head\.mlp\.0\.weight'):
+    with pytest.raises(InputError, match=r'head\.mlp\.0\.weight .*only the heads differ: .* with backbone\.pth'):
         train.build_networks(args, train.DinoLoss(16, 3))  # of 2048 hidden numbers
 
 
@@ -383,7 +390,7 @@ def test_head_of_another_width_is_refused_with_the_names(trained, flat):
     ('--local-crops-number', '2'), ('--data-set', 'SAMPLE')])
 def test_resume_with_another_recipe_is_refused(trained, flat, tmp_path, flag, value):
     """A resume with another value of a fixed flag is refused, and leaves no folder."""
-    with pytest.raises(InputError, match=f'was trained with {flag} .*, not {value}'):
+    with pytest.raises(InputError, match=f'was trained with {flag} .*, not {value}; .* --pretrained .*checkpoint.pth '):
         small_dino.main([*small(flat, flag, value), '--resume', str(trained / 'checkpoint.pth'), '--output-dir',
                          str(tmp_path / 'run')])
     assert not (tmp_path / 'run').exists()
@@ -397,7 +404,7 @@ def test_resume_with_other_pictures_is_refused(trained, flat, tmp_path):
             (tmp_path / folder / name.format(path.name)).write_bytes(path.read_bytes())
     resume = ['--resume', str(trained / 'checkpoint.pth'), '--output-dir', str(tmp_path / 'run')]
     small_dino.main([*small(tmp_path / 'moved'), *resume])
-    with pytest.raises(InputError, match='8 images with other names'):
+    with pytest.raises(InputError, match=r'8 images with other names.*; .* --pretrained'):
         small_dino.main([*small(tmp_path / 'other'), *resume])
 
 

@@ -10,10 +10,11 @@ from conftest import REFERENCE
 from PIL import Image
 from seeded_weights import image as seeded_image
 from seeded_weights import tensor as seeded_tensor
+from torchvision import transforms
 
 from dino import neighbours, updates
 from dino.collapse import kinds_of_collapse, spread
-from dino.crops import Crops
+from dino.crops import Crops, RandomResizedCrop
 from dino.loss import DinoLoss
 from dino.networks import Head, MultiCrop
 from loaders.pictures import load_rgb
@@ -455,6 +456,68 @@ def test_crops_have_the_originals_areas(scale):
         _, _, height, width = crop.get_params(shown, crop.scale, crop.ratio)
         areas.append(height * width / (375 * 500))
     assert abs(np.mean(areas) - expected['area_mean']) < 4 * expected['area_std'] * math.sqrt(1 / draws_ + 1 / 20000)
+
+
+def boxes(size: tuple, scale: list, count: int, kind=RandomResizedCrop) -> list:
+    """Return (top, left, height, width) of crops, the n-th from the seed n."""
+    shown, found = Image.new('L', size), []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        found.append(kind.get_params(shown, scale, [3 / 4, 4 / 3]))
+    return found
+
+
+@pytest.mark.parametrize('size', [(224, 224), (300, 200), (200, 399)], ids=str)
+@pytest.mark.parametrize('scale', [[.4, 1.], [.05, .4]], ids=str)
+def test_crops_of_pictures_below_2_to_1_are_torchvisions(size, scale):
+    """Crops, and the random numbers after them, are torchvision's."""
+    own, theirs = ((boxes(size, scale, 50, kind), torch.rand(1).item())
+                   for kind in (RandomResizedCrop, transforms.RandomResizedCrop))
+    assert own == theirs
+
+
+@pytest.mark.parametrize('size', [(400, 200), (200, 600), (900, 60), (60, 900)], ids=str)
+@pytest.mark.parametrize('scale', [[.4, 1.], [.05, .4]], ids=str)
+def test_crops_of_long_pictures_are_anywhere(size, scale):
+    """Crops of a long picture have the wanted shapes, differ, and together show the whole picture."""
+    along, across = (1, 0) if size[0] > size[1] else (0, 1)
+    found = boxes(size, scale, 200)
+    seen = np.zeros(max(size), bool)
+    for box in found:
+        assert 0 < box[2 + across] <= min(size) - box[across]
+        assert .72 < box[3] / box[2] < 1.37
+        assert box[2] * box[3] <= max(size) * min(size) * (scale[1] + .02)
+        seen[box[along]:box[along] + box[2 + along]] = True
+    assert seen.mean() > .95
+    assert len(set(found)) > 150
+
+
+def test_crops_of_long_pictures_that_fit_are_torchvisions():
+    """A crop of a long picture only differs from torchvision's where torchvision's is the central rectangle."""
+    theirs = boxes((400, 200), [.4, 1.], 200, transforms.RandomResizedCrop)
+    is_central = [box == (0, (400 - 267) // 2, 200, 267) for box in theirs]
+    assert 15 < sum(is_central) < 50
+    for own, other, central in zip(boxes((400, 200), [.4, 1.], 200), theirs, is_central):
+        assert central or own == other
+
+
+@pytest.mark.parametrize('size', [(1, 900), (3, 1), (1, 1), (2, 5)], ids=str)
+def test_thin_pictures_have_crops(size):
+    """Pictures of a few pixels have crops, as with torchvision."""
+    for top, left, height, width in boxes(size, [.05, 1.], 30):
+        assert 0 < height <= size[1] - top
+        assert 0 < width <= size[0] - left
+
+
+def test_global_crops_of_a_long_picture_differ():
+    """The two global crops of a 900 x 60 picture show different parts."""
+    shown = Image.fromarray(np.tile(np.linspace(0, 255, 900).astype(np.uint8), (60, 1))).convert('RGB')
+    crops = build_crops(color_jitter=[0.] * 4, solarize=0., global_size=16, local_count=0)
+    torch.manual_seed(0)
+    means = np.array([[np.asarray(crop).mean() for crop in crops.pictures(shown)] for _ in range(20)])
+    assert np.abs(means[:, 0] - means[:, 1]).mean() > 40
+    assert means.min() < 40
+    assert means.max() > 215
 
 
 def test_crops_depend_on_torchs_generator_alone():

@@ -14,6 +14,7 @@ from typing import Iterable, Iterator, List
 import numpy as np
 import torch
 
+CONTROLS = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029]')
 SURROGATES = re.compile('[\ud800-\udfff]')  # Python's letters for bytes of names that are not UTF-8
 
 
@@ -54,7 +55,7 @@ class Interrupted(RunStopped):
 def abridge(items: list, most: int = 8) -> str:
     """Join the first `most` items, and append the number of further items."""
     more = f', ... {len(items) - most} more' if len(items) > most else ''
-    return ', '.join(map(str, items[:most])) + more
+    return ', '.join(map(shown, items[:most])) + more
 
 
 def decodable(text: object) -> str:
@@ -62,6 +63,11 @@ def decodable(text: object) -> str:
     # Names of files and folders can have any bytes; Python reads a byte that is not UTF-8 as a surrogate.
     return SURROGATES.sub(lambda match: f'\\x{ord(match[0]) - 0xdc00:02x}' if '\udc80' <= match[0] <= '\udcff'
                           else f'\\u{ord(match[0]):04x}', str(text))
+
+
+def shown(name: object) -> str:
+    r"""Return a name for a line of output: `decodable`, and a line break in the name becomes `\n`."""
+    return CONTROLS.sub(lambda match: match[0].encode('unicode_escape').decode(), decodable(name))
 
 
 def name_bytes(name: str) -> bytes:

@@ -14,7 +14,7 @@ from loaders import pictures
 from loaders.workers import Loader
 from run.output import shows_bar, write_line
 from run.progress import map_leaves
-from utils import InputError, RunStopped, UnreadableImage, whole_file
+from utils import InputError, RunStopped, UnreadableImage, shown, whole_file
 
 
 def find_images(given: List[str], missing: Optional[list] = None) -> List[Path]:
@@ -30,10 +30,10 @@ def find_images(given: List[str], missing: Optional[list] = None) -> List[Path]:
     for path in map(Path, given):
         files = sorted(map(Path, pictures.find(path, left_out))) if path.is_dir() else [path]
         if not files:
-            errors.append(InputError(f'{path}: no images in this folder (suffixes of images: '
+            errors.append(InputError(f'{shown(path)}: no images in this folder (suffixes of images: '
                                      f'{", ".join(sorted(pictures.suffixes()))})'))
         elif not path.exists():
-            errors.append(InputError(f'{path}: no such file or folder'))
+            errors.append(InputError(f'{shown(path)}: no such file or folder'))
         else:
             images += files
     if errors:

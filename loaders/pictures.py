@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from loaders import tiff
 from run.output import log, write_line
 from run.settings import MostPixels
-from utils import UnreadableImage, abridge, first_line
+from utils import UnreadableImage, abridge, first_line, shown
 
 # Folders made by systems and programs, in lower case; names with a dot in front are hidden too
 SYSTEM_FOLDERS = ('__macosx', '@eadir', '@tmp', '#recycle', '@recycle', '$recycle.bin', 'system volume information',
@@ -128,7 +128,7 @@ def load_rgb(path, *, upright: bool = True) -> Image.Image:
         with open(path, 'rb') as file:
             return decode(file, str(path), upright=upright)
     except Exception as error:
-        raise UnreadableImage(f'unreadable image {path}: {reason_of(error)}') from None
+        raise UnreadableImage(f'unreadable image {shown(path)}: {reason_of(error)}') from None
 
 
 def decode(file: BinaryIO, name: str, *, upright: bool) -> Image.Image:
@@ -188,7 +188,7 @@ def report_broken_exif(name: str, problem: str):
     reported = report_broken_exif.cache_info().currsize
     if reported < MOST_REPORTED:
         more = '; further pictures are not reported' if reported == MOST_REPORTED - 1 else ''
-        write_line(f'{name}: broken EXIF data are ignored ({problem}){more}', stream=sys.stderr)
+        write_line(f'{shown(name)}: broken EXIF data are ignored ({problem}){more}', stream=sys.stderr)
 
 
 def to_rgb(image: Image.Image, *, sixteen_bit: bool = False) -> Image.Image:
@@ -293,7 +293,7 @@ def log_peculiarities(paths: list):
         if examples:
             (path, details), measured = examples[0], [path for path, _ in examples[:NUM_MEASURED]]
             remark = remark_on_brightness(measured) if kind == '16-bit' else ''
-            log(f'{len(examples)} of {len(probed)} probed pictures (such as {path}) '
+            log(f'{len(examples)} of {len(probed)} probed pictures (such as {shown(path)}) '
                 f'{conversion.format(details)}{remark}')
 
 

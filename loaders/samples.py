@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from loaders import pictures
 from run.output import log, write_line
-from utils import InputError, UnreadableImage, abridge, seed_cpu
+from utils import InputError, UnreadableImage, abridge, seed_cpu, shown
 
 FEW = 10  # pictures of a class, below which a warning is logged
 NUM_LISTED = 20  # maximum number of classes whose numbers of pictures are listed one by one
@@ -140,7 +140,7 @@ def log_class_sizes(train: PictureSet, evaluated: PictureSet):
     trained, tested = (Counter(label for _, label in dataset.samples) for dataset in (train, evaluated))
     labels = sorted(trained.keys() | tested.keys())
     if len(labels) <= NUM_LISTED:
-        counts = ', '.join(f'{names[i]} {trained[i]}/{tested[i]}' for i in labels)
+        counts = ', '.join(f'{shown(names[i])} {trained[i]}/{tested[i]}' for i in labels)
         log(f'Pictures of each class for training/evaluation: {counts}')
     else:
         ranges = [f'{min(count[i] for i in labels)} to {max(count[i] for i in labels)}' for count in (trained, tested)]

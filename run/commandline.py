@@ -11,7 +11,7 @@ from typing import Any, List, Optional
 from run import config, launch, processes
 from run.output import BROKEN_PIPE, discard, has_no_reader, write_line
 from run.settings import MostPixels
-from utils import InputError, Interrupted, RunStopped, dashed, did_you_mean
+from utils import InputError, Interrupted, RunStopped, dashed, decodable, did_you_mean
 
 FLAG = re.compile(r'(--|[\u2013\u2014]+|-(?=[A-Za-z].))([^\s=]+)(=.*)?', re.DOTALL)  # some editors replace --
 
@@ -222,4 +222,4 @@ def print_reason(reason: str, *, is_error: bool = False):
     """Print the program's name and the reason for its end on stderr; pass the reason to torchrun."""
     name, kind, rank = Path(sys.argv[0]).name, ': error' if is_error else '', launch.environment_rank()
     write_line(f'{name}{kind}{f" (rank {rank})" if rank else ""}: {reason}', stream=sys.stderr)
-    launch.report_to_torchrun(f'{name}{kind}: {reason}')
+    launch.report_to_torchrun(decodable(f'{name}{kind}: {reason}'))

@@ -17,11 +17,12 @@ from PIL import Image
 from small_dino import main as train_dino
 
 from dino import features
+from loaders.pictures import load_rgb
 from main import main
 from run import output, parts
 from run.commandline import run_program
 from tools import extract_features, predict, report
-from utils import InputError, decodable
+from utils import InputError, UnreadableImage, decodable
 
 NAME = os.fsdecode(b'K\xe4fer')  # in Latin-1, as in old archives
 
@@ -110,6 +111,16 @@ def test_dino_of_any_names(data, tmp_path, monkeypatch, capsys):
             f'continues without this drawing\n') in capsys.readouterr().out
     images = torch.load(folder / 'checkpoint.pth', weights_only=True)['data']
     assert images == parts.Images(8, sorted(map(str, (data / 'train').rglob('*.png')))).state_dict()
+
+
+def test_line_breaks_in_names(tmp_path, capsys):
+    """A line of output about a name with line breaks stays one line."""
+    path = tmp_path / 'a\nb\u2028c.png'
+    path.write_bytes(b'')
+    with pytest.raises(UnreadableImage, match=r'/a\\nb\\u2028c\.png: an empty file$'):
+        load_rgb(path)
+    predict.print_prediction(path, [{'class': 'c\nd', 'index': 0, 'probability': 1.}], as_json=False)
+    assert capsys.readouterr().out.splitlines() == [rf'{tmp_path}/a\nb\u2028c.png', r'  100.00 %  c\nd']
 
 
 @pytest.mark.parametrize(('encoding', 'expected'), [

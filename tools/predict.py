@@ -15,7 +15,7 @@ from inference import flags, pictures
 from inference.loaded import load
 from run.commandline import COUNT, PATH, Parser, run_program
 from run.output import write_line
-from utils import InputError
+from utils import InputError, shown
 
 
 def get_args_parser() -> Parser:
@@ -42,10 +42,10 @@ def print_prediction(path: Path, predictions: List[dict], *, as_json: bool):
     if as_json:
         write_line(json.dumps({'path': str(path), 'predictions': predictions}))
         return
-    write_line(path)
+    write_line(shown(path))
     for prediction in predictions:
         name = f'class {prediction["index"]}' if prediction['class'] is None else prediction['class']
-        write_line(f'  {100 * prediction["probability"]:6.2f} %  {name}')
+        write_line(f'  {100 * prediction["probability"]:6.2f} %  {shown(name)}')
 
 
 def main(argv: Optional[list] = None) -> List[List[dict]]:

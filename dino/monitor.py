@@ -158,7 +158,9 @@ def build(args, dataset: PictureSet, loading: Loading, amp_dtype: Optional[torch
     if args.pictures_every:
         shown = data.Pictures(Path(args.pictures), upright=True, flag='--pictures') if args.pictures else dataset
         pictures = data.some_pictures(shown, args.pictures_count, skips_bad=args.skip_bad_images > 0)
-        drawing = drawings.Drawing([picture for _, picture in pictures], args.input_size,
+        files = shown.files()
+        names = [Path(files[index]).name if files else f'image {index}' for index, _ in pictures]
+        drawing = drawings.Drawing([picture for _, picture in pictures], names, args.input_size,
                                    ToNormalizedTensor(args.mean, args.std), loading.device)
     return Monitor(args.out_dim, args.epochs, args.warmup_epochs, knn, args.knn_every, drawing, args.pictures_every)
 

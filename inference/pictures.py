@@ -11,10 +11,13 @@ from tqdm import tqdm
 
 from inference.loaded import LoadedModel
 from loaders import pictures
+from loaders.transforms import SMALL
 from loaders.workers import Loader
 from run.output import shows_bar, write_line
 from run.progress import map_leaves
 from utils import InputError, RunStopped, UnreadableImage, shown, whole_file
+
+IMAGENET_SIDE = 224  # pixels
 
 
 def find_images(given: List[str], missing: Optional[list] = None) -> List[Path]:
@@ -98,6 +101,15 @@ def report_unreadable(unreadable: list, total: int):
         write_line(error, stream=sys.stderr)
     if unreadable:
         raise RunStopped(f'{unreadable[-1]} ({len(unreadable)} of {total} could not be read)')
+
+
+def drawing_side(own: int, most: int) -> int:
+    """Return the longer side of drawn pictures, in pixels, for a model with pictures of side `own`.
+
+    It is `most` for models of ImageNet's 224 pixels and more, in proportion for smaller pictures, and the own side for
+    pictures that are not resized in training: patches of other sizes than in training have no meaning for a model.
+    """
+    return own if own <= SMALL else min(most, own * most // IMAGENET_SIDE)
 
 
 def unique_stems(paths: List[Path]) -> List[str]:

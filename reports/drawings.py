@@ -19,8 +19,7 @@ MOST_CLASSES = 50  # largest number of classes of a whole matrix; of more classe
 NUM_CONFUSED = 24  # largest number of these classes
 OTHERS = 'all others'
 NUM_MISTAKES = 24
-COLUMNS, SIDE, LINE = 6, 176, 16  # columns of the sheet of mistakes, and sizes of a picture and a line in pixels
-FONT = 12  # pixels
+COLUMNS, SIDE = 6, 176  # columns of the sheet of mistakes, and longer side of a picture in pixels
 LONGEST = 32  # characters of a name beside a matrix
 Curves = Dict[str, Dict[str, str]]  # for each panel by its title: label of each curve by its key in log.txt
 
@@ -191,15 +190,10 @@ def tile(picture: Callable[[int], Image.Image], index: int, row: dict) -> Tile:
 
 def draw_tiles(tiles: Sequence[Tile], path: Path):
     """Draw pictures above their texts on a sheet."""
-    texts = [[line for text in one.lines for line in lettering.wrapped(text, FONT, SIDE)] for one in tiles]
-    height = max(one.picture.height + len(lines) * LINE for one, lines in zip(tiles, texts)) + 12
     pages = []
-    for one, lines in zip(tiles, texts):
-        page = Image.new('RGB', (SIDE + 8, height), 'white')
-        page.paste(one.picture, (4, 4))
-        for i, line in enumerate(lines):
-            lettering.write(page, 4, 4 + one.picture.height + i * LINE, line, FONT)
-        pages.append(page)
-    sheet = maps.side_by_side(pages, gap=0, columns=COLUMNS)
+    for one in tiles:
+        picture = Image.new('RGB', (SIDE, one.picture.height), 'white')
+        picture.paste(one.picture, (0, 0))
+        pages.append(lettering.captioned(picture, one.lines))
     with whole_file(path) as unfinished:
-        sheet.save(unfinished)
+        maps.side_by_side(pages, columns=COLUMNS).save(unfinished)

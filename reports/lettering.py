@@ -14,6 +14,7 @@ from utils import decodable
 SPACE = '␣'  # for spaces at the ends of a name, and repeated spaces
 INVISIBLE = {'Cc', 'Cf', 'Cn', 'Co', 'Cs', 'Zl', 'Zp', 'Zs'}  # Unicode categories
 ELLIPSIS = '…'
+GREY = (110, 110, 110)
 
 
 def visible(name: str) -> str:
@@ -160,3 +161,13 @@ def write(page: Image.Image, x: float, y: float, text: str, size: int, color='bl
     for part, font in pieces(drawable(text), size):
         draw.text((x, baseline), part, color, font, anchor='ls')
         x += font.getlength(part)
+
+
+def captioned(picture: Image.Image, texts: List[str], *, size: int = 12) -> Image.Image:
+    """Draw a picture above texts, of which each has up to two lines as wide as the picture."""
+    lines = [line for text in texts for line in wrapped(text, size, picture.width)]
+    page = Image.new('RGB', (picture.width, picture.height + round(1.35 * size * len(lines)) + 2), 'white')
+    page.paste(picture, (0, 0))
+    for i, line in enumerate(lines):
+        write(page, 0, picture.height + 1 + round(1.35 * size * i), line, size)
+    return page

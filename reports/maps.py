@@ -1,12 +1,15 @@
 """Maps over a picture, with a value or colour per patch of a model: attention, and principal components."""
-from typing import List, Optional, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-PERCENTILES = (1, 99)  # percentiles of a map's values with the darkest and the brightest colour
+from reports import lettering
+
+PERCENTILES = (1, 99)  # percentiles of a map's values that count as its lowest and highest value
+BRIGHTEST = 2.  # smallest value with the brightest colour, in multiples of uniform attention
 OPACITY = .6  # opacity of the colours over the picture
 # matplotlib's "inferno" (CC0) at 17 even steps: from dark to bright, perceptually uniform
 INFERNO = ('000004 0b0724 210c4a 3d0965 57106e 71196e 8a226a a32c61 bc3754 d24644 e45a31 f1731d f98e09 fcac11 f9cb35 '
@@ -21,9 +24,27 @@ def scale_to(picture: Image.Image, longer_side: int, *, multiple_of: int = 1) ->
                           Image.Resampling.BICUBIC)
 
 
-def color_scale(weights: torch.Tensor) -> np.ndarray:
-    """Return the weights with the darkest and the brightest colour, (2,)."""
-    return np.percentile(weights.numpy(), PERCENTILES)
+def extent(values: torch.Tensor) -> np.ndarray:
+    """Return the lowest and the highest value of a map without single patches that are far from the others, (2,)."""
+    return np.percentile(values.numpy(), PERCENTILES)
+
+
+def color_scale(maps: Sequence[torch.Tensor]) -> np.ndarray:
+    """Return the values with the darkest and the brightest colour, (2,), for all maps of a sheet.
+
+    Args:
+        maps: attention in multiples of uniform attention, which is equal for every token.
+
+    Returns:
+        0, and the highest value of all maps. The brightest colour is at least twice uniform attention: maps that are
+        nearly uniform have nearly one colour, and do not look like strong attention.
+    """
+    return np.array([0., max(BRIGHTEST, extent(torch.cat([values.flatten() for values in maps]))[1])])
+
+
+def in_multiples(weights: torch.Tensor) -> torch.Tensor:
+    """Return attention to patches (H, W) in multiples of uniform attention, which the CLS token has as well."""
+    return weights * (1 + weights.numel())
 
 
 def enlarge(weights: torch.Tensor, size: Tuple[int, int], patch_size: int) -> torch.Tensor:
@@ -44,12 +65,38 @@ def color_table() -> np.ndarray:
 
 
 def paint(picture: Image.Image, weights: torch.Tensor, scale: np.ndarray, patch_size: int) -> Image.Image:
-    """Draw weights of patches (H, W) as colours over the grey picture; `scale`: see `color_scale`."""
+    """Draw values of patches (H, W) as colours over the grey picture; `scale`: see `color_scale`."""
     low, high = scale
     pixels = enlarge(weights, picture.size, patch_size).numpy()
     level = ((pixels - low) / max(high - low, 1e-12)).clip(0, 1)
     colors = Image.fromarray(color_table()[(level * 255).astype(np.uint8)])
     return Image.blend(picture.convert('L').convert('RGB'), colors, OPACITY)
+
+
+def legend(scale: np.ndarray, size: int) -> Image.Image:
+    """Draw the colours and their values in multiples of uniform attention, in letters of `size` pixels."""
+    bar = Image.fromarray(color_table()[None]).resize((8 * size, size))
+    after = f'{scale[1]:.1f} x uniform attention in all maps'
+    start = lettering.width_of('0', size) + size // 2
+    end = start + bar.width + size // 2
+    line = Image.new('RGB', (end + lettering.width_of(after, size), round(1.4 * size)), 'white')
+    lettering.write(line, 0, 0, '0', size, lettering.GREY)
+    line.paste(bar, (start, size // 8))
+    lettering.write(line, end, 0, after, size, lettering.GREY)
+    return line
+
+
+def enlarged(picture: Image.Image, zoom: int) -> Image.Image:
+    """Repeat each pixel `zoom` times in both directions."""
+    return picture.resize([zoom * side for side in picture.size], Image.Resampling.NEAREST)
+
+
+def above(top: Image.Image, bottom: Image.Image, *, gap: int = 8) -> Image.Image:
+    """Draw two pictures on a white page, one above the other."""
+    page = Image.new('RGB', (max(top.width, bottom.width), top.height + gap + bottom.height), 'white')
+    page.paste(top, (0, 0))
+    page.paste(bottom, (0, top.height + gap))
+    return page
 
 
 def component_colors(tokens: List[torch.Tensor], *, remove_background: bool = False) -> List[np.ndarray]:

@@ -243,14 +243,19 @@ def test_unreadable_picture(tmp_path, capsys, skipped):
 
 
 def test_preview_writes_crops_before_any_model_is_built(flat, tmp_path, monkeypatch):
-    """--preview-crops writes all crops of some pictures, and nothing else happens."""
+    """--preview-crops writes some pictures with all of their crops and a sheet, and nothing else happens."""
     monkeypatch.setattr(train, 'build_networks', None)
     train.main(small(flat, '--preview-crops', str(tmp_path / 'crops'), '--preview-count', '3', '--output-dir',
                      str(tmp_path / 'run')))
     names = sorted(path.name for path in (tmp_path / 'crops').iterdir())
-    assert len(names) == 9
-    assert names[:3] == ['000000_global1.png', '000000_global2.png', '000000_local1.png']
+    assert len(names) == 13
+    first = train.build_dataset(train.parse_args(small(flat))).files()[0]
+    kinds = ('global1', 'global2', 'local1', 'original')
+    assert names[:4] == [f'000000_{Path(first).stem}_{kind}.png' for kind in kinds]
     assert [Image.open(tmp_path / 'crops' / name).size for name in names[:3]] == [(32, 32), (32, 32), (16, 16)]
+    assert np.array_equal(Image.open(tmp_path / 'crops' / names[3]), Image.open(first))
+    assert names[-1] == 'crops.png'
+    assert Image.open(tmp_path / 'crops' / 'crops.png').width == 4 * 96 + 3 * 8
     assert not (tmp_path / 'run').exists()
 
 

@@ -298,7 +298,7 @@ def test_most_confident_mistakes(tmp_path):
     assert tiles[0].lines == ['2 .png', 'is ß and 猫', f'80 % {"a" * 99}']
     assert [tile.picture.getpixel((9, 9)) for tile in tiles] == [(255, 0, 0), (211, 211, 211), (255, 0, 0)]
     drawings.draw_tiles(tiles, tmp_path / 'mistakes.png')
-    assert Image.open(tmp_path / 'mistakes.png').size[0] == drawings.COLUMNS * (drawings.SIDE + 8)
+    assert Image.open(tmp_path / 'mistakes.png').width == drawings.COLUMNS * (drawings.SIDE + 8) - 8
 
 
 def test_report_without_mistakes(tmp_path):

@@ -12,10 +12,12 @@ import torch
 from conftest import REFERENCE, ROOT, seeded_model, write_image
 from PIL import Image
 
+from inference.pictures import drawing_side
 from inference.video import read_frames
+from reports import maps
 from reports.maps import color_table, enlarge
 from tools import visualize_attention
-from tools.visualize_attention import contact_sheet, get_args_parser, main
+from tools.visualize_attention import contact_sheet, main
 from utils import InputError, RunStopped
 
 PICTURE = REFERENCE / 'pattern.png'  # 420 x 300
@@ -67,9 +69,19 @@ def test_maps_have_the_pictures_shape(model, size, weights, tmp_path):
         assert len(image.getcolors(2 ** 20)) > 10
 
 
-def test_default_size_is_high():
-    """Attention is drawn at 1024 pixels by default."""
-    assert get_args_parser().parse_args(['--pretrained', 'x', '--output-dir', 'y']).input_size == 1024
+@pytest.mark.parametrize(('own', 'side'), [(32, 32), (96, 438), (224, 1024), (384, 1024)])
+def test_size_is_that_of_the_model(own, side):
+    """Attention is drawn at 1024 pixels by default, and in proportion for models of smaller pictures."""
+    assert drawing_side(own, visualize_attention.LONGER_SIDE) == side
+
+
+def test_model_of_small_pictures_draws_small_maps(tmp_path):
+    """Without --input-size, the maps of a model of 32 pixels have 32 pixels."""
+    model = seeded_model('xcit_nano_12_p16', num_classes=3)
+    torch.save({'model': model.state_dict(), 'args': {'model': 'xcit_nano_12_p16', 'input_size': 32}},
+               tmp_path / 'run.pth')
+    main([str(PICTURE), '--pretrained', str(tmp_path / 'run.pth'), '--output-dir', str(tmp_path), '--device', 'cpu'])
+    assert Image.open(tmp_path / 'pattern_mean.png').size == (32, 23)
 
 
 def test_raw_attention_is_that_of_the_models_own_forward(weights, tmp_path):
@@ -176,16 +188,40 @@ def test_one_hot_patch_does_not_darken_the_rest():
     hot = values.clone()
     hot[10, 10] = 1000
     picture = Image.new('RGB', (320, 320))
-    images = [np.asarray(visualize_attention.paint(picture, w, visualize_attention.color_scale(w), 16), dtype=int)
+    images = [np.asarray(visualize_attention.paint(picture, w, visualize_attention.color_scale([w]), 16), dtype=int)
               for w in (values, hot)]
     far = [image[240:] for image in images]  # more than two patches away
     assert np.abs(far[0] - far[1]).max() < 10
 
 
 def test_uniform_attention_is_painted():
-    """A uniform map has one colour, without an error."""
-    flat = visualize_attention.paint(Image.new('RGB', (32, 32)), torch.full((2, 2), .25), np.array([.25, .25]), 16)
-    assert len(flat.getcolors()) == 1
+    """A uniform map has one colour, which is of medium brightness."""
+    scale = visualize_attention.color_scale([torch.ones(2, 2)])
+    assert scale.tolist() == [0., 2.]
+    flat = visualize_attention.paint(Image.new('RGB', (32, 32)), torch.ones(2, 2), scale, 16)
+    (_, color), = flat.getcolors()
+    assert color == tuple(round(.6 * value) for value in color_table()[127])
+
+
+def test_all_maps_have_one_scale():
+    """A nearly uniform map has nearly one colour beside a map of strong attention."""
+    nearly, strong = torch.linspace(.9, 1.1, 64).reshape(8, 8), torch.linspace(.5, 4.8, 64).reshape(8, 8)
+    scale = visualize_attention.color_scale([nearly, strong])
+    assert 4 < scale[1] < 4.8
+    painted = [np.asarray(visualize_attention.paint(Image.new('RGB', (64, 64)), values, scale, 8), dtype=int)
+               for values in (nearly, strong)]
+    ranges = [np.ptp(picture, axis=(0, 1)).max() for picture in painted]
+    assert ranges[0] < 20 < 120 < ranges[1]
+
+
+def test_sheet_has_the_files_name(weights, tmp_path, monkeypatch):
+    """The picture on the sheet has the name of its file."""
+    tiles = []
+    monkeypatch.setattr(visualize_attention, 'contact_sheet', lambda front, *args: (
+        tiles.extend(front), Image.new('RGB', (1, 1)))[1])
+    write_image(tmp_path / 'é  1.png')
+    draw(weights, tmp_path / 'out', tmp_path / 'é  1.png', '--input-size', 32)
+    assert [tile.name for tile in tiles] == ['é␣␣1.png', 'mean of 4 heads']
 
 
 @pytest.mark.parametrize('size', [(300, 200), (200, 300), (1000, 30), (30, 1000), (1, 1000)])
@@ -194,7 +230,7 @@ def test_sheet_is_readable(size, heads):
     """A sheet has a limited size and a white border, and every tile is complete."""
     colors = [(250 - 10 * i, 20 + 3 * i, 40) for i in range(heads + 2)]
     tiles = [visualize_attention.Tile(Image.new('RGB', size, c), 'head 15', '0.3 to 12.5 x uniform') for c in colors]
-    sheet = contact_sheet(tiles[:2], tiles[2:])
+    sheet = contact_sheet(tiles[:2], tiles[2:], np.array([0., 12.5]))
     assert 900 < max(sheet.size) < 3000
     counts = {color: count for count, color in sheet.getcolors(sheet.width * sheet.height)}
     areas = [counts[color] for color in colors]
@@ -285,8 +321,9 @@ def test_a_turned_video_is_turned(weights, tmp_path):
     assert np.abs(np.subtract(*top_right)).mean() < 25
 
 
-def test_video_colors_follow_slowly(weights, tmp_path):
+def test_video_colors_follow_slowly(weights, tmp_path, monkeypatch):
     """The colour scale keeps most of the previous frame's scale, so a flickering light does not flicker in the maps."""
+    monkeypatch.setattr(maps, 'BRIGHTEST', 0.)
     attention = visualize_attention.build_attention(visualize_attention.parse_args(
         ['--video', 'x', '--model', 'xcit_nano_12_p16', '--pretrained', str(weights['xcit_nano_12_p16']),
          '--output-dir', str(tmp_path), '--device', 'cpu']))

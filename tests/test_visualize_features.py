@@ -6,6 +6,7 @@ from conftest import seeded_model, write_image
 from PIL import Image
 
 from reports import maps
+from tools import visualize_features
 from tools.visualize_features import main
 from utils import InputError
 
@@ -30,6 +31,16 @@ def test_pictures_are_drawn(tmp_path, backbone):
     assert [file.name for file in files] == ['0_features.png', '1_features.png', '2_features.png', 'features.png']
     assert [Image.open(file).size for file in files[:3]] == [(96, 96), (96, 69), (31, 96)]
     assert len(Image.open(files[-1]).getcolors(2 ** 24)) > 100
+
+
+def test_sheet_has_the_names(monkeypatch):
+    """Each picture on the sheet has its name."""
+    captions = []
+    monkeypatch.setattr(visualize_features.lettering, 'captioned', lambda picture, texts: (
+        captions.append(texts), picture)[1])
+    pictures = [Image.new('RGB', (9, 9))] * 2
+    visualize_features.sheet(pictures, pictures, ['a.png', ' b.png'])
+    assert captions == [['a.png'], [], ['␣b.png'], []]
 
 
 def test_two_pictures_of_one_name_are_both_kept(tmp_path, backbone):

@@ -12,7 +12,7 @@ from typing import Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm import tqdm
 
 import utils
@@ -20,27 +20,31 @@ from inference import flags, pictures, video
 from inference.loaded import LoadedModel, check_xcit, load
 from loaders.pictures import load_rgb
 from loaders.transforms import ToNormalizedTensor
-from reports.maps import color_scale, color_table, paint, scale_to, side_by_side
+from reports import lettering
+from reports.maps import BRIGHTEST, color_scale, extent, in_multiples, legend, paint, scale_to, side_by_side
 from run.commandline import COUNT, PATH, PATH_OBJECT, Parser, run_program
 from run.flags import add_pixels_flag
 from run.folder import check_output_dir
 from run.output import log, shows_bar
 from utils import InputError
 
+LONGER_SIDE = 1024  # pixels, of a picture for a model of large pictures
 SMOOTHING = .95  # part of a video's colour scale that each frame keeps from the frame before
 SHEET = 2000  # approximate longer side of a sheet in pixels
 GAP, LINE = 28, 30  # gap between the pictures of a sheet, and height of a line of text, in pixels
 FONT = 22
-INK, GREY = (20, 20, 20), (110, 110, 110)
+INK = (20, 20, 20)
+LONGEST = 40  # characters of a file name
 
 
 def get_args_parser() -> Parser:
     parser = Parser(
         'python -m tools.visualize_attention', description=__doc__,
-        epilog='Colours run from black (little) over red to light yellow (much), from the 1st to the 99th percentile '
-        'of each map, because single patches would darken the rest. Each map has its own scale; the sheet shows its '
-        'ends in multiples of uniform attention (equal for every token). In a video the scale changes slowly against '
-        'flicker. Sound is left out.',
+        epilog='Colours run from black (no attention) over red to light yellow (most attention). All maps of a picture '
+        'have one scale. It ends at the 99th percentile of all maps, because single patches would darken the rest, '
+        f'but not below {BRIGHTEST:g} times uniform attention (equal for every token): a nearly uniform map has nearly '
+        'one colour. The sheet has the values. In a video the scale changes slowly against flicker. Sound is left '
+        'out.',
         example='photo.jpg --model xcit_small_12_p8 --pretrained fb_dino --output-dir maps')
     group = parser.add_argument_group('pictures')
     group.add_argument('images', nargs='*', type=PATH, metavar='IMAGE', help='image files, or folders with images')
@@ -48,8 +52,9 @@ def get_args_parser() -> Parser:
                        help='video instead of images: writes STEM_attention.mp4, each frame beside its mean attention; '
                        'needs PyAV (requirements-video.txt)')
     group.add_argument('--output-dir', required=True, type=PATH_OBJECT, metavar='DIR', help='folder of the maps')
-    group.add_argument('--input-size', default=1024, type=COUNT, metavar='PIXELS',
-                       help='longer side that a picture is scaled to, up or down, uncropped')
+    group.add_argument('--input-size', type=COUNT, metavar='PIXELS',
+                       help=f'longer side that a picture is scaled to, up or down, uncropped; if unset, {LONGER_SIDE} '
+                       f'for models of 224 pixels and more, and less for models of smaller pictures')
     add_pixels_flag(group)
     flags.add_weights_flags(parser)
     flags.add_device_flags(parser)
@@ -125,20 +130,12 @@ class Tile:
     description: str
 
     def width(self) -> int:
-        return text_width(self.name, self.description)
+        return max(lettering.width_of(text, FONT) for text in (self.name, self.description))
 
     def draw(self, page: Image.Image, x: int, y: int, size: Tuple[int, int]):
         page.paste(self.picture.resize(size, Image.Resampling.LANCZOS), (x, y))
-        write(page, x, y + size[1] + 6, self.name, INK)
-        write(page, x, y + size[1] + 6 + LINE, self.description, GREY)
-
-
-def text_width(*texts: str) -> int:
-    return math.ceil(max(map(ImageFont.load_default(FONT).getlength, texts)))
-
-
-def write(page: Image.Image, x: int, y: int, text: str, color: Tuple[int, int, int]):
-    ImageDraw.Draw(page).text((x, y), text, color, ImageFont.load_default(FONT))
+        lettering.write(page, x, y + size[1] + 6, self.name, FONT, INK)
+        lettering.write(page, x, y + size[1] + 6 + LINE, self.description, FONT, lettering.GREY)
 
 
 def choose_columns(size: Tuple[int, int], heads: int) -> int:
@@ -150,8 +147,11 @@ def choose_columns(size: Tuple[int, int], heads: int) -> int:
     return min((2, 4) if heads > 2 else (2,), key=distance)
 
 
-def contact_sheet(front: Sequence[Tile], heads: Sequence[Tile]) -> Image.Image:
-    """Draw a page: two tiles side by side, and below them the heads in rows; all pictures have one size."""
+def contact_sheet(front: Sequence[Tile], heads: Sequence[Tile], scale: np.ndarray) -> Image.Image:
+    """Draw a page: two tiles side by side, below them the heads in rows, and the scale of the colours.
+
+    All pictures have one size.
+    """
     size = front[0].picture.size
     columns = choose_columns(size, len(heads))
     half, rows = columns // 2, math.ceil(len(heads) / columns)
@@ -162,7 +162,7 @@ def contact_sheet(front: Sequence[Tile], heads: Sequence[Tile]) -> Image.Image:
     across = max(width, *(tile.width() for tile in heads), *(math.ceil(tile.width() / half) for tile in front)) + GAP
     down = height + 2 * LINE + GAP
     top = GAP + large_height + 2 * LINE + GAP
-    colors = legend()
+    colors = legend(scale, FONT)
     page_width = GAP + max(columns * across, colors.width + GAP)
     page = Image.new('RGB', (page_width, top + rows * down + LINE + GAP), 'white')
     for i, tile in enumerate(front):
@@ -173,42 +173,33 @@ def contact_sheet(front: Sequence[Tile], heads: Sequence[Tile]) -> Image.Image:
     return page
 
 
-def legend() -> Image.Image:
-    """Draw the colours and their meaning, one line high."""
-    bar = Image.fromarray(color_table()[None]).resize((256, FONT))
-    before, after = 'little', 'much attention; each map has its own scale, given in multiples of uniform attention'
-    start = text_width(before) + 12
-    end = start + bar.width + 12
-    line = Image.new('RGB', (end + text_width(after), LINE), 'white')
-    write(line, 0, 0, before, GREY)
-    line.paste(bar, (start, 3))
-    write(line, end, 0, after, GREY)
-    return line
-
-
 def map_path(stem: Path, name: str, suffix: str = '.png') -> Path:
     return stem.with_name(f'{stem.name}_{name}{suffix}')
 
 
-def draw_picture(attention: Attention, picture: Image.Image, stem: Path, *, save_raw: bool):
-    """Write the maps and the sheet of a picture, under names that begin with `stem`."""
+def draw_picture(attention: Attention, picture: Image.Image, stem: Path, *, name: str, save_raw: bool):
+    """Write the maps and the sheet of a picture of the file `name`, under names that begin with `stem`."""
     weights = attention(picture)
-    tokens = 1 + weights[0].numel()
     maps = {'mean': weights.mean(dim=0), **{f'head{head}': w for head, w in zip(attention.heads, weights)}}
-    tiles = []
-    for name, values in maps.items():
-        scale = color_scale(values)
+    maps = {key: in_multiples(values) for key, values in maps.items()}
+    scale, tiles = color_scale(list(maps.values())), []
+    for key, values in maps.items():
         painted = paint(picture, values, scale, attention.patch_size)
-        pictures.save_picture(painted, map_path(stem, name))
-        low, high = scale * tokens
-        tiles.append(Tile(painted, name.replace('head', 'head '), f'{low:.1f} to {high:.1f} x uniform'))
+        pictures.save_picture(painted, map_path(stem, key))
+        low, high = extent(values)
+        tiles.append(Tile(painted, key.replace('head', 'head '), f'{low:.1f} to {high:.1f} x uniform'))
     mean, *heads = tiles
     mean.name = f'mean of {len(heads)} head{"s" * (len(heads) > 1)}'
-    original = Tile(picture, 'picture', f'{picture.width} x {picture.height} pixels')
-    pictures.save_picture(contact_sheet((original, mean), heads), map_path(stem, 'sheet'))
+    name = lettering.abridged(lettering.visible(name), LONGEST)
+    original = Tile(picture, name, f'{picture.width} x {picture.height} pixels')
+    pictures.save_picture(contact_sheet((original, mean), heads, scale), map_path(stem, 'sheet'))
     if save_raw:
         with utils.whole_file(map_path(stem, 'attention', '.npy')) as unfinished:
             np.save(unfinished, weights.numpy())
+
+
+def side_of(args, attention: Attention) -> int:
+    return args.input_size or pictures.drawing_side(attention.loaded.view.input_size, LONGER_SIDE)
 
 
 def draw_pictures(args) -> List[Path]:
@@ -221,8 +212,9 @@ def draw_pictures(args) -> List[Path]:
     names = ['mean', 'sheet', *(f'head{head}' for head in attention.heads)]
     pictures.check_inputs_are_kept(paths, [map_path(stem, name) for stem in stems for name in names])
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    side = side_of(args, attention)
     for path, stem in zip(tqdm(paths, unit=' images', disable=not shows_bar()), stems):
-        draw_picture(attention, scale_to(load_rgb(path), args.input_size), stem, save_raw=args.save_raw)
+        draw_picture(attention, scale_to(load_rgb(path), side), stem, name=path.name, save_raw=args.save_raw)
     sheets = [map_path(stem, 'sheet') for stem in stems]
     for path, sheet in zip(paths, sheets):
         log(f'{path}: {sheet}')
@@ -234,8 +226,8 @@ def draw_frames(attention: Attention, frames: Iterable, input_size: int) -> Iter
     scale = None
     for frame, time in frames:
         picture = scale_to(frame, input_size, multiple_of=2)  # as the encoder needs
-        weights = attention(picture).mean(dim=0)
-        frame_scale = color_scale(weights)
+        weights = in_multiples(attention(picture).mean(dim=0))
+        frame_scale = color_scale([weights])
         scale = frame_scale if scale is None else SMOOTHING * scale + (1 - SMOOTHING) * frame_scale
         yield side_by_side([picture, paint(picture, weights, scale, attention.patch_size)], gap=0), time
 
@@ -247,7 +239,8 @@ def draw_video(args) -> Path:
     pictures.check_inputs_are_kept([args.video], [path])
     attention = build_attention(args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    video.convert_video(args.video, path, lambda frames: draw_frames(attention, frames, args.input_size))
+    side = side_of(args, attention)
+    video.convert_video(args.video, path, lambda frames: draw_frames(attention, frames, side))
     log(f'{args.video}: {path}')
     return path
 

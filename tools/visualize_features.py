@@ -16,8 +16,8 @@ import utils
 from inference import flags, pictures
 from inference.loaded import LoadedModel, check_xcit, load
 from loaders.pictures import load_rgb
-from loaders.transforms import SMALL, ToNormalizedTensor
-from reports import maps
+from loaders.transforms import ToNormalizedTensor
+from reports import lettering, maps
 from run.commandline import COUNT, PATH, Parser, run_program
 from run.flags import add_pixels_flag
 from run.folder import check_output_dir
@@ -36,8 +36,8 @@ def get_args_parser() -> Parser:
     group.add_argument('images', nargs='+', type=PATH, metavar='PICTURE', help='image files, or folders with images')
     group.add_argument('--output-dir', default='runs/features', type=PATH, metavar='DIR', help='folder of the drawings')
     group.add_argument('--input-size', type=COUNT, metavar='PIXELS',
-                       help=f'longer side that a picture is scaled to, up or down, uncropped; {LONGER_SIDE} if unset, '
-                       f'or for a model of small pictures its training size')
+                       help=f'longer side that a picture is scaled to, up or down, uncropped; if unset, {LONGER_SIDE} '
+                       f'for models of 224 pixels and more, and less for models of smaller pictures')
     group.add_argument('--remove-background', action=argparse.BooleanOptionalAction, default=False,
                        help='black background: patches separated by the first component that are mostly at the edges; '
                        'the colours are the components of the other patches')
@@ -55,15 +55,16 @@ def tokens_of(loaded: LoadedModel, picture: Image.Image) -> torch.Tensor:
     return tokens.unflatten(0, (math.ceil(picture.height / patch_size), math.ceil(picture.width / patch_size)))
 
 
-def sheet(originals: List[Image.Image], colored: List[Image.Image]) -> Image.Image:
-    """Draw pictures beside their colours on one page, which is about square."""
+def sheet(originals: List[Image.Image], colored: List[Image.Image], names: List[str]) -> Image.Image:
+    """Draw pictures with their names beside their colours on one page, which is about square."""
     columns = math.ceil(math.sqrt(len(originals) / 2))
     longer = max(max(picture.size) for picture in originals)
     side = max(MIN_SIDE, min(longer, SHEET_WIDTH // (2 * columns)))
     resampling = Image.Resampling.NEAREST if longer < side else Image.Resampling.LANCZOS
     pairs = [picture.resize([max(1, round(length * side / longer)) for length in picture.size], resampling)
              for pair in zip(originals, colored) for picture in pair]
-    return maps.side_by_side(pairs, columns=2 * columns)
+    texts = [texts for name in names for texts in ([lettering.visible(name)], [])]
+    return maps.side_by_side(list(map(lettering.captioned, pairs, texts)), columns=2 * columns)
 
 
 def main(argv: Optional[list] = None) -> List[Path]:
@@ -75,7 +76,7 @@ def main(argv: Optional[list] = None) -> List[Path]:
         load_rgb(path)  # an unreadable picture ends the program before work starts
     loaded = load(**flags.weights(args), **flags.device(args))
     check_xcit(loaded.name)
-    side = args.input_size or (LONGER_SIDE if loaded.view.input_size > SMALL else loaded.view.input_size)
+    side = args.input_size or pictures.drawing_side(loaded.view.input_size, LONGER_SIDE)
     folder = Path(args.output_dir)
     files = [*(folder / f'{stem}_features.png' for stem in pictures.unique_stems(paths)), folder / 'features.png']
     pictures.check_inputs_are_kept(paths, files)
@@ -91,7 +92,7 @@ def main(argv: Optional[list] = None) -> List[Path]:
                for values, picture in zip(colors, originals)]
     with utils.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    for picture, file in zip([*colored, sheet(originals, colored)], files):
+    for picture, file in zip([*colored, sheet(originals, colored, [path.name for path in paths])], files):
         pictures.save_picture(picture, file)
     log(f'{files[-1]}: {len(paths)} pictures beside their features; a patch token has {tokens[0].shape[2]} channels')
     return files

@@ -115,7 +115,7 @@ def test_baselines_are_pixels_and_the_network_before_its_first_step(data, traine
     args = train.parse_args(['--arch', 'xcit_test', '--seed', '5', '--device', 'cpu'])
     args.epochs = 10
     with small_dino.mock.patch.object(small_dino.networks, 'HIDDEN', 16):
-        student, _ = train.build_networks(args, train.DinoLoss(65536, 10))
+        student, *_ = train.build_networks(args, train.DinoLoss(65536, 10))
     backbone = frozen.build(knn.parse_args(flags(data, trained)), CPU)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():

@@ -633,7 +633,7 @@ def test_labelled_classes_that_train_lacks_are_refused(flat, tmp_path):
 def test_weights_of_another_model_are_refused_with_the_names(flat, tmp_path):
     """Weights of another model are an error with their names."""
     torch.save(timm.create_model('xcit_nano_12_p16', num_classes=0).state_dict(), tmp_path / 'nano.pth')
-    with pytest.raises(InputError, match=r'blocks\.1\.'):
+    with pytest.raises(InputError, match='checkpoint is xcit_nano_12_p16, --arch is xcit_test'):
         small_dino.main(small(flat, '--pretrained', str(tmp_path / 'nano.pth'), '--output-dir', str(tmp_path / 'run')))
 
 

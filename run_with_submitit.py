@@ -13,12 +13,14 @@ import time
 from pathlib import Path
 from typing import Optional, Tuple
 
+import datasets
+from loaders import readers
 from run import flags
-from run.commandline import COUNT, COUNT_OR_0, PATH, POSITIVE, Parser, UnknownFlags, run_program
+from run.commandline import COUNT, COUNT_OR_0, PATH, PATH_OBJECT, POSITIVE, Parser, UnknownFlags, run_program
 from run.folder import check_output_dir
 from slurm import cluster, following, submission
 from slurm.job import ROOT, Task, has_checkpoint, python_arguments
-from utils import InputError
+from utils import InputError, dashed
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -89,6 +91,7 @@ def parse_args(argv: list) -> Tuple[argparse.Namespace, list]:
     for add_flags in (flags.add_run_flags, flags.add_checkpoint_flags, flags.add_loader_flags):
         add_flags(shared)
     shared.add_argument('--eval', action='store_true')
+    flags.add_data_path_flag(shared)
     shared.parse_known_args(program_argv, args)
 
     device = 'cuda' if args.ngpus else 'cpu'
@@ -98,14 +101,69 @@ def parse_args(argv: list) -> Tuple[argparse.Namespace, list]:
     args.tasks_per_node = args.ngpus or args.tasks_per_node or 1
     args.cpus_per_task = args.cpus_per_task or max(1, args.num_workers)
     args.output_dir = str(Path(args.output_dir or args.job_dir).absolute())
+    check_checkpoint(args)
     # This machine may lack the GPUs of the nodes
     unchecked = ['--device', 'cpu', *(['--amp', 'off'] if args.ngpus else [])]
     try:
-        program.parse_args([*program_argv, '--output-dir', args.output_dir, *unchecked])
+        parsed = program.parse_args([*program_argv, '--output-dir', args.output_dir, *unchecked])
     except UnknownFlags as error:  # perhaps a flag of the job
         raise UnknownFlags(error.flags, error.known + job_parser.known_options(argv)) from None
-    check_checkpoint(args)
-    return args, [*program_argv, '--device', device]
+    check_data(vars(parsed))
+    parser = program.get_args_parser() if hasattr(program, 'get_args_parser') else shared
+    return args, [*with_absolute_paths(program_argv, parser, vars(parsed)), '--device', device]
+
+
+def with_absolute_paths(argv: list, parser: Parser, values: dict) -> list:
+    """Return the command line of a program with absolute paths: the job may start in another folder.
+
+    Args:
+        values: parsed flags by destination; relative paths in the files of --config are appended.
+    """
+    actions = {option.replace('_', '-'): action for action in parser._actions for option in action.option_strings
+               if action.type in (PATH, PATH_OBJECT)}
+    changed, given = list(argv), {'output_dir'}
+    for i, word in enumerate(argv):
+        name, equals, value = word.partition('=')
+        action = actions.get(name.replace('_', '-'))
+        if action is None or not (equals or i + 1 < len(argv)):
+            continue
+        given.add(action.dest)
+        if equals:
+            changed[i] = f'{name}={absolute(value, action)}'
+        else:
+            changed[i + 1] = absolute(argv[i + 1], action)
+    for action in dict.fromkeys(actions.values()):
+        value = values.get(action.dest)
+        if action.dest not in given and value and value != parser.get_default(action.dest):
+            path = absolute(str(value), action)
+            changed += [action.option_strings[-1], path] if path != str(value) else []
+            given.add(action.dest)
+    return changed
+
+
+def absolute(value: str, action: argparse.Action) -> str:
+    """Return the value of a path's flag as an absolute path; a URL, a name of weights and `auto` stay."""
+    path, alternatives = PATH(value), str(action.metavar).split('|')
+    is_name = len(alternatives) > 1 and (value in alternatives or not Path(path).exists())
+    is_address = path.startswith(('http://', 'https://', 'file://', 'hf-hub:'))
+    return value if not value or is_name or is_address else str(Path(path).absolute())
+
+
+def check_data(values: dict):
+    """Raise InputError if the data of a program, whose flags are `values`, do not exist; warn of a default."""
+    files = {name: values[name] for name in ('train_features', 'val_features') if values.get(name)}
+    for name, path in files.items():
+        if not Path(path).is_file():
+            raise InputError(f'{dashed(name)} {path}: no such file')
+    folders = {'knn_data_path': values.get('knn_data_path'), 'data_path': None if files else values.get('data_path')}
+    if values.get('data_set') == datasets.SAMPLE or readers.prefix_of(values.get('data_set') or ''):
+        del folders['data_path']
+    for name, path in folders.items():
+        if path is not None and not Path(path).is_dir():
+            error = datasets.no_directory(dashed(name), path)
+            if path not in datasets.DEFAULT_PATHS:
+                raise error
+            print(f'Warning: {error}', file=sys.stderr, flush=True)
 
 
 def check_job_flags(args, device: str):

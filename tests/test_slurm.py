@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import submitit
+import torch
 from conftest import tiny, write_folders
 
 import run_with_submitit
@@ -264,6 +265,44 @@ def test_original_command_line_of_dino_is_accepted(tmp_path, capsys):
     assert '-m dino.train --use_fp16 true --arch xcit_small_12_p16' in capsys.readouterr().out
 
 
+def test_paths_of_a_job_are_absolute(tmp_path, monkeypatch, capsys):
+    """Relative paths of the program, in a file of --config too, are absolute in the script; names of weights stay."""
+    monkeypatch.chdir(write_folders(tmp_path / 'a b').parent)
+    (tmp_path / 'c.yaml').write_text('data-path: a b\nfeatures-dir: kept\n')
+    torch.save({'model': {}}, tmp_path / 'w.pth')
+    common = ['--dry-run', '--ngpus', '0', '--data-set', 'FOLDER']
+    assert main([*common, '--data_path=a b', '--pretrained', 'w.pth', '--model', 'xcit_nano_12_p16']) == 0
+    line = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert {f'--data_path={tmp_path}/a b', f'{tmp_path}/w.pth', f'{tmp_path}/runs/%j'} <= set(line)
+    assert main([*common, '--data-path', 'a b', '--model', 'xcit_nano_12_p16', '--pretrained', 'fb_dist_in1k']) == 0
+    assert {f'{tmp_path}/a b', 'fb_dist_in1k'} <= set(shlex.split(capsys.readouterr().out.splitlines()[-1]))
+    assert main([*common, '--program', 'dino.linear', '--config', 'c.yaml', '--pretrained', 'w.pth']) == 0
+    assert {f'{tmp_path}/c.yaml', f'{tmp_path}/a b', f'{tmp_path}/kept'} <= set(
+        shlex.split(capsys.readouterr().out.splitlines()[-1]))
+
+
+@pytest.mark.parametrize(('flags', 'message'), [
+    (['--data-path', 'nowhere'], '--data-path nowhere: no such directory'),
+    (['--program', 'dino.train', '--data-path', '.', '--knn-every', '1', '--knn-data-path', 'no'],
+     '--knn-data-path no: no such'),
+    (['--program', 'dino.linear', '--train-features', 'a.npz', '--val-features', 'b.npz'],
+     '--train-features a.npz: no such')])
+@pytest.mark.parametrize('job', [['--dry-run'], ['--cluster', 'local']], ids=' '.join)
+def test_missing_data_are_refused_before_submission(job, flags, message, tmp_path, monkeypatch):
+    """Data that do not exist are refused, in a dry run and before a job; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        main([*job, '--ngpus', '0', *flags])
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_default_of_the_data_is_warned_about(capsys):
+    """The default of --data-path, the original's cluster, is not refused but warned about, beside the script."""
+    assert main(['--dry-run', '--ngpus', '0']) == 0
+    assert '--data-path /datasets01/imagenet_full_size/061417/: no such directory (the default)' in \
+        capsys.readouterr().err
+
+
 def test_another_runs_directory_is_refused(tmp_path):
     """An --output-dir with a checkpoint is refused without --resume auto: a requeued job would resume from it."""
     (tmp_path / 'checkpoint.pth').touch()
@@ -480,7 +519,8 @@ def test_cancelling_ends_the_wait(cluster, data, tmp_path, capsys):
 
 def test_mistakes_that_only_the_job_can_see_fail_it(cluster, tmp_path, capsys):
     """A job without its data fails with exit code 2 and main.py's error in the log."""
-    flags = job_flags(tmp_path / 'nowhere', tmp_path, '--ngpus', '1', '--nodes', '1', '--device', 'auto', '--wait')
+    (tmp_path / 'empty').mkdir()
+    flags = job_flags(tmp_path / 'empty', tmp_path, '--ngpus', '1', '--nodes', '1', '--device', 'auto', '--wait')
     assert main(flags) == 2
     printed = capsys.readouterr().out
     assert 'main.py: error: ' in printed
@@ -579,7 +619,8 @@ def test_without_slurm_the_job_runs_on_this_machine(no_slurm, data, tmp_path, ca
 def test_a_local_job_fails_with_its_code_on_any_system(no_slurm, data, tmp_path, capsys):
     """Without os.waitid and os.pidfd_open, as on macOS, a job fails with the exit code of the run."""
     (tmp_path / 'sitecustomize.py').write_text('import os\ndel os.waitid, os.pidfd_open\n')
-    flags = job_flags(tmp_path / 'nowhere', tmp_path / 'runs', '--nodes', '1', '--wait', '--setup',
+    (tmp_path / 'empty').mkdir()
+    flags = job_flags(tmp_path / 'empty', tmp_path / 'runs', '--nodes', '1', '--wait', '--setup',
                       f'export PYTHONPATH={tmp_path}:$PYTHONPATH')
     assert main(flags) == 2
     printed = capsys.readouterr().out

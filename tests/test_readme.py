@@ -92,11 +92,12 @@ def test_dino_command_parses(program):
 
 
 @pytest.fixture(scope='module')
-def dino_run(tmp_path_factory):
-    """Working folder with runs/dino of `dino.train`, and its weights for timm, as docs/weights.md makes them."""
+def runs(tmp_path_factory):
+    """Working folder with runs/mine of `main.py`, runs/dino of `dino.train`, and the latter's weights for timm."""
     folder = tmp_path_factory.mktemp('work')
     dino = folder / 'runs' / 'dino'
     data = write_folders(folder / 'pictures')
+    main(tiny(data, '--epochs', '1', '--no-report', '--output-dir', str(folder / 'runs' / 'mine')))
     dino_train.main(['--arch', 'xcit_nano_12_p16', '--data-path', str(data), '--epochs', '1', '--warmup-epochs', '0',
                      '--global-crops-size', '32', '--local-crops-number', '0', '--out-dim', '16', '--batch-size', '4',
                      '--device', 'cpu', '--num-workers', '0', '--saveckp-freq', '0', '--output-dir', str(dino)])
@@ -115,35 +116,37 @@ def stems(namespace: dict) -> dict:
 
 
 @pytest.mark.parametrize('block', re.findall(r'```python\n(.*?)```', TEXT, re.DOTALL))
-def test_python_runs(block, dino_run, monkeypatch):
-    """Every piece of Python runs, with random weights for published ones; DINO's weights arrive in every model."""
-    monkeypatch.chdir(dino_run)
-    loads_dino = 'runs/dino' in block
-    if not loads_dino:
+def test_python_runs(block, runs, monkeypatch):
+    """Every piece of Python runs, with random weights for published ones; the weights of a run reach every model."""
+    monkeypatch.chdir(runs)
+    run = next((file for file in ('runs/dino/checkpoint.pth', 'runs/mine/best_model.pth') if file[:9] in block), None)
+    if not run:
         block = block.replace('pretrained=True', 'pretrained=False').replace("pretrained='fb_in1k'", 'pretrained=False')
     namespace: dict = {}
     exec(block.replace('/path/to/this/repository', str(ROOT)), namespace)
-    if loads_dino:
-        given = weights.read('runs/dino/checkpoint.pth', 'the run').tensors[STEM]
+    if run:
+        given = weights.read(run, 'the run').tensors[STEM]
         assert stems(namespace)
         assert [name for name, stem in stems(namespace).items() if not torch.equal(stem, given)] == []
 
 
-def test_timm_has_the_backbones_outputs(dino_run, monkeypatch):
+def test_timm_has_the_outputs(runs, monkeypatch):
     """Every way of docs/weights.md into timm gives the features of the run's checkpoint."""
-    monkeypatch.chdir(dino_run)
+    monkeypatch.chdir(runs)
     images = seeded_images(2, 3, 32, 48)
-    expected = weights.create_model('xcit_nano_12_p16', 'runs/dino/checkpoint.pth').eval()(images)
     section = WEIGHTS[WEIGHTS.index('## Weights in timm'):WEIGHTS.index('## A backbone for a decoder')]
-    models = []
+    count = 0
     for block in re.findall(r'```python\n(.*?)```', section, re.DOTALL):
         namespace: dict = {}
         exec(block, namespace)
-        models += [model for model in namespace.values() if hasattr(model, 'reset_classifier')]
-    assert len(models) == 4
-    for model in models:
-        model.eval().reset_classifier(0)
-        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+        run = 'runs/dino/checkpoint.pth' if 'runs/dino' in block else 'runs/mine/best_model.pth'
+        expected = weights.create_model('xcit_nano_12_p16', run, num_classes=0).eval()(images)
+        for model in namespace.values():
+            if hasattr(model, 'reset_classifier'):
+                model.eval().reset_classifier(0)
+                torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+                count += 1
+    assert count == 6
 
 
 @pytest.mark.parametrize('command', commands('run_with_submitit.py'))
@@ -161,7 +164,8 @@ def test_model_table_is_the_codes():
     for row, (size, config) in zip(rows, xcit.SIZES.items()):
         assert [int(cell) for cell in row[1:4]] == [config['embed_dim'], config['depth'], config['num_heads']]
         for cell, patch in zip(row[4:6], xcit.STEM_CONVOLUTIONS):
-            model = timm.create_model(f'xcit_{size}_p{patch}')
+            with torch.device('meta'):  # no initial weights, which take seconds
+                model = timm.create_model(f'xcit_{size}_p{patch}')
             assert float(cell.removesuffix(' M')) == round(sum(p.numel() for p in model.parameters()) / 1e6, 1)
 
 

@@ -6,20 +6,19 @@ from typing import List, Optional, Tuple
 
 import timm
 import torch
-import torchvision
 from timm.utils import ModelEmaV3
 
 import datasets
 import weights
 import xca_gram
 import xcit
-from classification import evaluation, initial, recipe, report
+from classification import evaluation, initial, preview, recipe, report
 from engine import train_one_epoch
 from inference import setting
 from inference.flags import add_choice_of_weights
 from loaders import readers, samples
 from loaders.batches import build_eval_loader, build_train_loader, images_of_epoch
-from loaders.transforms import View
+from loaders.transforms import ToNormalizedTensor, View
 from losses import DistillationLoss
 from reports import real_labels
 from run import assembly, flags, launch, optimization, parts, processes, schedules
@@ -34,7 +33,7 @@ from run.training import Run
 from utils import InputError, first_line, seed_everything
 
 REFERENCE_BATCH = 512  # images per step that --lr refers to
-FILES = (*RUN_FILES, 'split.json', BEST, *EVALUATION_FILES)
+FILES = (*RUN_FILES, 'split.json', BEST, *EVALUATION_FILES, preview.FILE)
 # Defaults that --finetune changes; the command line has priority
 FINETUNING = dict(epochs=30, lr=4e-4, min_lr=1e-6, warmup_epochs=0, drop_path=0., reprob=0., repeated_aug=False,
                   full_crop=True)
@@ -306,7 +305,8 @@ def train(args, device: torch.device) -> dict:
 
         with run.started(derived):
             if run.log is not None:
-                log_start(run, train_set, train_loader, preview=min(args.batch_size, 32))
+                log_start(run, train_set, train_loader, count=min(args.batch_size, 32),
+                          normalise=ToNormalizedTensor(args.mean, args.std))
                 if args.report:
                     report.log_missing()
             pace.log(batches=len(train_loader), warmup_epochs=args.warmup_epochs, epochs=args.epochs,
@@ -360,13 +360,12 @@ def update_best(accuracy: parts.Metrics, stats: dict, epoch: int, *, images: int
     return best
 
 
-def log_start(run: Run, train_set: samples.PictureSet, loader, *, preview: int):
-    """Write the split of the pictures to the output folder, and the first images of a new run to TensorBoard."""
+def log_start(run: Run, train_set: samples.PictureSet, loader, *, count: int, normalise: ToNormalizedTensor):
+    """Write the split of the pictures to the output folder, and a preview of a new run's images."""
     if train_set.split is not None:
         train_set.split.write(run.folder)
-    if run.first == 0 and (images := loader.first_images(preview)) is not None:
-        run.log.tensorboard.do('add_image', 'train/images',
-                               torchvision.utils.make_grid(images, normalize=True, scale_each=True))
+    if run.first == 0 and (page := preview.sheet(train_set, loader, count, normalise)) is not None:
+        preview.write(run.folder, run.log, page)
 
 
 def print_next_steps(args, accuracy: parts.Metrics):

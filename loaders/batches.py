@@ -8,10 +8,11 @@ All loaders have these methods (`Rounds` has the first two):
     images_evaluated(count)     number of different images behind `count` results of all processes; raises InputError
                                 if images were lost
     first_images(count)         images (count, 3, img_h, img_w) of the position, for a preview; None if not possible
+    first_indices(count)        indices of these images in the data set; empty if not possible
 """
 import dataclasses
 import itertools
-from typing import Callable, Iterator, Optional, Union
+from typing import Callable, Iterator, List, Optional, Union
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -48,8 +49,14 @@ class Batches:
         return count if self.shares_images else count // get_world_size()
 
     def first_images(self, count: int) -> Optional[torch.Tensor]:
-        keys = itertools.islice(self.loader.sampler, min(count, self.loader.batch_size))
-        return torch.stack([self.loader.dataset[key][0] for key in keys])
+        return torch.stack([self.loader.dataset[key][0] for key in self.first_keys(count)])
+
+    def first_indices(self, count: int) -> List[int]:
+        return [index for index, _ in self.first_keys(count)]
+
+    def first_keys(self, count: int) -> Iterator:
+        """Yield keys of `loaders.samples.SeededSamples`."""
+        return itertools.islice(self.loader.sampler, min(count, self.loader.batch_size))
 
 
 class Rounds:

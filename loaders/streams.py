@@ -83,6 +83,9 @@ class StreamLoader:
     def first_images(self, count: int) -> None:
         """Return None: a stream can't go back to its beginning."""
 
+    def first_indices(self, count: int) -> list:
+        return []
+
     def __iter__(self) -> Iterator:
         return itertools.islice(self.passes(), len(self)) if self.loader.dataset.is_train else iter(self.loader)
 

@@ -9,22 +9,29 @@ import sys
 from pathlib import Path
 from typing import List, Tuple
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torchvision
 from conftest import ROOT, tiniest, write_folders
+from PIL import Image
 from resuming import log_lines, state
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+import datasets
 import weights
-from classification import evaluation, recipe
+from classification import evaluation, preview, recipe
 from inference import timm_files
 from loaders import samples
+from loaders.batches import build_train_loader
+from loaders.source import Source
+from loaders.transforms import ToNormalizedTensor
 from main import main, parse_args
 from run import checkpoints
 from run.position import Epochs
+from run.settings import Loading
 from run.training import Run
 
 
@@ -64,7 +71,19 @@ def test_tensorboard_has_curves_flags_and_images(trained):
     assert [event.step for event in events.Scalars('test/acc1')] == [0, 1]
     assert events.Tags()['tensors'] == ['args/text_summary']
     image = events.Images('train/images')[0]
-    assert (image.width, image.height) == (4 * 34 + 2, 34 + 2)
+    assert (image.width, image.height) == Image.open(trained[1] / 'preview.png').size
+
+
+def test_preview_has_the_originals(folders):
+    """The preview has each picture beside the image that the model receives, with its own colours."""
+    dataset, _ = datasets.load(Source('FOLDER', str(folders)), is_train=True)
+    normalise = ToNormalizedTensor((.5, .4, .3), (.1, .2, .3))
+    loader = build_train_loader(dataset.with_transform(normalise), Loading(4, torch.device('cpu'), num_workers=0))
+    page = np.asarray(preview.sheet(dataset, loader, 4, normalise))
+    assert page.shape[1] == 4 * 96 + 3 * 8
+    picture = Image.open(dataset.files()[loader.first_indices(4)[0]])
+    assert np.array_equal(page[:96, :96], np.asarray(picture.resize((96, 96), Image.Resampling.BICUBIC)))
+    assert np.array_equal(page[:96, 104:200], np.asarray(picture).repeat(3, axis=0).repeat(3, axis=1))
 
 
 def test_args_json_describes_the_run(trained):

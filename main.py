@@ -198,7 +198,8 @@ def build_datasets(args) -> Tuple[samples.PictureSet, samples.PictureSet, int]:
     view = datasets.decide_resize(source, train_set, build_view(args))
     args.resize = view.resize
     samples.log_class_sizes(train_set, eval_set)
-    samples.inspect(train_set, eval_set, skips_bad=args.skip_bad_images > 0, same_size=not view.resizes)
+    samples.inspect(train_set, eval_set, skips_bad=args.skip_bad_images > 0, same_size=not view.resizes,
+                    with_long=view.resizes)
     images = images_of_epoch(train_set, repeated_aug=args.repeated_aug)
     args.batch_size = flags.filled_batch(args.batch_size, images, even=recipe.uses_soft_targets(args))
     return (train_set.with_transform(recipe.build_transform(args, resize=args.resize)),

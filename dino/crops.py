@@ -10,22 +10,23 @@ from PIL import Image, ImageFilter
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from loaders import pictures
 from loaders.transforms import ToNormalizedTensor
 
 BLUR_RADIUS = (.1, 2.)  # pixels, for crops of any size
 JITTER_PROBABILITY = .8
-LONG, ATTEMPTS = 2, 10  # ratio of a long picture's sides; areas and ratios that are drawn for a crop
+ATTEMPTS = 10  # areas and ratios that are drawn for a crop
 SOLARIZE_FROM = 128  # brightness
 
 
 class RandomResizedCrop(transforms.RandomResizedCrop):
-    """torchvision's crop, at a random place of long pictures too: pictures with sides of at least LONG : 1."""
+    """torchvision's crop, at a random place of long pictures too: see pictures.is_long."""
 
     @staticmethod
     def get_params(img: Image.Image, scale: Sequence[float], ratio: Sequence[float]) -> Tuple[int, int, int, int]:
         """Return top, left, height and width of a crop with random area and ratio."""
         width, height = transforms.functional.get_image_size(img)
-        if max(width, height) < LONG * min(width, height):
+        if not pictures.is_long(height, width):
             return transforms.RandomResizedCrop.get_params(img, scale, ratio)
         for _ in range(ATTEMPTS):  # as torchvision
             area, shape = width * height * uniform(*scale), log_uniform(*ratio)

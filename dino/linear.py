@@ -150,8 +150,8 @@ def source_of(args, train: Features, val: Features) -> Source:
 def build_train_dataset(images: Images, *, skips_bad: bool) -> PictureSet:
     """Build the training images with the original's augmentation; small images are padded and cropped as in main.py."""
     dataset, _ = datasets.load_classes(images.source, is_train=True)
-    inspect(dataset, skips_bad=skips_bad)
     view = datasets.decide_resize(images.source, dataset, images.view)
+    inspect(dataset, skips_bad=skips_bad, with_long=view.resizes)
     crop = (transforms.RandomResizedCrop(view.input_size) if view.resize else
             transforms.RandomCrop(view.input_size, padding=PADDING, pad_if_needed=True))
     return dataset.with_transform(transforms.Compose([crop, transforms.RandomHorizontalFlip(),

@@ -34,6 +34,7 @@ BEGINNINGS = {  # kinds of files that are no pictures, by their first bytes in l
     b'\x89hdf': 'an HDF5 file', b'cdf': 'a NetCDF file', b'pk\x03\x04': 'a zip archive', b'\x1f\x8b': 'a gzip archive',
     b'<!doctype': 'a web page', b'<html': 'a web page', b'<svg': 'an SVG drawing', b'<?xml': 'an XML file'}
 HEIF_BEGINNINGS = (b'ftypheic', b'ftypheix', b'ftypmif1', b'ftyphevc')
+LONG = 2  # ratio of the sides from which random crops often do not fit into a picture
 NUM_PROBED = 1000  # pictures that are checked before work starts
 NUM_MEASURED = 20  # probed 16-bit pictures whose brightness is measured
 MOST_REPORTED = 5  # pictures per process whose broken EXIF data are reported
@@ -283,11 +284,16 @@ def is_reduced(image: Image.Image) -> bool:
     return codec == 'SGI16' or ';16' in str(options)
 
 
-def log_peculiarities(paths: list):
-    """Log the conversion of pictures that are not plain RGB or 8-bit grey, with the number of each kind."""
+def log_peculiarities(paths: list, *, with_long: bool = False):
+    """Log the conversion of pictures that are not plain RGB or 8-bit grey, with the number of each kind.
+
+    Args:
+        with_long: pictures are cropped to squares; log the number of long ones.
+    """
     probed = evenly_spread(paths)
     with ThreadPoolExecutor(max_workers=8) as pool:
-        kinds = [kinds for kinds, _ in pool.map(header, probed)]
+        headers = list(pool.map(header, probed))
+    kinds = [kinds for kinds, _ in headers]
     for kind, conversion in PECULIARITIES.items():
         examples = [(path, own[kind]) for path, own in zip(probed, kinds) if kind in own]
         if examples:
@@ -295,6 +301,16 @@ def log_peculiarities(paths: list):
             remark = remark_on_brightness(measured) if kind == '16-bit' else ''
             log(f'{len(examples)} of {len(probed)} probed pictures (such as {shown(path)}) '
                 f'{conversion.format(details)}{remark}')
+    long = [(path, size) for path, (_, size) in zip(probed, headers) if is_long(*size)]
+    if with_long and long:
+        path, (height, width) = long[0]
+        log(f'{len(long)} of {len(probed)} probed pictures (such as {shown(path)}, {width} x {height} pixels) are at '
+            f'least {LONG} times as long as wide: evaluation uses the central square, and training crops that do not '
+            f'fit are central, too. Cut such pictures into parts if their ends matter')
+
+
+def is_long(height: int, width: int) -> bool:
+    return max(height, width) >= LONG * max(1, min(height, width))
 
 
 def remark_on_brightness(paths: list) -> str:

@@ -94,20 +94,21 @@ def picture_of(dataset: PictureSet) -> Optional[Callable[[int], Image.Image]]:
 # Checks before work starts
 
 def inspect(train: Optional[PictureSet], evaluated: Optional[PictureSet] = None, *, skips_bad: bool = False,
-            same_size: bool = False):
+            same_size: bool = False, with_long: bool = False):
     """Log peculiar pictures, and decode some pictures of each data set, evenly spread.
 
     Args:
         train, evaluated: data sets for training and for evaluation; None: no such data set.
         skips_bad: unreadable training images are allowed.
         same_size: pictures for evaluation must have equal sizes.
+        with_long: pictures are cropped to squares; log the number of long ones.
 
     Raises:
         UnreadableImage: the first picture that can't be decoded.
         InputError: pictures for evaluation differ in size.
     """
     pictures.log_peculiarities([file for dataset in (train, evaluated) if dataset is not None
-                                for file in dataset.files()])
+                                for file in dataset.files()], with_long=with_long)
     for dataset, remedy in ((None if skips_bad else train, FOR_TRAINING), (evaluated, FOR_EVALUATION)):
         if dataset is not None:
             with adding(remedy):

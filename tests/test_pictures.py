@@ -284,6 +284,18 @@ def test_class_sizes_are_logged(folders, capsys):
     assert 'Warning: fewer than 10 pictures for evaluation in 2 of 2 classes: cat 4, dog 0\n' in out
 
 
+def test_long_pictures_are_counted(folders, capsys):
+    """A line at the start of training counts the pictures with sides of 2 : 1 or more; evaluation alone has no line."""
+    for name, size in (('train/cat/0', (64, 32)), ('train/dog/1', (30, 90)), ('val/dog/0', (63, 32))):
+        write_image(folders / f'{name}.png', size=size)
+    build_datasets(parse_args(tiniest(folders)))
+    out = capsys.readouterr().out
+    assert '2 of 24 probed pictures (such as ' in out
+    assert 'train/cat/0.png, 64 x 32 pixels) are at least 2 times as long as wide: evaluation uses the central' in out
+    main(tiniest(folders, '--eval'))
+    assert 'as long as wide' not in capsys.readouterr().out
+
+
 # ----- small pictures of different sizes
 
 @pytest.mark.parametrize(('sizes', 'resizes'), [

@@ -4,8 +4,13 @@ Each of the k nearest training images votes for its class with weight exp(simila
 """
 import argparse
 import dataclasses
+import os
+import sys
 from pathlib import Path
 from typing import Dict, Optional
+
+if not __package__:  # started as a file
+    sys.path[0] = os.path.realpath(f'{__file__}/../..')
 
 import torch
 import torch.nn.functional as F

@@ -6,9 +6,14 @@ All learning rates are tried in one pass over the images. The best classifier of
 import argparse
 import contextlib
 import dataclasses
+import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Callable, Dict, Iterable, List, Optional
+
+if not __package__:  # started as a file
+    sys.path[0] = os.path.realpath(f'{__file__}/../..')
 
 import torch
 import torch.nn.functional as F

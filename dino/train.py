@@ -5,9 +5,14 @@ Checkpoints contain student, teacher and everything needed to resume; backbone.p
 """
 import argparse
 import math
+import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
+
+if not __package__:  # started as a file
+    sys.path[0] = os.path.realpath(f'{__file__}/../..')
 
 import torch
 

@@ -240,3 +240,44 @@ def test_run_continues_without_tensorboard(data, tmp_path, monkeypatch, capfd, f
     assert 'Traceback' not in err
     assert [json.loads(line)['epoch'] for line in (tmp_path / 'log.txt').read_text().splitlines()] == [0, 1]
     assert torch.load(tmp_path / 'checkpoint.pth', weights_only=True)['epoch'] == 1
+
+
+# ----- programs started as files
+
+PROGRAMS = [path for folder in ('dino', 'tools') for path in sorted(ROOT.glob(f'{folder}/*.py'))
+            if "__name__ == '__main__'" in path.read_text()]
+AS_FILE = '''
+import runpy, sys
+root, *files = sys.argv[1:]
+for file in files:
+    sys.path[0] = file.rpartition('/')[0]  # as Python does for `python FILE`
+    runpy.run_path(file)
+    assert sys.path[0] == root, file
+'''
+
+
+def outside(command: list, folder: Path) -> subprocess.CompletedProcess:
+    """Run a command in a folder, without the repository among the places of modules."""
+    environment = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+    return subprocess.run(list(map(str, command)), cwd=folder, env=environment, capture_output=True, text=True,
+                          timeout=120)
+
+
+def test_every_program_starts_as_a_file(tmp_path):
+    """`python dino/train.py` and the like find their modules, from any folder, and not those of their own folder."""
+    assert len(PROGRAMS) > 10
+    result = outside([sys.executable, '-c', AS_FILE, ROOT, *PROGRAMS], tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('launcher', [[sys.executable], [sys.executable, '-m', 'torch.distributed.run',
+                                                         '--standalone', '--nproc_per_node', '2']])
+def test_training_runs_as_a_file(data, tmp_path, launcher):
+    """`python dino/train.py` and `torchrun dino/train.py` train, with loading workers, which import the file again."""
+    result = outside([*launcher, ROOT / 'dino' / 'train.py', '--arch', 'xcit_nano_12_p16', '--data-path', data,
+                      '--epochs', '1', '--warmup-epochs', '0', '--batch-size', '4', '--out-dim', '16', '--device',
+                      'cpu', '--global-crops-size', '32', '--local-crops-number', '0', '--num-workers', '1',
+                      '--output-dir', 'run'], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / 'run' / 'backbone.pth').exists()

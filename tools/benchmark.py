@@ -17,6 +17,9 @@ import sys
 from pathlib import Path
 from typing import Optional, Tuple
 
+if not __package__:  # started as a file
+    sys.path[0] = os.path.realpath(f'{__file__}/../..')
+
 import timm
 import torch
 

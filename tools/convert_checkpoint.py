@@ -5,8 +5,13 @@ classes, resolution and crop are kept: in a .pth file beside the weights, in a .
 timm's naming, a config.json beside the file contains this information for timm.
 """
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Optional
+
+if not __package__:  # started as a file
+    sys.path[0] = os.path.realpath(f'{__file__}/../..')
 
 import utils
 import weights

@@ -11,9 +11,14 @@ import contextlib
 import csv
 import dataclasses
 import io
+import os
+import sys
 import time
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
+
+if not __package__:  # started as a file
+    sys.path[0] = os.path.realpath(f'{__file__}/../..')
 
 import torch
 

@@ -9,9 +9,13 @@ import contextlib
 import io
 import json
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Callable, Dict, List, Tuple
+
+if not __package__:  # started as a file
+    sys.path[0] = os.path.realpath(f'{__file__}/../..')
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD

@@ -7,8 +7,13 @@ the metadata.
 """
 import argparse
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Tuple
+
+if not __package__:  # started as a file
+    sys.path[0] = os.path.realpath(f'{__file__}/../..')
 
 import numpy as np
 import safetensors.numpy

@@ -5,9 +5,13 @@ A missing or unreadable picture is named on stderr and makes the exit code 1; th
 """
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import List, Optional
+
+if not __package__:  # started as a file
+    sys.path[0] = os.path.realpath(f'{__file__}/../..')
 
 import torch
 

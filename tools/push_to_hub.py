@@ -4,10 +4,15 @@ Writes a folder with the weights in timm's naming, timm's config and a model car
 figures are measured: in the training run of the checkpoint, and in an eval.json beside the checkpoint.
 """
 import json
+import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import List, Optional
+
+if not __package__:  # started as a file
+    sys.path[0] = os.path.realpath(f'{__file__}/../..')
 
 import huggingface_hub
 import timm

@@ -4,8 +4,13 @@ main.py makes the report of a run with --output-dir itself. This program makes i
 interrupted, or for another folder of pictures. Without predictions in the folder, best_model.pth is evaluated first.
 """
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Optional
+
+if not __package__:  # started as a file
+    sys.path[0] = os.path.realpath(f'{__file__}/../..')
 
 import datasets
 import xcit

@@ -7,8 +7,13 @@ patch: a larger --input-size gives a finer map.
 import argparse
 import dataclasses
 import math
+import os
+import sys
 from pathlib import Path
 from typing import Iterable, Iterator, List, Optional, Sequence, Tuple
+
+if not __package__:  # started as a file
+    sys.path[0] = os.path.realpath(f'{__file__}/../..')
 
 import numpy as np
 import torch

@@ -5,8 +5,13 @@ picture, and features.png with all pictures beside their colours.
 """
 import argparse
 import math
+import os
+import sys
 from pathlib import Path
 from typing import List, Optional
+
+if not __package__:  # started as a file
+    sys.path[0] = os.path.realpath(f'{__file__}/../..')
 
 import torch
 from PIL import Image

@@ -29,7 +29,7 @@ from run.checkpoints import is_url
 from run.commandline import COUNT, POSITIVE, number
 from run.flags import add_data_path_flag
 from run.output import log
-from utils import InputError, abridge, dashed, first_line
+from utils import InputError, abridge, counted, dashed, first_line
 
 INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
 SAMPLE = 'SAMPLE'  # the data set that comes with the repository
@@ -62,7 +62,8 @@ class FashionMNIST(PictureSet, Dataset):
         self.images = read_idx(root, f'{part}-images-idx3-ubyte', flag)
         self.labels = read_idx(root, f'{part}-labels-idx1-ubyte', flag)
         if len(self.images) != len(self.labels):
-            raise InputError(f'{flag}: {root}: {len(self.images)} {part} images but {len(self.labels)} labels')
+            raise InputError(f'{flag}: {root}: {len(self.images)} {part} images but '
+                             f'{counted(len(self.labels), "label")}')
         if self.labels.max(initial=0) >= len(self.classes):
             raise InputError(f'{flag}: {root}: a {part} label is {self.labels.max()}, the last is '
                              f'{len(self.classes) - 1}')
@@ -167,8 +168,8 @@ def build_test_set(source: Source, is_train: bool, subset: str = '') -> ClassFol
     dataset = ClassFolders(root, standard=standard, numbers=numbers, possible=possible, upright=turns_upright(source),
                            flag=source.flag)
     if len(dataset.classes) < len(known):
-        log(f'{source.flag}: {root} has {len(dataset.classes)} of the {len(known)} classes of {source.name}: its '
-            f'accuracy is not comparable')
+        log(f'{source.flag}: {root} has {len(dataset.classes)} of the {counted(len(known), "class")} of '
+            f'{source.name}: its accuracy is not comparable')
     return dataset
 
 
@@ -183,7 +184,8 @@ def folder_of_classes(source: Source, known: Dict[str, int]) -> Path:
         if names and not unknown:
             return folder
         if len(unknown) < len(names):
-            problem = f'{folder} has {len(unknown)} folders that are not classes of the test set: {abridge(unknown)}'
+            problem = (f'{folder} has {counted(len(unknown), "folder")} without a class of the test set: '
+                       f'{abridge(unknown)}')
     raise InputError(f'{source.flag} {root}: {problem}')
 
 
@@ -193,8 +195,8 @@ def build_folder(source: Source, is_train: bool, num_classes: Optional[int] = No
     splits = source.val_fraction or (stored and not has_held_out)
     dataset = split_by_name(source, is_train, stored) if splits else own_split(source, is_train)
     if num_classes is not None and len(dataset.classes) != num_classes:
-        raise InputError(f'--data-set {source.name}: {dataset.root} has {len(dataset.classes)} class folders, '
-                         f'not {num_classes}')
+        raise InputError(f'--data-set {source.name}: {dataset.root} has '
+                         f'{counted(len(dataset.classes), "class folder")}, not {num_classes}')
     return dataset
 
 

@@ -75,6 +75,13 @@ def name_bytes(name: str) -> bytes:
     return name.encode('utf-8', 'surrogateescape')
 
 
+def counted(count: int, noun: str, verb: str = '') -> str:
+    """Return a number with its noun, in the singular for 1, and the `verb` (are, have) in the same number."""
+    ending = '' if count == 1 else 'es' if noun.endswith(('s', 'ch', 'x')) else 's'
+    verb = {'are': 'is', 'have': 'has'}[verb] if verb and count == 1 else verb
+    return f'{count} {noun}{ending}{f" {verb}" if verb else ""}'
+
+
 def similar(name: str, names: list) -> str:
     """Return a suffix for an error about an unknown name, with similar `names`."""
     matches = difflib.get_close_matches(name, names, n=5, cutoff=.5)

@@ -14,8 +14,8 @@ import xcit
 import xcit_zoo
 from run import checkpoints, hub
 from run.descriptions import trained_with
-from run.output import log
-from utils import InputError, abridge, first_line, similar
+from run.output import detail, log
+from utils import InputError, abridge, counted, first_line, similar
 
 
 @dataclasses.dataclass
@@ -29,6 +29,7 @@ class Weights:
         checkpoint: content of the whole file, with other keys beside the weights (`args`, `classes`, `epoch`).
         expected: name of the model that the weights must match, and its flag, for messages; both '' if unknown.
         entry: keys of the weights' dict in the file, joined by dots, e.g. 'model_ema'.
+        details: changes of the names, and tensors that are not used, for --verbose.
     """
     tensors: dict
     source: str
@@ -36,6 +37,7 @@ class Weights:
     checkpoint: dict
     expected: Tuple[str, str] = ('', '')
     entry: str = ''
+    details: str = ''
 
 
 
@@ -215,13 +217,14 @@ def extract(checkpoint: dict, source: str, *, own: Optional[Set[str]] = None, us
     if chosen is None:
         raise InputError(about(source, f'no weights under \'model\'; the file has: {abridge(list(checkpoint))}'))
     is_of_timm, removed = xcit_zoo.has_timm_names(chosen.tensors), [*chosen.cleared, *filter(None, [chosen.prefix])]
-    notes = [f'\'{chosen.entry}\'' if chosen.entry else 'a bare state dict',
-             f'names without {" and ".join(removed)}' if removed else '',
+    epoch = f', epoch {checkpoint["epoch"]}' if isinstance(checkpoint.get('epoch'), int) else ''
+    notes = [f'names without {" and ".join(removed)}' if removed else '',
              'timm\'s names' if is_of_timm else '',
-             f'{len(chosen.beside)} other tensors are ignored ({abridge(chosen.beside, 3)})' if chosen.beside else '',
-             f'epoch {checkpoint["epoch"]}' if isinstance(checkpoint.get('epoch'), int) else '']
+             f'{counted(len(chosen.beside), "other tensor", "are")} ignored ({abridge(chosen.beside, 3)})'
+             if chosen.beside else '']
+    description = (f'weights under \'{chosen.entry}\'' if chosen.entry else 'weights alone') + epoch
     tensors = xcit_zoo.from_timm_names(chosen.tensors) if is_of_timm else chosen.tensors
-    return Weights(tensors, source, ', '.join(filter(None, notes)), checkpoint, expected, chosen.entry)
+    return Weights(tensors, source, description, checkpoint, expected, chosen.entry, ', '.join(filter(None, notes)))
 
 
 def weights_of_another_model(checkpoint: dict) -> Optional[xcit_zoo.Found]:
@@ -250,7 +253,7 @@ def refuse_linear(checkpoint: dict, source: str):
     if found and all(map(xcit_zoo.is_linear, found)):
         shape = next(tuple(value.shape) for value in found[0].values() if value.ndim == 2)
         raise InputError(about(
-            source, f'a linear classifier alone, of {shape[1]} features for {shape[0]} classes, without '
+            source, f'a linear classifier alone, of {shape[1]} features for {counted(shape[0], "class")}, without '
                     'its backbone; both as one model: classifier.pth beside it, or python -m '
                     'dino.linear --evaluate --linear-weights FILE --save-classifier MODEL.pth'))
 
@@ -319,15 +322,16 @@ def load(model: torch.nn.Module, weights: Weights, *, new_head: bool = False):
     weight, bias = head_keys(model)
     if weights.source:
         log(f'{weights.source}: {weights.description}')
+        detail(weights.details)
     if any(getattr(own.get(k), 'shape', None) != getattr(given.get(k), 'shape', None) for k in (weight, bias)):
         if weight not in given:
             problem = 'have no head'
         elif weight not in own:
-            problem = f'have a head for {len(given[weight])} classes, and the model has no head'
+            problem = f'have a head for {counted(len(given[weight]), "class")}, and the model has no head'
         elif bias not in given:
             problem = f'have a head without {bias}'
         elif len(given[weight]) != len(own[weight]):
-            problem = f'are for {len(given[weight])} classes, not {len(own[weight])}'
+            problem = f'are for {counted(len(given[weight]), "class")}, not {len(own[weight])}'
         else:
             problem = (f'have a head of another width: {weight} {tuple(given[weight].shape)}, model has '
                        f'{tuple(own[weight].shape)}')

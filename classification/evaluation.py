@@ -19,7 +19,7 @@ from run import processes
 from run.logs import environment, log_values
 from run.output import log
 from run.settings import Loading
-from utils import NonFiniteLoss
+from utils import NonFiniteLoss, counted
 
 # Columns of the table of epochs: key of a metric and format
 COLUMNS = {'loss': ('train_loss', '.4f'), 'lr': ('train_lr', '.2e'), 'Acc@1': ('test_acc1', '.3f'),
@@ -43,7 +43,7 @@ def evaluate_classifier(model: torch.nn.Module, dataset: PictureSet, view: View,
         The metrics of `engine.evaluate`, and the gathered predictions.
     """
     log_values(environment())
-    log(f'{name}: {len(dataset)} images at {view.input_size} pixels, crop {view.crop:g}')
+    log(f'{name}: {counted(len(dataset), "image")} at {view.input_size} pixels, crop {view.crop:g}')
     if classes not in (None, dataset.class_names()):
         log(f'{weights}: was trained on classes with other names, or in another order')
     loader = build_eval_loader(dataset.with_transform(view.transform()), loading, shares_images=shares_images)
@@ -90,7 +90,7 @@ def evaluate_with_ema(model: torch.nn.Module, model_ema: Optional[ModelEmaV3], l
 def evaluate_real_labels(labels: List[List[int]], dataset: PictureSet, predictions: Predictions) -> dict:
     """Compute and log accuracies by ImageNet's reassessed labels."""
     top1, top5, count = real_labels.accuracy(predictions, dataset.files(), labels)
-    log(f'* ReaL Acc@1 {top1:.3f} Acc@5 {top5:.3f} of {count} images')
+    log(f'* ReaL Acc@1 {top1:.3f} Acc@5 {top5:.3f} of {counted(count, "image")}')
     return {'real_acc1': top1, 'real_acc5': top5, 'real_images': count}
 
 

@@ -12,7 +12,7 @@ from reports import drawings, lettering, page, predictions, tables
 from reports.page import Section, Tile
 from reports.predictions import Predictions
 from run.output import log
-from utils import InputError, decodable, first_line, write_json
+from utils import InputError, counted, decodable, first_line, write_json
 
 SUMMARY = 'summary.json'
 # Panels of the curves: label of each metric by its key
@@ -115,7 +115,7 @@ def summarized(summary: dict) -> Section:
     facts = {'top-1': percents(summary['top1'], summary['top1_interval']),
              'top-5': percents(summary['top5'], summary['top5_interval'])}
     if summary['classes'] <= predictions.TOP:
-        facts['top-5'] = f'{summary["top5"]:.2f} %, because there are only {summary["classes"]} classes'
+        facts['top-5'] = f'{summary["top5"]:.2f} %, because there are only {counted(summary["classes"], "class")}'
     facts.update({
         'pictures': f'{summary["images"]} at {summary["input_size"]} pixels, crop {summary["crop"]:g}',
         'classes': str(summary['classes']), 'data': lettering.visible(summary['data']), 'model': summary['model'],
@@ -151,8 +151,8 @@ def confused(names: List[str], counts) -> Section:
     rows = [(names[i], names[j], str(count), f'{100 * count / totals[i]:.1f} %') for i, j, count in pairs]
     text = f'The table has the {len(rows)} most confused pairs.' if rows else 'No picture is confused.'
     if len(names) > drawings.MOST_CLASSES:
-        text = (f'The matrix has the most confused of {len(names)} classes; its last column adds up the predictions of '
-                f'all other classes. {tables.CONFUSION} has all classes. {text}')
+        text = (f'The matrix has the most confused of {counted(len(names), "class")}; its last column adds up the '
+                f'predictions of all other classes. {tables.CONFUSION} has all classes. {text}')
     return Section('Confusion', text, picture=drawings.CONFUSION, rows=rows, texts=2,
                    header=('true class', 'predicted class', 'pictures', 'percent of the true class'))
 

@@ -9,7 +9,7 @@ import weights
 from losses import AdaptedTeacher
 from run.descriptions import trained_with
 from run.output import log
-from utils import InputError, first_line
+from utils import InputError, counted, first_line
 
 Normalisation = Tuple[tuple, tuple]  # mean and standard deviation of each channel
 IMAGENET: Normalisation = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
@@ -35,7 +35,7 @@ def build(name: str, num_classes: int, *, path: str, pretrained: bool, input_siz
     if pretrained:
         teacher_classes = timm.models.get_pretrained_cfg_value(name, 'num_classes')
         if teacher_classes != num_classes:
-            raise InputError(f'{source}: timm\'s weights have {teacher_classes} classes, not {num_classes}')
+            raise InputError(f'{source}: timm\'s weights have {counted(teacher_classes, "class")}, not {num_classes}')
     try:
         teacher = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
     except Exception as error:  # of any hub that timm uses

@@ -18,7 +18,7 @@ from dino.frozen import Frozen
 from engine import accuracies, hits_and_loss
 from run import checkpoints, processes
 from run.descriptions import names_of
-from utils import InputError, abridge
+from utils import InputError, abridge, counted
 
 TAG = 'fb_dino_linear'  # of the published classifiers
 WEIGHT_STD = .01  # of initial weights
@@ -105,8 +105,8 @@ def read_matching(given: str, *, width: int, classes: List[str], backbone: dict)
     layer, content = read(given, backbone.get('model', ''))
     source = f'--linear-weights {given}'
     if (layer.in_features, layer.out_features) != (width, len(classes)):
-        raise InputError(f'{source}: is for features of width {layer.in_features} and {layer.out_features} classes, '
-                         f'not {width} and {len(classes)}')
+        raise InputError(f'{source}: is for features of width {layer.in_features} and '
+                         f'{counted(layer.out_features, "class")}, not {width} and {len(classes)}')
     refuse_other_backbone(content.get('backbone'), backbone, source=f'{source}: ')
     names = names_of(content.get('classes'), len(classes))
     if names not in (None, list(classes)):

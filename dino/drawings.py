@@ -17,7 +17,7 @@ from reports import lettering, maps
 from run.output import log, without_ending
 from run.processes import is_main_process
 from run.training import Run
-from utils import decodable, derive_seed, seed_cpu, whole_file, writing
+from utils import counted, decodable, derive_seed, seed_cpu, whole_file, writing
 
 FOLDER = 'dino_pictures'  # in --output-dir
 LONGER_SIDE = 480  # pixels of pictures whose maps are drawn, unless a model was trained with small images
@@ -53,7 +53,7 @@ def write_crops(path: str, dataset: PictureSet, count: int, *, seed: int, skips_
         if tiles:
             sheet = maps.side_by_side(tiles, columns=1 + len(dataset.transform.names))
             sheet.save(folder / CONTACT_SHEET)
-    log(f'{folder}: crops of {len(chosen)} of {len(dataset)} pictures, and {CONTACT_SHEET} with all of them')
+    log(f'{folder}: crops of {len(chosen)} of {counted(len(dataset), "picture")}, and {CONTACT_SHEET} with all of them')
     return len(chosen)
 
 

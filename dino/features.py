@@ -19,7 +19,7 @@ from loaders.source import Source
 from loaders.transforms import View
 from run import processes
 from run.settings import Loading
-from utils import InputError, abridge, first_line, whole_file
+from utils import InputError, abridge, counted, first_line, whole_file
 
 SUFFIXES = ('.npz', '.safetensors')
 ARRAYS = ('features', 'labels')  # in a file
@@ -78,7 +78,8 @@ def refuse_missing(names: Iterable[str], known: Iterable[str], *, where: str):
     """Raise InputError, which begins with `where`, if the training images (classes `known`) lack some classes."""
     known = set(known)
     if missing := [name for name in names if name not in known]:
-        raise InputError(f'{where}: has {len(missing)} classes that the training images lack: {abridge(missing)}')
+        raise InputError(f'{where}: has {counted(len(missing), "class")} that the training images lack: '
+                         f'{abridge(missing)}')
 
 
 @torch.inference_mode()
@@ -138,7 +139,7 @@ def read(path: str, flag: str) -> Features:
     classes = names.get('classes') or [str(i) for i in range(int(labels.max()) + 1)]
     if int(labels.min()) < 0 or int(labels.max()) >= len(classes):
         raise InputError(f'{source}: labels are from {int(labels.min())} to {int(labels.max())}, but there are '
-                         f'{len(classes)} classes')
+                         f'{counted(len(classes), "class")}')
     return Features(rows, labels, classes, names.get('made_of'))
 
 

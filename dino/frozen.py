@@ -23,7 +23,7 @@ from run.commandline import PATH
 from run.folder import check_output_dir
 from run.output import log
 from run.settings import Loading
-from utils import InputError
+from utils import InputError, counted
 
 SPLITS = ('train', 'val')
 # Flags without effect on features that are in files
@@ -172,7 +172,7 @@ def read_stored(path: Path, expected: dict) -> Features:
     if other:
         raise InputError(f'--features-dir: {path} comes from other weights or images ({"; ".join(other)}); choose '
                          f'another folder')
-    log(f'{path}: {len(stored)} features are reused')
+    log(f'{path}: {counted(len(stored), "feature", "are")} reused')
     return stored
 
 

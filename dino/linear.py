@@ -38,7 +38,7 @@ from run.pace import Pace
 from run.position import Epochs
 from run.schedules import Schedule, cosine
 from run.training import Run
-from utils import InputError, dashed, seed_everything
+from utils import InputError, counted, dashed, seed_everything
 
 REFERENCE_BATCH = 256  # images per step that --lr refers to
 MOMENTUM = .9
@@ -305,7 +305,7 @@ def log_use(args, path: Path):
 
 def check_classes(num_labels: Optional[int], classes: List[str]):
     if num_labels not in (None, len(classes)):
-        raise InputError(f'--num-labels {num_labels}: the data have {len(classes)} classes')
+        raise InputError(f'--num-labels {num_labels}: the data have {counted(len(classes), "class")}')
 
 
 def evaluate(args, device: torch.device, backbone: Optional[frozen.Frozen]) -> dict:

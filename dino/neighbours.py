@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from dino.features import Features
 from run import processes
 from run.output import log
-from utils import InputError
+from utils import InputError, counted
 
 TEST_BLOCK, TRAIN_BLOCK = 256, 2 ** 16  # features in one matrix product
 TOP = 5
@@ -114,15 +114,15 @@ def fitting(ks: List[int], images: int, default: List[int]) -> List[int]:
         return ks
     fewer = [k for k in ks if k <= images] or [images]
     log(f'--nb-knn {" ".join(map(str, fewer))} is used, because the default, {" ".join(map(str, ks))}, does not fit '
-        f'{images} training images')
+        f'{counted(images, "training image")}')
     return fewer
 
 
 def check(ks: Sequence[int], images: int):
     """Raise InputError if there are fewer training images than neighbours."""
     if max(ks) > images:
-        raise InputError(f'--nb-knn {" ".join(map(str, ks))}: there are {images} training images, less than {max(ks)} '
-                         f'neighbours')
+        raise InputError(f'--nb-knn {" ".join(map(str, ks))}: there are {counted(images, "training image")}, less '
+                         f'than {max(ks)} neighbours')
 
 
 def line(k: int, top1: float, top5: float) -> str:

@@ -33,7 +33,7 @@ from run.logs import table_row
 from run.output import log
 from run.schedules import Schedule, cosine, ramp
 from run.training import Run
-from utils import InputError, dashed, seed_everything
+from utils import InputError, counted, dashed, seed_everything
 
 REFERENCE_BATCH = 256  # images per step that --lr refers to
 # Flags that may not change on resume: schedules, crops and targets
@@ -216,8 +216,8 @@ def train(args, device: torch.device) -> dict:
             if is_fresh and has_new_heads:
                 log(f'The loss begins at about ln({args.out_dim}) = {math.log(args.out_dim):.2f}')
             if args.accum_iter > 1:
-                log(f'--accum-iter {args.accum_iter}: gradients come from {pace.images_per_step} images, but centre '
-                    f'and BatchNorm from {pace.images_per_batch} images at a time')
+                log(f'--accum-iter {args.accum_iter}: gradients come from {counted(pace.images_per_step, "image")}, '
+                    f'but centre and BatchNorm from {pace.images_per_batch} images at a time')
             if is_fresh:
                 watch.before_training(teacher, run)
             for epoch in run.rounds(loader):

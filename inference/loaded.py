@@ -13,7 +13,7 @@ from inference import setting
 from loaders.transforms import SMALL, Mean, View
 from run.descriptions import names_of, number_of, trained_with
 from run.output import log
-from utils import InputError
+from utils import InputError, counted
 
 CPU = torch.device('cpu')
 
@@ -90,7 +90,7 @@ def class_names(given: weights.Weights, model: torch.nn.Module) -> Optional[List
     stored = given.checkpoint.get('classes')
     names = names_of(stored, model.num_classes)
     if names is None and stored is not None and model.num_classes:
-        log(f'{given.source}: class names are ignored, because they do not match {model.num_classes} classes')
+        log(f'{given.source}: class names are ignored, because they do not match {counted(model.num_classes, "class")}')
     if names is None and model.num_classes == 1000:
         names = ImageNetInfo('imagenet-1k').label_names()
     return names and in_words(names)

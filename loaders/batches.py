@@ -26,7 +26,7 @@ from run.output import log
 from run.position import Iterations
 from run.processes import get_rank, get_world_size
 from run.settings import Loading
-from utils import InputError
+from utils import InputError, counted
 
 
 class Batches:
@@ -107,8 +107,8 @@ def build_stream_loader(dataset: streams.Stream, loading: Loading, **kwargs) -> 
     world, workers = get_world_size(), usable_workers(loading.num_workers)
     if dataset.num_files is not None:
         if dataset.is_train and dataset.num_files < world:
-            raise InputError(f'--data-set {dataset.name}: its {dataset.num_files} files can\'t be shared by {world} '
-                             f'processes')
+            raise InputError(f'--data-set {dataset.name}: its {counted(dataset.num_files, "file")} can\'t be shared '
+                             f'by {world} processes')
         workers = min(workers, dataset.num_files // world if dataset.is_train else dataset.num_files)
     dataset.source.set_loader_cfg(num_workers=workers)
     loader = build_loader(dataset, dataclasses.replace(loading, num_workers=workers), persistent=not dataset.is_train,
@@ -146,17 +146,17 @@ def build_train_loader(dataset: Dataset, loading: Loading, *, collate_fn: Callab
         loader = build_stream_loader(dataset, loading, batch_size=loading.batch_size, collate_fn=collate_fn)
     else:
         if repeated_aug and len(dataset) < samplers.GROUP:
-            log(f'Repeated augmentation: {len(dataset)} images are less than a group of {samplers.GROUP}; an epoch has '
-                f'{images} samples')
+            log(f'Repeated augmentation: {counted(len(dataset), "image")} are less than a group of {samplers.GROUP}; '
+                f'an epoch has {images} samples')
         loader = Batches(build_loader(
             SeededSamples(dataset, most_bad=loading.skip_bad_images), loading,
             sampler=build_sampler(dataset, seed=loading.seed, repeated_aug=repeated_aug),
             batch_size=loading.batch_size, drop_last=drop_last, collate_fn=collate_fn))
     if not len(loader):
-        raise InputError(f'--batch-size {loading.batch_size}: an epoch has {images} images per process, less than one '
-                         f'batch')
+        raise InputError(f'--batch-size {loading.batch_size}: an epoch has {counted(images, "image")} per process, '
+                         f'less than one batch')
     if loading.accum_iter > len(loader):
-        raise InputError(f'--accum-iter {loading.accum_iter}: an epoch has {len(loader)} batches')
+        raise InputError(f'--accum-iter {loading.accum_iter}: an epoch has {counted(len(loader), "batch")}')
     return loader
 
 

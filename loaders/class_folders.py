@@ -9,7 +9,7 @@ from torchvision import datasets
 
 from loaders import pictures, split
 from loaders.samples import PictureSet
-from utils import InputError, abridge
+from utils import InputError, abridge, counted
 
 
 class ClassFolders(PictureSet, datasets.ImageFolder):
@@ -48,8 +48,8 @@ class ClassFolders(PictureSet, datasets.ImageFolder):
                 numbers = {name: int(name) for name in classes}
         elif unknown:
             raise InputError(
-                f'{self.flag}: {directory} has {len(classes)} class folders, of which {len(unknown)} are not among the '
-                f'{len(self.standard)} WordNet ids (as n01440764): {abridge(unknown)}')
+                f'{self.flag}: {directory} has {counted(len(classes), "class folder")}, of which {len(unknown)} are '
+                f'not among the {len(self.standard)} WordNet ids (as n01440764): {abridge(unknown)}')
         return classes, {name: numbers[name] for name in classes}
 
     def make_dataset(self, directory, class_to_idx: Dict[str, int], extensions=None, is_valid_file=None,

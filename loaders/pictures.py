@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from loaders import tiff
 from run.output import log, write_line
 from run.settings import MostPixels
-from utils import UnreadableImage, abridge, first_line, shown
+from utils import UnreadableImage, abridge, counted, first_line, shown
 
 # Folders made by systems and programs, in lower case; names with a dot in front are hidden too
 SYSTEM_FOLDERS = ('__macosx', '@eadir', '@tmp', '#recycle', '@recycle', '$recycle.bin', 'system volume information',
@@ -113,7 +113,7 @@ def log_left_out(place: str, left_out: Counter):
     if left_out:
         counts = abridge([f'{count} {suffix}' for suffix, count in left_out.most_common()])
         remedy = '; for .heic: pip install pillow-heif' if set(HEIF) & set(left_out) else ''
-        log_once(f'{place}: {sum(left_out.values())} files are not pictures that Pillow reads, and are left out: '
+        log_once(f'{place}: {counted(sum(left_out.values()), "file", "are")} left out, which Pillow does not read: '
                  f'{counts}{remedy}')
 
 

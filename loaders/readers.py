@@ -17,7 +17,7 @@ from loaders import pictures
 from loaders.samples import PictureSet
 from loaders.source import Source
 from loaders.streams import Stream, check_label
-from utils import InputError, UnreadableImage, abridge, first_line, is_installed
+from utils import InputError, UnreadableImage, abridge, counted, first_line, is_installed
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {'hfds': 'datasets', 'wds': 'webdataset', 'tfds': 'tensorflow_datasets', 'torch': 'torchvision'}  # needed
@@ -94,7 +94,7 @@ def class_names(source: Source, dataset: Dataset) -> List[str]:
     if not names and not source.num_classes:
         raise InputError(f'--data-set {source.name}: has no class names: add --num-classes')
     if names and source.num_classes not in (None, len(names)):
-        raise InputError(f'--num-classes {source.num_classes}: {source.name} has {len(names)} classes')
+        raise InputError(f'--num-classes {source.num_classes}: {source.name} has {counted(len(names), "class")}')
     return names or [str(i) for i in range(source.num_classes)]
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from loaders import pictures
 from run.output import log, write_line
-from utils import InputError, UnreadableImage, abridge, seed_cpu, shown
+from utils import InputError, UnreadableImage, abridge, counted, seed_cpu, shown
 
 FEW = 10  # pictures of a class, below which a warning is logged
 NUM_LISTED = 20  # maximum number of classes whose numbers of pictures are listed one by one
@@ -145,10 +145,12 @@ def log_class_sizes(train: PictureSet, evaluated: PictureSet):
         log(f'Pictures of each class for training/evaluation: {counts}')
     else:
         ranges = [f'{min(count[i] for i in labels)} to {max(count[i] for i in labels)}' for count in (trained, tested)]
-        log(f'{len(labels)} classes, each with {ranges[0]} pictures for training and {ranges[1]} for evaluation')
+        log(f'{counted(len(labels), "class")}, each with {counted(ranges[0], "picture")} for training and {ranges[1]} '
+            'for evaluation')
     for counts, side in ((trained, 'training'), (tested, 'evaluation')):
         if few := [f'{names[i]} {counts[i]}' for i in labels if counts[i] < FEW]:
-            log(f'Warning: fewer than {FEW} pictures for {side} in {len(few)} of {len(labels)} classes: {abridge(few)}')
+            log(f'Warning: fewer than {FEW} pictures for {side} in {len(few)} of {counted(len(labels), "class")}: '
+                f'{abridge(few)}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from loaders import pictures
 from loaders.samples import PictureSet
 from run.output import log
 from run.processes import get_rank, get_world_size
-from utils import InputError, derive_seed, seed_everything
+from utils import InputError, counted, derive_seed, seed_everything
 
 
 class Stream(PictureSet, IterableDataset):
@@ -76,8 +76,8 @@ class StreamLoader:
     def images_evaluated(self, count: int) -> int:
         """Return `count`; raise InputError if timm's readers left out unreadable images."""
         if count != len(self.loader.dataset):
-            raise InputError(f'only {count} of the {len(self.loader.dataset)} images of the data set could be '
-                             f'evaluated')
+            raise InputError(f'only {count} of the {counted(len(self.loader.dataset), "image")} of the data set could '
+                             f'be evaluated')
         return count
 
     def first_images(self, count: int) -> None:

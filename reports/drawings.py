@@ -12,7 +12,7 @@ from PIL import Image
 from reports import lettering, maps, tables
 from reports.page import Tile
 from run.output import log
-from utils import InputError, first_line, whole_file
+from utils import InputError, counted, first_line, whole_file
 
 CONFUSION, CURVES, MISTAKES = 'confusion.png', 'curves.png', 'mistakes.png'
 MOST_CLASSES = 50  # largest number of classes of a whole matrix; of more classes, the most confused are shown
@@ -70,10 +70,10 @@ def save(figure, path: Path):
 def draw_confusion(folder: Path):
     """Draw the confusion matrix with counts and percents of the rows; for many classes, that of the most confused."""
     classes, counts = tables.read_confusion(folder / tables.CONFUSION)
-    names, title = lettering.distinct(classes), f'{len(classes)} classes'
+    names, title = lettering.distinct(classes), f'{counted(len(classes), "class")}'
     if len(classes) > MOST_CLASSES:
         chosen = tables.most_confused_classes(counts, NUM_CONFUSED)
-        title = f'the {len(chosen)} most confused of {len(classes)} classes'
+        title = f'the {len(chosen)} most confused of {counted(len(classes), "class")}'
         names, counts = [names[i] for i in chosen], tables.part_of(counts, chosen)
     draw_matrix(folder / CONFUSION, names, counts,
                 title=f'Confusion of {title}: pictures, and percent of the true class (row)')

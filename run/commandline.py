@@ -4,12 +4,13 @@ import os
 import re
 import signal
 import sys
+import traceback
 import types
 from pathlib import Path
 from typing import Any, List, Optional
 
 from run import config, launch, processes
-from run.output import BROKEN_PIPE, discard, has_no_reader, write_line
+from run.output import BROKEN_PIPE, Output, discard, has_no_reader, write_line
 from run.settings import MostPixels
 from utils import InputError, Interrupted, RunStopped, dashed, decodable, did_you_mean
 
@@ -22,6 +23,16 @@ class UnknownFlags(InputError):
     def __init__(self, flags: List[str], known: List[str]):
         super().__init__('; '.join(f'{flag}: no such flag{did_you_mean(flag, known)}' for flag in flags))
         self.flags, self.known = flags, known
+
+
+class Verbose(argparse.Action):
+    """Flag --verbose, which is no value of the program: it prints details of any file, and tracebacks."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{**kwargs, 'nargs': 0, 'dest': argparse.SUPPRESS, 'default': argparse.SUPPRESS})
+
+    def __call__(self, *_):
+        Output.verbose = True
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,6 +49,8 @@ class Parser(argparse.ArgumentParser):
         defaults = dict(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(*args, **{**defaults, **kwargs})
         self.example = example
+        if self.add_help:
+            self.add_argument('--verbose', action=Verbose, help='details of loaded weights, and tracebacks of errors')
 
     def format_help(self) -> str:
         """Format the help, with the example last, whose lines stay as they are, for a shell."""
@@ -205,6 +218,8 @@ def exit_code_of(main) -> Any:
         return error.exit_code
     except (InputError, RunStopped) as error:
         reason = str(error)
+        if Output.verbose:
+            traceback.print_exc()
         if processes.report_once(reason, lambda: print_reason(reason, is_error=True)) or (
                 not launch.is_watched_with_rank_0()):
             return error.exit_code

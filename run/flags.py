@@ -18,7 +18,7 @@ from run.pace import Pace
 from run.position import Iterations
 from run.resume import check_is_free_for, flags_of_run
 from run.settings import Loading, MostPixels
-from utils import InputError, dashed, similar
+from utils import InputError, counted, dashed, similar
 
 WEIGHTS = 'TAG|PATH|URL|hf-hub:NAME'
 BATCH_SIZE = 64  # default of --batch-size
@@ -241,7 +241,7 @@ def filled_batch(batch_size: int, images: int, *, even: bool = False) -> int:
     smaller = images - images % 2 if even else images
     if not 0 < smaller < batch_size:
         return batch_size
-    log(f'--batch-size {batch_size}: an epoch has {images} images per process; using batches of {smaller}')
+    log(f'--batch-size {batch_size}: an epoch has {counted(images, "image")} per process; using batches of {smaller}')
     return smaller
 
 

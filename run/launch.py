@@ -13,7 +13,7 @@ import zlib
 from pathlib import Path
 from typing import Optional, Tuple
 
-from utils import InputError, name_bytes
+from utils import InputError, counted, name_bytes
 
 PORTS = range(15000, 32000)  # below the range of systems for outgoing connections
 JOB_IDS = ('SLURM_JOB_ID', 'PBS_JOBID', 'LSB_JOBID')
@@ -102,13 +102,13 @@ def find_launch(*, world_size: int, dist_url: str) -> Optional[Launch]:
     if size == 1:
         return from_torch_variables(world_size, dist_url)
     if world_size not in (1, size):
-        raise InputError(f'--world-size {world_size}: {variables.launcher} has started {size} processes')
+        raise InputError(f'--world-size {world_size}: {variables.launcher} has started {counted(size, "process")}')
     address, port = '', 0
     if dist_url == 'env://':
         address = os.environ.get('MASTER_ADDR') or first_host(variables, size)
         if not address:
-            raise InputError(f'{variables.launcher} has started {size} processes on several hosts: set MASTER_ADDR to '
-                             f'the first host for all processes, or start the processes with torchrun')
+            raise InputError(f'{variables.launcher} has started {counted(size, "process")} on several hosts: set '
+                             f'MASTER_ADDR to the first host for all processes, or start the processes with torchrun')
         port = integer_from_environment('MASTER_PORT', low=1, high=65535, default=choose_port(variables))
     return Launch(variables.launcher, integer_from_environment(variables.rank, high=size - 1), size,
                   integer_from_environment('LOCAL_RANK' if 'LOCAL_RANK' in os.environ else variables.local_rank),

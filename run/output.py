@@ -12,7 +12,11 @@ BROKEN_PIPE = 128 + 13  # exit code after SIGPIPE
 
 
 class Output:
-    """Standard output; `on_broken_pipe` is called if no process reads the output (None: raise BrokenPipeError)."""
+    """Standard output; `on_broken_pipe` is called if no process reads the output (None: raise BrokenPipeError).
+
+    With `verbose`, which is --verbose, details are printed.
+    """
+    verbose = False
     on_broken_pipe: Optional[Callable[[], None]] = None
 
 
@@ -47,6 +51,12 @@ def without_ending(name) -> Iterator[None]:
     except Exception as error:  # of a full disk, of a library that draws, of a picture that was deleted
         kind = '' if isinstance(error, (InputError, RunStopped)) else f'{type(error).__name__}: '
         log(f'Error: {kind}{first_line(error)}; the program continues without {name}')
+
+
+def detail(text: str):
+    """Print a line, unless it is empty, on the main process of a program with --verbose."""
+    if Output.verbose and text:
+        log(text)
 
 
 def shows_bar() -> bool:

@@ -6,6 +6,7 @@ import torch
 
 from run.output import log
 from run.processes import get_world_size
+from utils import counted
 
 LOW_LR = 1e-5  # a peak below this value hardly trains anything
 
@@ -47,15 +48,15 @@ class Pace:
         """
         steps = -(-batches // self.accum_iter)
         dropped = 0 if images is None else (images - batches * self.batch_size) * get_world_size()
-        log(f'Learning rate {self.scaled_lr:.3g} at its peak: --lr {self.lr:g} x {self.images_per_step} images a step '
-            f'/ {self.reference_batch or self.images_per_step}')
-        left_out = (f'; the last {dropped} of {images * get_world_size()} images of an epoch do not fill a batch and '
-                    f'are left out' if dropped > 0 else '')
-        log(f'An epoch has {steps} steps, the warm-up {steps * warmup_epochs}{left_out}')
+        log(f'Learning rate {self.scaled_lr:.3g} at its peak: --lr {self.lr:g} x '
+            f'{counted(self.images_per_step, "image")} a step / {self.reference_batch or self.images_per_step}')
+        left_out = (f'; the last {dropped} of {counted(images * get_world_size(), "image")} of an epoch do not fill a '
+                    f'batch and are left out' if dropped > 0 else '')
+        log(f'An epoch has {counted(steps, "step")}, the warm-up {steps * warmup_epochs}{left_out}')
         if self.scaled_lr < LOW_LR <= self.lr:
             log(f'Warning: --lr {self.lr:g} is scaled to {self.scaled_lr:.3g}, because a step has '
-                f'{self.images_per_step} images, not {self.reference_batch}; for a learning rate of {self.lr:g}, give '
-                f'--lr {self.lr * self.reference_batch / self.images_per_step:.3g}')
+                f'{counted(self.images_per_step, "image")}, not {self.reference_batch}; for a learning rate of '
+                f'{self.lr:g}, give --lr {self.lr * self.reference_batch / self.images_per_step:.3g}')
         if min_lr > self.scaled_lr:
             log(f'Warning: --min-lr {min_lr:g}, the final learning rate, is above the peak, {self.scaled_lr:.3g}: the '
                 f'rate rises; to let it fall, give --min-lr 0')

@@ -11,7 +11,7 @@ from typing import Dict, List, Optional, Sequence
 import torch
 
 from run.descriptions import names_of
-from utils import InputError, abridge, first_line, name_bytes
+from utils import InputError, abridge, counted, first_line, name_bytes
 
 
 class Optimizer:
@@ -100,9 +100,9 @@ class Images:
 
     def load_state_dict(self, state: dict):
         if state['images'] != self.count:
-            raise InputError(f'was trained on {state["images"]} images; --data-path contains {self.count}')
+            raise InputError(f'was trained on {counted(state["images"], "image")}; --data-path contains {self.count}')
         if state.get('names', self.digest) != self.digest:
-            raise InputError(f'was trained on {self.count} images with other names than in --data-path')
+            raise InputError(f'was trained on {counted(self.count, "image")} with other names than in --data-path')
 
 
 def digest_of(files: Sequence[str], notes: Sequence[str] = (), *, root: str = '') -> str:

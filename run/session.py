@@ -7,7 +7,7 @@ import torch
 from run import cpu, devices, processes
 from run.launch import find_launch
 from run.output import log
-from utils import Interrupted, seed_everything
+from utils import Interrupted, counted, seed_everything
 
 
 @contextlib.contextmanager
@@ -38,7 +38,7 @@ def joined(device: str = 'auto', *, seed: int = 0, deterministic: bool = False, 
     if launch is not None:
         own_device = processes.init_distributed(launch, own_device, dist_url=dist_url, timeout_minutes=timeout_minutes)
         if launch.launcher != 'torchrun':
-            log(f'{launch.world_size} processes started by {launch.launcher} work together')
+            log(f'{counted(launch.world_size, "process")} started by {launch.launcher} work together')
     if own_device.type == 'cpu':
         if trains:
             cpu.keep_freed_memory()

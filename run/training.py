@@ -38,7 +38,7 @@ from run.processes import (
 from run.progress import Table, map_leaves
 from run.resume import NOT_SHARED, continues_in_place, load_for_resume
 from run.signals import StopRequest
-from utils import InputError, Interrupted, NonFiniteLoss, dashed, decodable, first_line
+from utils import InputError, Interrupted, NonFiniteLoss, counted, dashed, decodable, first_line
 
 
 class Run:
@@ -303,10 +303,11 @@ class Run:
         batch, accum_iter = checkpoint.get('batch', 0), before.get('accum_iter', 1)
         images, images_now = batch * accum_iter, self.images_per_batch * self.accum_iter
         if images and images != images_now:
-            raise InputError(f'{source}: was trained with {images} images a step (--batch-size x --accum-iter x '
-                             f'processes), not {images_now}')
+            raise InputError(f'{source}: was trained with {counted(images, "image")} a step (--batch-size x '
+                             f'--accum-iter x processes), not {images_now}')
         if batch and accum_iter != self.accum_iter and checkpoint.get('step'):
-            raise InputError(f'{source}: was stored within an epoch, with {batch} images a batch and --accum-iter '
+            raise InputError(f'{source}: was stored within an epoch, with {counted(batch, "image")} a batch and '
+                             '--accum-iter '
                              f'{accum_iter}, not {self.images_per_batch} and {self.accum_iter}; resume with these '
                              f'values, or from the end of an epoch')
 

@@ -12,7 +12,7 @@ from conftest import ROOT, tiniest
 import run_with_submitit
 from main import main
 from run import commandline
-from utils import InputError
+from utils import InputError, counted
 
 PROGRAMS = {'.'.join(path.relative_to(ROOT).with_suffix('').parts): path for folder in ('.', 'dino', 'tools')
             for path in sorted(ROOT.glob(f'{folder}/*.py')) if "__name__ == '__main__'" in path.read_text()}
@@ -144,3 +144,40 @@ def test_mistyped_flag_of_a_job(flag, known):
     """run_with_submitit.py suggests flags of the job and of its program."""
     with pytest.raises(InputError, match=f'{flag}: no such flag .did you mean {known}'):
         run_with_submitit.parse_args(['--ngpus', '0', '--data-set', 'SAMPLE', flag, '3'])
+
+
+# ----- details, and words in the singular
+
+@pytest.mark.parametrize('program', PARSERS)
+def test_every_program_has_verbose(program, monkeypatch):
+    """--verbose of every program and command sets the output, and is no flag of a run."""
+    for parser in commands(PARSERS[program]()):
+        if parser.add_help:  # the wrapper passes the flag to its program
+            monkeypatch.setattr(commandline.Output, 'verbose', False)
+            action = parser._option_string_actions['--verbose']
+            action(parser, argparse.Namespace(), [], '--verbose')
+            assert commandline.Output.verbose
+            assert action.dest == argparse.SUPPRESS
+
+
+def test_verbose_prints_the_traceback(monkeypatch, capsys):
+    """An error is one line, with --verbose after its traceback."""
+    def fail():
+        raise InputError('--x 1: must be 2')
+
+    assert commandline.exit_code_of(fail) == 2
+    assert 'Traceback' not in capsys.readouterr().err
+    monkeypatch.setattr(commandline.Output, 'verbose', True)
+    assert commandline.exit_code_of(fail) == 2
+    err = capsys.readouterr().err
+    assert err.startswith('Traceback')
+    assert err.endswith(': error: --x 1: must be 2\n')
+
+
+@pytest.mark.parametrize(('words', 'expected'), [
+    ((1, 'file'), '1 file'), ((2, 'file'), '2 files'), ((0, 'class'), '0 classes'), ((1, 'class'), '1 class'),
+    ((3, 'batch'), '3 batches'), ((1, 'other tensor', 'are'), '1 other tensor is'),
+    ((2, 'file', 'are'), '2 files are')])
+def test_counted(words, expected):
+    """A number and its noun and verb agree."""
+    assert counted(*words) == expected

@@ -317,7 +317,7 @@ def test_evaluation_needs_no_training_features(saved, tmp_path):
     for path in (saved[1], str(tmp_path / 'val.npz')):
         assert linear.main([*evaluate, '--val-features', path]) == expected
     features.write(tmp_path / 'val.npz', Features(val.features, val.labels, [*val.classes[:9], 'emu']))
-    with pytest.raises(InputError, match='has 1 classes that the training images lack: emu'):
+    with pytest.raises(InputError, match='has 1 class that the training images lack: emu'):
         linear.main([*evaluate, '--val-features', str(tmp_path / 'val.npz')])
 
 

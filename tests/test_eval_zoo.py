@@ -229,7 +229,7 @@ def test_half_a_line_is_measured_again(earlier, imagenet, published, cut, capsys
     rows = main(flags(imagenet, published, earlier))
     assert [float(row['top1']) for row in read(earlier)] == [float(row['top1']) for row in rows]
     assert float(rows[1]['top1']) == pytest.approx(100 / 3)
-    assert 'zoo.csv: 1 damaged rows are left out' in capsys.readouterr().out
+    assert 'zoo.csv: 1 damaged row is left out' in capsys.readouterr().out
 
 
 def test_killed_program_continues(imagenet, published, tmp_path):

@@ -179,10 +179,10 @@ def test_weights_are_found(tmp_path, model, state, kind):
 
 
 def test_description_of_weights(tmp_path, state):
-    """The description has the entry, the prefix, and the number of other tensors."""
+    """The description has entry and epoch, the details have the prefix and the number of other tensors."""
     given = weights.read(saved(AROUND['Lightning'](state), tmp_path), '--pretrained', NAME)
-    assert given.description == ("'state_dict', names without model., 2 other tensors are ignored (val_acc.total, "
-                                 'loss_fn.weight), epoch 3')
+    assert given.description == "weights under 'state_dict', epoch 3"
+    assert given.details == 'names without model., 2 other tensors are ignored (val_acc.total, loss_fn.weight)'
 
 
 TWO = {

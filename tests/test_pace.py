@@ -11,7 +11,7 @@ def test_learning_rate_and_steps_are_logged(capsys):
     Pace(.1, 6, 2, 512).log(batches=2, images=16, warmup_epochs=3, epochs=5)
     assert capsys.readouterr().out == (
         'Learning rate 0.00234 at its peak: --lr 0.1 x 12 images a step / 512\n'
-        'An epoch has 1 steps, the warm-up 3; the last 4 of 16 images of an epoch do not fill a batch and are left '
+        'An epoch has 1 step, the warm-up 3; the last 4 of 16 images of an epoch do not fill a batch and are left '
         'out\n')
 
 

@@ -253,7 +253,7 @@ def test_files_left_out_are_counted(folders, capsys):
     for name in ('a.txt', 'b.txt', 'c.csv'):
         (folders / 'train' / 'cat' / name).write_text('')
     load(folders, is_train=True)
-    assert ('/train: 3 files are not pictures that Pillow reads, and are left out: 2 .txt, 1 .csv\n'
+    assert ('/train: 3 files are left out, which Pillow does not read: 2 .txt, 1 .csv\n'
             in capsys.readouterr().out)
 
 

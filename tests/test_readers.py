@@ -140,7 +140,7 @@ def test_too_few_shards(shards):
     """Processes without a file of their own are refused."""
     results = finish(start([ROOT / 'main.py', *wds(shards, '--train-split', 'train-{0..0}.tar|32')], 2))
     assert [code for code, _, _ in results] == [2, 2]
-    assert "its 1 files can't be shared by 2 processes" in results[0][2]
+    assert "its 1 file can't be shared by 2 processes" in results[0][2]
 
 
 def test_unreadable_image_in_a_stream(shards, weights, tmp_path):

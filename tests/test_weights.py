@@ -26,7 +26,7 @@ import weights
 import xcit_zoo
 from loaders.source import Source
 from loaders.transforms import ToNormalizedTensor
-from run import checkpoints
+from run import checkpoints, output
 from utils import InputError
 
 NAME, CLASSES = 'xcit_nano_12_p16', 3
@@ -191,12 +191,16 @@ def test_naming_is_that_of_timms_own_model(name, tmp_path):
 
 
 @pytest.mark.parametrize(('format_name', 'words'), [
-    ('original', "'model'"), ('timm', "a bare state dict, timm's names"), ('namespace', "'model', epoch 3"),
-    ('compiled, then distributed', 'a bare state dict, names without _orig_mod. and module.')])
-def test_source_is_logged(files, capsys, format_name, words):
-    """One line has the source and its content."""
+    ('original', "weights under 'model'\n"), ('timm', "weights alone\ntimm's names\n"),
+    ('namespace', "weights under 'model', epoch 3\n"),
+    ('compiled, then distributed', 'weights alone\nnames without _orig_mod. and module.\n')])
+def test_source_is_logged(files, capsys, monkeypatch, format_name, words):
+    """One short line has the source and its content, and with --verbose a second line has the details."""
     loaded(files[format_name])
-    assert capsys.readouterr().out == f'--pretrained {files[format_name]}: {words}\n'
+    assert capsys.readouterr().out == f'--pretrained {files[format_name]}: {words.splitlines()[0]}\n'
+    monkeypatch.setattr(output.Output, 'verbose', True)
+    loaded(files[format_name])
+    assert capsys.readouterr().out == f'--pretrained {files[format_name]}: {words}'
 
 
 # ----- DINO
@@ -578,7 +582,7 @@ def hub_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='module')
 def expected() -> list:
-    return ["a bare state dict, timm's names", seeded_model(NAME).head.bias.double().sum().item()]
+    return ["weights alone", seeded_model(NAME).head.bias.double().sum().item()]
 
 
 def test_tag_comes_from_the_hub_when_the_url_fails(reader, hub_file, expected):
@@ -604,7 +608,7 @@ def test_damaged_file_in_the_hubs_cache_is_replaced_by_the_authors(reader, hub_f
         reader.read()
     reader.damage_cache()
     with serve({'nano.pth': thousand}) as server:
-        assert reader.read(url=f'{server.url}/nano.pth') == ["'model'", expected[1]]
+        assert reader.read(url=f'{server.url}/nano.pth') == ["weights under 'model'", expected[1]]
 
 
 def test_hub_name_is_read(reader, hub_file, expected):

@@ -34,7 +34,7 @@ from run.output import log
 from tools import benchmark_dino, benchmark_layers, benchmark_loading, benchmark_models
 from tools.benchmark_models import TIMM, StepSettings
 from tools.measuring import PRECISIONS
-from utils import InputError, dashed, similar
+from utils import InputError, counted, dashed, similar
 
 PAIR = ['xcit_small_12_p16', f'{TIMM}xcit_small_12_p16']
 OTHERS = ('deit_small_patch16_224', 'swin_tiny_patch4_window7_224', 'resnet50')
@@ -204,9 +204,10 @@ def main(argv: Optional[list] = None):
         check_output_dir(str(args.output_dir))
         with utils.writing(args.output_dir):
             args.output_dir.mkdir(parents=True, exist_ok=True)
-    machine = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{device.type}, {os.cpu_count()} cores'
+    machine = (torch.cuda.get_device_name(device) if device.type == 'cuda' else
+               f'{device.type}, {counted(os.cpu_count() or 1, "core")}')
     log(f'{datetime.date.today()}: python -m tools.benchmark {" ".join(sys.argv[1:] if argv is None else argv)}')
-    log(f'{machine}, {torch.get_num_threads()} threads; '
+    log(f'{machine}, {counted(torch.get_num_threads(), "thread")}; '
         + ', '.join(f'{name} {version}' for name, version in logs.environment().items()))
     return measure(args, device)
 

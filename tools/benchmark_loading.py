@@ -15,7 +15,7 @@ from loaders.batches import build_train_loader
 from loaders.class_folders import ClassFolders
 from run.settings import Loading
 from tools.measuring import table, take_turns
-from utils import InputError
+from utils import InputError, counted
 
 BATCH_SIZE = 32
 # Augmentation of main.py by default: arguments of transforms.train_transform
@@ -50,7 +50,8 @@ def measure_folder(folder: Path, *, num_workers: int, rounds: int) -> dict:
     cpu = torch.device('cpu')
     dataset = ClassFolders(folder, transforms.train_transform(**RECIPE))
     if len(dataset) < BATCH_SIZE:
-        raise InputError(f'--data-path {folder}: has {len(dataset)} images, fewer than a batch of {BATCH_SIZE}')
+        raise InputError(f'--data-path {folder}: has {counted(len(dataset), "image")}, fewer than a batch of '
+                         f'{BATCH_SIZE}')
     loaders = {
         'here': build_train_loader(dataset, Loading(BATCH_SIZE, cpu, num_workers=num_workers)),
         'timm': create_loader(

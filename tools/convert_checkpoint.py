@@ -21,8 +21,8 @@ from inference import timm_files
 from inference.flags import add_choice_of_weights
 from run import checkpoints
 from run.commandline import PATH, PATH_OBJECT, Parser, run_program
-from run.output import log
-from utils import InputError, write_json
+from run.output import detail, log
+from utils import InputError, counted, write_json
 from weights import check_model
 
 SUFFIXES = ('.pth', '.safetensors')
@@ -87,7 +87,9 @@ def main(argv: Optional[list] = None) -> dict:
     described = timm_files.describe(given, name, published)
     checkpoints.save_weights(tensors, described, args.target)
     log(f'{given.source}: {given.description}')
-    log(f'{args.target}: {name}, {model.num_classes} classes, {len(tensors)} tensors in {args.to} naming')
+    detail(given.details)
+    log(f'{args.target}: {name}, {counted(model.num_classes, "class")}, {counted(len(tensors), "tensor")} in '
+        f'{args.to} naming')
     if args.to == 'timm':
         write_json(config, timm_files.config(name, described, model, published))
         log(f'{config}: for timm.create_model(\'local-dir:{config.absolute().parent}\')')

@@ -37,7 +37,7 @@ from run import commandline, flags, folder, session
 from run.commandline import COUNT, PATH, PATH_OBJECT, Parser
 from run.output import log
 from run.settings import Loading
-from utils import InputError, RunStopped, UnreadableImage
+from utils import InputError, RunStopped, UnreadableImage, counted
 
 CLASSIFIERS = [published for published in xcit_zoo.ZOO.values() if published.num_classes]
 BACKBONES = [published for published in xcit_zoo.ZOO.values() if not published.num_classes]
@@ -113,7 +113,7 @@ def read_rows(path: Path) -> Dict[str, dict]:
     intact = {name_of(row): row for row in rows if None not in row and name_of(row) in ENTRIES
               and (is_measured(row) or row['error'])}
     if len(intact) < len(rows):
-        log(f'{path}: {len(rows) - len(intact)} damaged rows are left out')
+        log(f'{path}: {counted(len(rows) - len(intact), "damaged row", "are")} left out')
     return intact
 
 
@@ -190,7 +190,8 @@ def by_classifier(published: xcit_zoo.Published, file: str, source: Source, load
                   amp_dtype: Optional[torch.dtype]) -> dict:
     model = load(file, model=published.model, device=loading.device, fuse=False).model
     if model.num_classes != published.num_classes:
-        raise InputError(f'--pretrained {file}: is for {model.num_classes} classes, not {published.num_classes}')
+        raise InputError(f'--pretrained {file}: is for {counted(model.num_classes, "class")}, not '
+                         f'{published.num_classes}')
     dataset, _ = datasets.load(source, is_train=False)
     view = View(published.resolution, full_crop=published.crop == 1., resize=True)
     stats, _ = evaluate_classifier(model, dataset, view, loading, amp_dtype=amp_dtype, name=published.model)
@@ -255,14 +256,15 @@ def main(argv: Optional[list] = None) -> List[dict]:
     args = get_args_parser().parse_args(argv)
     images = check(args)
     if images != VAL_IMAGES:
-        log(f'--data-path {args.data_path}: {images} images, not the {VAL_IMAGES} of the published accuracies')
+        log(f'--data-path {args.data_path}: {counted(images, "image")}, not the {VAL_IMAGES} of the published '
+            'accuracies')
     table, data_path = args.output_dir / 'zoo.csv', str(Path(args.data_path).resolve())
     with folder.DirectoryLock(args.output_dir):
         rows = read_rows(table)
         for row in rows.values():
             if (row['data_path'], row['images']) != (data_path, str(images)):
-                raise InputError(f'{table}: was measured on {row["images"]} images of {row["data_path"]}, not {images} '
-                                 f'of {data_path}; choose another --output-dir')
+                raise InputError(f'{table}: was measured on {counted(row["images"], "image")} of {row["data_path"]}, '
+                                 f'not {images} of {data_path}; choose another --output-dir')
         remaining = [p for p in chosen(args) if not is_current(args, p, rows.get(f'{p.model}.{p.tag}'))]
         for number, published in enumerate(remaining, start=1):
             row = measure(args, published) | {'images': images, 'data_path': data_path}
@@ -274,7 +276,8 @@ def main(argv: Optional[list] = None) -> List[dict]:
     log(f'\n{markdown(rows)}\nIn {table} and {table.with_suffix(".md").name}.')
     failed = [name_of(row) for row in rows if row['error']]
     if failed:
-        raise RunStopped(f'{len(failed)} of {len(rows)} checkpoints could not be evaluated: {utils.abridge(failed)}')
+        raise RunStopped(f'{len(failed)} of {counted(len(rows), "checkpoint")} could not be evaluated: '
+                         f'{utils.abridge(failed)}')
     return rows
 
 

@@ -26,7 +26,7 @@ from inference import flags, pictures
 from inference.loaded import LoadedModel, load
 from run.commandline import COUNT_OR_0, PATH, Parser, run_program
 from run.output import log
-from utils import InputError
+from utils import InputError, counted
 
 
 def get_args_parser() -> Parser:
@@ -126,14 +126,14 @@ def main(argv: Optional[list] = None) -> dict:
     arrays, kept = extract(paths, loaded, outputs, batch_size=args.batch_size, num_workers=args.num_workers,
                            skip_bad_images=args.skip_bad_images)
     shapes = ', '.join(f'{name} {array.shape}' for name, array in arrays.items())
-    message = f'{output}: {shapes} of {len(kept)} of {len(paths)} images'
+    message = f'{output}: {shapes} of {len(kept)} of {counted(len(paths), "image")}'
     root = args.data[0] if len(args.data) == 1 and Path(args.data[0]).is_dir() else None
     names = {'paths': [str(paths[i].relative_to(root) if root else paths[i]) for i in kept]}
     labelled = class_folders(args.data, paths)
     if labelled:
         names['classes'], labels = labelled
         arrays['labels'] = np.array(labels)[kept]
-        message += f', {len(names["classes"])} classes'
+        message += f', {counted(len(names["classes"]), "class")}'
     write(output, arrays, names, made_of)
     log(message)
     return {**arrays, **names}

@@ -28,7 +28,7 @@ from run import checkpoints
 from run.commandline import PATH_OBJECT, Parser, run_program
 from run.descriptions import trained_with
 from run.output import log
-from utils import InputError, RunStopped, first_line
+from utils import InputError, RunStopped, counted, first_line
 
 TOLERANCE = 1e-3  # largest difference between the logits of both models, as a fraction of the largest logit
 DATA = {'IMNET': 'ImageNet-1k', 'IMNET22k': 'ImageNet-22k', 'CIFAR10': 'CIFAR-10', 'CIFAR100': 'CIFAR-100',
@@ -150,7 +150,7 @@ def write_folder(folder: Path, loaded: LoadedModel, given: weights.Weights, card
         **card, **(CLASSIFIER if loaded.model.num_classes else BACKBONE),
         tag='\n- xcit' if xcit.is_xcit_name(loaded.name) else '',
         title=card['repo'].partition('/')[2], model=loaded.name, size=loaded.view.input_size,
-        classes=f', {len(classes)} classes: {utils.abridge(classes, 20)}' if classes else ''))
+        classes=f', {counted(len(classes), "class")}: {utils.abridge(classes, 20)}' if classes else ''))
 
 
 @torch.inference_mode()
@@ -201,7 +201,7 @@ def main(argv: Optional[list] = None) -> Optional[str]:
         folder = args.output_dir or Path(temporary)
         write_folder(folder, loaded, given, card, published=published)
         check_folder(folder, loaded)
-        log(f'{folder}: {loaded.name}, {loaded.model.num_classes} classes; timm computes the same outputs')
+        log(f'{folder}: {loaded.name}, {counted(loaded.model.num_classes, "class")}; timm computes the same outputs')
         if args.dry_run:
             log(f'--dry-run: {folder} is written, nothing was uploaded')
             return None

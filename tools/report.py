@@ -25,7 +25,7 @@ from run import devices, flags, logs, session
 from run.commandline import PATH, PATH_OBJECT, Parser, run_program
 from run.folder import ARGS, BEST, CHECKPOINT
 from run.settings import Loading
-from utils import InputError, first_line
+from utils import InputError, counted, first_line
 from weights import check_input_size
 
 NEEDED = ('model', 'data_set', 'data_path', 'input_size')  # flags of every run of main.py
@@ -73,7 +73,8 @@ def evaluate(folder: Path, run: dict, weights: str, dataset: PictureSet, source:
     loaded = load(weights, model=run['model'], fuse=False)
     names = dataset.class_names()
     if loaded.model.num_classes != len(names):
-        raise InputError(f'{weights}: the weights are for {loaded.model.num_classes} classes, not {len(names)}')
+        raise InputError(f'{weights}: the weights are for {counted(loaded.model.num_classes, "class")}, not '
+                         f'{len(names)}')
     size = run['input_size']
     if isinstance(loaded.model, xcit.Xcit):
         loaded.model.xca_form = run.get('xca', 'auto')

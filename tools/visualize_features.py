@@ -27,7 +27,7 @@ from run.commandline import COUNT, PATH, Parser, run_program
 from run.flags import add_pixels_flag
 from run.folder import check_output_dir
 from run.output import log, shows_bar
-from utils import RunStopped
+from utils import RunStopped, counted
 
 LONGER_SIDE = 512  # pixels, of a picture for a model of large pictures
 SHEET_WIDTH = 2000  # approximate width in pixels
@@ -99,7 +99,8 @@ def main(argv: Optional[list] = None) -> List[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     for picture, file in zip([*colored, sheet(originals, colored, [path.name for path in paths])], files):
         pictures.save_picture(picture, file)
-    log(f'{files[-1]}: {len(paths)} pictures beside their features; a patch token has {tokens[0].shape[2]} channels')
+    log(f'{files[-1]}: {counted(len(paths), "picture")} beside their features; a patch token has '
+        f'{counted(tokens[0].shape[2], "channel")}')
     return files
 
 

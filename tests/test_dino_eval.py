@@ -504,7 +504,7 @@ def test_test_classes_that_training_lacks_are_refused(saved, tmp_path):
     """Test features of a class without training features are refused with the class."""
     val = features.read(saved[1], '')
     features.write(tmp_path / 'val.npz', Features(val.features, val.labels, [*val.classes[:-1], 'emu']))
-    with pytest.raises(InputError, match='classes that the training images lack: emu'):
+    with pytest.raises(InputError, match='has 1 class that the training images lack: emu'):
         knn.main(from_files((saved[0], str(tmp_path / 'val.npz')), '--nb-knn', '3'))
 
 

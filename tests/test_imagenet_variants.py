@@ -95,7 +95,7 @@ def test_missing_classes_are_logged(tmp_path, capsys):
 @pytest.mark.parametrize(('data_set', 'names', 'message'), [
     ('IMNET_A', [IN_A, NEITHER], f'has 1 folder without a class of the test set: {NEITHER}'),
     ('IMNET_R', ['cat', 'dog'], 'no class folders .* existing: cat, dog'), ('IMNET_A', ['0', '1'], 'no class folders'),
-    ('IMNET_V2', ['1000', '3'], 'not classes of the test set: 1000')])
+    ('IMNET_V2', ['1000', '3'], 'without a class of the test set: 1000')])
 def test_other_folders_are_refused(tmp_path, data_set, names, message):
     """Folders that are not classes of the test set are refused with their names."""
     write_classes(tmp_path, names)

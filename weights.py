@@ -217,7 +217,7 @@ def extract(checkpoint: dict, source: str, *, own: Optional[Set[str]] = None, us
     if chosen is None:
         raise InputError(about(source, f'no weights under \'model\'; the file has: {abridge(list(checkpoint))}'))
     is_of_timm, removed = xcit_zoo.has_timm_names(chosen.tensors), [*chosen.cleared, *filter(None, [chosen.prefix])]
-    epoch = f', epoch {checkpoint["epoch"]}' if isinstance(checkpoint.get('epoch'), int) else ''
+    epoch = '' if (number := xcit_zoo.last_epoch(checkpoint)) is None else f', epoch {number}'
     notes = [f'names without {" and ".join(removed)}' if removed else '',
              'timm\'s names' if is_of_timm else '',
              f'{counted(len(chosen.beside), "other tensor", "are")} ignored ({abridge(chosen.beside, 3)})'

@@ -290,3 +290,12 @@ def timm_cfgs() -> dict:
         'interpolation': 'bicubic', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'patch_embed.proj.0.0', 'classifier': 'head', 'license': 'apache-2.0',
     } for name, entry in ZOO.items()}
+
+
+def last_epoch(checkpoint: dict) -> Optional[int]:
+    """Return the number of the last finished epoch, as in the run's table; None: unknown, or no epoch is finished."""
+    epoch = checkpoint.get('epoch')
+    if not isinstance(epoch, int):
+        return None
+    epoch -= 'teacher' in checkpoint  # files of DINO contain the number of the next epoch
+    return epoch if epoch >= 0 else None

@@ -80,7 +80,7 @@ class Drawing:
     normalise: Callable
     device: torch.device
 
-    def __call__(self, teacher: MultiCrop, run: Run, name: str, *, epochs_done: int):
+    def __call__(self, teacher: MultiCrop, run: Run, name: str, *, step: int):
         """Write a sheet to the run's folder, and add it to TensorBoard."""
         if not is_main_process():
             return
@@ -91,7 +91,7 @@ class Drawing:
             path.parent.mkdir(exist_ok=True)
             with whole_file(path) as unfinished:
                 sheet.save(unfinished)
-        run.log.tensorboard.do('add_image', 'pictures', np.asarray(sheet), epochs_done, None, 'HWC')
+        run.log.tensorboard.do('add_image', 'pictures', np.asarray(sheet), step, None, 'HWC')
 
     @torch.inference_mode()
     def sheet(self, backbone: torch.nn.Module) -> Image.Image:

@@ -129,7 +129,7 @@ class Monitor:
             self.metrics['knn_before'] = top1
             log(f'Before the first step: {neighbours.line(self.knn.k, top1, top5)}')
         if self.drawing:
-            self.drawing(teacher, run, 'before', epochs_done=0)
+            self.drawing(teacher, run, 'before', step=-1)
 
     def after_epoch(self, epoch: int, stats: dict, teacher: MultiCrop, run: Run) -> bool:
         """Evaluate the teacher, and add the results to `stats`; return True if the k-NN accuracy is the best so far."""
@@ -142,7 +142,7 @@ class Monitor:
         classifies = self.knn and ((epoch + 1) % self.knn_every == 0 or epoch + 1 == self.epochs)
         with run.evaluation() if draws or classifies else contextlib.nullcontext():
             if draws:
-                self.drawing(teacher, run, f'epoch{epoch:04}', epochs_done=epoch + 1)
+                self.drawing(teacher, run, f'epoch{epoch:04}', step=epoch)
             if not classifies:
                 return False
             stats['knn_top1'], stats['knn_top5'] = self.knn(teacher, run)

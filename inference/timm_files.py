@@ -17,8 +17,8 @@ def describe(given: weights.Weights, name: str, published: Optional[xcit_zoo.Pub
     evaluated = {'input_size': published.resolution, 'full_crop': published.crop == 1.} if published else {}
     names = names_of(given.checkpoint.get('classes'))
     measured = accuracy_of(given)
-    if 'epoch' in given.checkpoint:
-        measured['epoch'] = given.checkpoint['epoch']
+    if (epoch := xcit_zoo.last_epoch(given.checkpoint)) is not None:
+        measured['epoch'] = epoch
     return {'args': {**trained, **evaluated, 'model': name}, **({'classes': names} if names else {}), **measured}
 
 

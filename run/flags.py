@@ -74,6 +74,8 @@ def add_checkpoint_flags(group):
                        help='checkpoint to resume or evaluate; auto: the newest in --output-dir, if any')
     group.add_argument('--save-every', default=0, type=COUNT_OR_0, metavar='STEPS',
                        help='steps between two checkpoints within an epoch; 0: only at the end of an epoch')
+    group.add_argument('--log-every', default=100, type=COUNT_OR_0, metavar='STEPS',
+                       help='steps between two points of TensorBoard within an epoch; 0: none')
     group.add_argument('--stop-after-epochs', default=0, type=COUNT_OR_0, metavar='N',
                        help='maximum number of epochs of this process; then exit code 143; 0: no limit')
 

@@ -5,7 +5,7 @@ import platform
 import subprocess
 import threading
 from pathlib import Path
-from typing import Dict, Tuple
+from typing import Dict, Optional, Tuple
 
 import numpy as np
 import timm
@@ -101,6 +101,8 @@ class EpochLog:
             kept = [line for line in self.path.read_text().splitlines() if self.number_of(line) < start]
             write_text(self.path, ''.join(line + '\n' for line in kept))
         self.tensorboard = TensorBoard(output_dir / 'tb', start=start)
+        # In a folder of its own: its steps are not rounds, and a resume hides the steps of lost work by their numbers
+        self.within_rounds: Optional[TensorBoard] = None
 
     def number_of(self, line: str) -> float:
         """Return the number of a line's round; infinity for a truncated line, or a run with another unit."""
@@ -119,5 +121,15 @@ class EpochLog:
                 self.tensorboard.do('add_scalar', f'{group}/{rest}' if rest else name, value, stats[self.unit])
         self.tensorboard.do('flush')
 
+    def write_point(self, step: int, values: Dict[str, float]):
+        """Write averages over the last optimizer steps up to `step`, counted over all rounds."""
+        if self.within_rounds is None:
+            self.within_rounds = TensorBoard(self.tensorboard.folder / 'steps', start=step)
+        for name, value in values.items():
+            self.within_rounds.do('add_scalar', f'steps/{name}', value, step)
+        self.within_rounds.do('flush')
+
     def close(self):
         self.tensorboard.do('close')
+        if self.within_rounds is not None:
+            self.within_rounds.do('close')

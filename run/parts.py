@@ -21,6 +21,10 @@ class Optimizer:
     def __init__(self, optimizer: torch.optim.Optimizer, *, keeps_lr: bool = False):
         self.optimizer, self.options = optimizer, self.OPTIONS if keeps_lr else (*self.OPTIONS, 'lr')
 
+    @property
+    def param_groups(self) -> list:
+        return self.optimizer.param_groups
+
     def state_dict(self) -> dict:
         return self.optimizer.state_dict()
 

@@ -40,6 +40,8 @@ from run.resume import NOT_SHARED, continues_in_place, load_for_resume
 from run.signals import StopRequest
 from utils import InputError, Interrupted, NonFiniteLoss, counted, dashed, decodable, first_line
 
+BEFORE = -1  # step of what TensorBoard shows from before the first round
+
 
 class Run:
     """Training run; a resumed run continues as if without interruption.
@@ -63,18 +65,19 @@ class Run:
 
     def __init__(self, args, position: Epochs, parts: dict, *, optional: tuple = (), fixed: tuple = (),
                  files: tuple = (), remedies: Optional[Dict[str, str]] = None):
-        if reserved := parts.keys() & {*position.state_dict(), 'averages', 'batch', 'args', 'replaced'}:
+        if reserved := parts.keys() & {*position.state_dict(), 'averages', 'batch', 'seconds', 'args', 'replaced'}:
             raise ValueError(f'{", ".join(sorted(reserved))}: reserved keys of a checkpoint; rename the parts')
         self.flags, self.position, self.parts, self.optional = vars(args), position, parts, optional
         self.files = tuple(dict.fromkeys((*RUN_FILES, *files)))
         self.remedies = remedies or {}
         self.fixed = {name: self.flags[name] for name in (*fixed, *position.fixed)}
         self.resume_from, self.save_every, self.stop_after = args.resume, args.save_every, args.stop_after_epochs
-        self.seed, self.accum_iter, self.amp = args.seed, args.accum_iter, args.amp
+        self.seed, self.accum_iter, self.amp, self.log_every = args.seed, args.accum_iter, args.amp, args.log_every
         self.images_per_batch = args.batch_size * get_world_size()
         self.folder = Path(args.output_dir) if args.output_dir else None
         self.sums, self.log, self.table, self.stop = {}, None, Table(), StopRequest()
         self.unevaluated = False  # True if the newest checkpoint was stored before the round's evaluation
+        self.start_time, self.seconds_before = time.monotonic(), 0.  # seconds of earlier processes; None: unknown
         self.writing: Optional[threading.Thread] = None
         self.error: Optional[Exception] = None
 
@@ -132,6 +135,10 @@ class Run:
         """Yield the numbers of the remaining rounds; set the position of the loader (of `loaders.batches`) before."""
         for number in self.position.remaining_rounds():
             loader.set_position(number, self.step)
+            updates = -(-(self.step + len(loader)) // self.accum_iter)
+            before = self.position.updates_before(number)
+            self.updates_before = number * updates if before is None else before
+            self.point = self.step, self.totals()
             yield number
 
     def options(self, number: int, device: torch.device, scaler: Optional[torch.amp.GradScaler] = None) -> dict:
@@ -187,7 +194,9 @@ class Run:
         self.table.add({self.position.unit: str(stats[self.position.unit]), **summary,
                         'time left': str(datetime.timedelta(seconds=int(remaining)))})
         if number + 1 == self.position.total:
-            log(f'Training time {datetime.timedelta(seconds=int(elapsed))}')
+            whole = self.seconds()
+            log(f'Training time {datetime.timedelta(seconds=int(elapsed if whole is None else whole))}'
+                + ' since the resume' * (whole is None))
             if self.log is not None:
                 self.log.close()
         elif done == self.stop_after:
@@ -196,13 +205,21 @@ class Run:
 
     def state_dict(self, replace: Optional[Dict[str, Optional[str]]] = None) -> dict:
         """Return the content of a checkpoint, see `finish`; all processes must call this method together."""
-        totals = sum_over_processes(self.sums) if self.sums else {}
-        averages = {name: total / max(self.step, 1) / get_world_size() for name, total in totals.items()}
+        averages = {name: total / max(self.step, 1) / get_world_size() for name, total in self.totals().items()}
         states = {name: None if part is None else part.state_dict() for name, part in self.parts.items()}
         replaced = {name: states.pop(name) for name in replace or ()}
         states |= {name: {**states, **replaced}[other] for name, other in (replace or {}).items() if other}
         return {**states, **({'replaced': replaced} if replaced else {}), **self.position.state_dict(),
-                'averages': averages, 'batch': self.images_per_batch, 'args': self.flags}
+                'averages': averages, 'batch': self.images_per_batch, 'args': self.flags,
+                **({} if self.seconds_before is None else {'seconds': self.seconds()})}
+
+    def totals(self) -> dict:
+        """Return the sums of the round's metrics over all processes, by name."""
+        return sum_over_processes(self.sums) if self.sums else {}
+
+    def seconds(self) -> Optional[float]:
+        """Return the time of training so far, of earlier processes too; None: unknown."""
+        return None if self.seconds_before is None else self.seconds_before + time.monotonic() - self.start_time
 
     def save(self, *, in_background: bool = False):
         """Store the run; `in_background`: return once the state is in host memory, while a thread writes the file."""
@@ -247,7 +264,23 @@ class Run:
         """Store the run if --save-every is due after `step` batches, and stop the run after a signal."""
         self.position.step, self.sums = step, sums
         update = -(-step // self.accum_iter)
+        if self.log_every and update % self.log_every == 0 and self.folder is not None:
+            self.write_point(self.updates_before + update)
         self.check_signals(save=bool(self.save_every) and update % self.save_every == 0)
+
+    def write_point(self, step: int):
+        """Write the averages since the last point of this round, and the learning rate, to TensorBoard."""
+        (last, before), totals = self.point, self.totals()
+        self.point = self.step, totals
+        batches = (self.step - last) * get_world_size()
+        updates = (-(-self.step // self.accum_iter) + -last // self.accum_iter) * get_world_size()
+        values = {name: (total - before.get(name, 0.)) / (updates if name == 'grad_norm' else batches)
+                  for name, total in totals.items()}
+        groups = [group for part in self.parts.values() for group in getattr(part, 'param_groups', [])]
+        if groups:
+            values['lr'] = max(group['lr'] for group in groups)
+        if self.log is not None:
+            self.log.write_point(step, values)
 
     def check_signals(self, *, save: bool = False):
         """Store the run if `save`; store and stop the run if any process received a signal."""
@@ -287,6 +320,7 @@ class Run:
             raise InputError(f'{source}: has no {" and no ".join(needed)} to resume with; to start from its weights, '
                              f'use --pretrained')
         self.position.load_state_dict(checkpoint)
+        self.seconds_before = checkpoint.get('seconds')
         self.sums = {k: average * self.step for k, average in checkpoint.get('averages', {}).items()}
         place = self.position.done * 2 ** 32 + self.step
         if max_over_processes(place) != -max_over_processes(-place):
@@ -322,7 +356,8 @@ class Run:
         if not is_main_process():
             return None
         write_result(self.folder / ARGS, {'derived': derived, 'files': self.files}, self.flags)
-        epoch_log = EpochLog(self.folder, unit=self.position.unit, start=self.position.first_to_log())
+        epoch_log = EpochLog(self.folder, unit=self.position.unit,
+                             start=self.position.first_to_log() if self.first or self.step else BEFORE)
         if self.first == 0:  # also for a run that is resumed within its first round: the log starts again
             flags = '\n'.join(f'    {k}: {v}' for k, v in self.flags.items())
             epoch_log.tensorboard.do('add_text', 'args', decodable(flags))

@@ -17,6 +17,7 @@ from seeded_weights import tensor as seeded_tensor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_dino import close, seed_weights
 
+import weights
 from dino import files, monitor, train
 from dino.crops import collate
 from dino.networks import Head, MultiCrop
@@ -25,7 +26,7 @@ from loaders import batches
 from loaders.transforms import ToNormalizedTensor
 from run import flags as run_flags
 from run.schedules import Schedule
-from utils import InputError
+from utils import InputError, Interrupted
 
 TRAJECTORY = json.loads((REFERENCE / 'dino.json').read_text())['trajectory']
 PLAIN = ['--flip', '0', '--color-jitter', '0', '--grayscale', '0', '--blur', '0', '--solarize', '0']  # no randomness
@@ -494,7 +495,26 @@ def test_pictures_are_drawn(flat, tmp_path):
     sheet = Image.open(tmp_path / 'dino_pictures' / 'epoch0001.png')
     assert len(sheet.getcolors(1 << 20)) > 50
     events = EventAccumulator(str(tmp_path / 'tb'), size_guidance={'images': 0}).Reload()
-    assert [event.step for event in events.Images('pictures')] == [0, 2]
+    assert [event.step for event in events.Images('pictures')] == [-1, 1]
+
+
+def test_a_resume_hides_no_picture(flat, tmp_path):
+    """TensorBoard shows every drawing once at its epoch, after a resume too, and 'before' at -1."""
+    flags = ['--pictures-every', '1', '--pictures-count', '1', '--output-dir', str(tmp_path)]
+    with pytest.raises(Interrupted):
+        small_dino.main(small(flat, *flags, '--stop-after-epochs', '1'))
+    small_dino.main(small(flat, *flags, '--resume', 'auto'))
+    events = EventAccumulator(str(tmp_path / 'tb'), size_guidance={'images': 0}).Reload()
+    assert [event.step for event in events.Images('pictures')] == [-1, 0, 1]
+    assert [event.step for event in events.Scalars('train/loss')] == [0, 1]
+
+
+def test_the_epoch_of_a_file_is_the_tables(flat, tmp_path):
+    """Messages about checkpoint0001.pth and the table number its epoch 1."""
+    small_dino.main(small(flat, '--output-dir', str(tmp_path), '--saveckp-freq', '1'))
+    notes = [weights.read(str(tmp_path / name), '--pretrained', 'xcit_test').description for name in
+             ('checkpoint0000.pth', 'checkpoint0001.pth', 'checkpoint.pth')]
+    assert [note.rpartition('epoch ')[2] for note in notes] == ['0', '1', '1']
 
 
 def test_large_pictures_are_drawn_at_the_size_of_the_crops(flat, tmp_path):

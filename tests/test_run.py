@@ -396,3 +396,31 @@ def test_lock_of_another_program_is_unchanged(tmp_path):
     with pytest.raises(InputError, match='no file of a run'):
         folder.DirectoryLock(tmp_path)
     assert (tmp_path / '.lock').read_text() == 'mine'
+
+
+def points(run: Path, *folder: str) -> dict:
+    """Return the steps of each scalar and picture that TensorBoard shows of a run, in the order of their files."""
+    events = EventAccumulator(str(run.joinpath('tb', *folder)), size_guidance={'scalars': 0, 'images': 0}).Reload()
+    return {**{tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()['scalars']},
+            **{tag: [event.step for event in events.Images(tag)] for tag in events.Tags()['images']}}
+
+
+def test_points_within_epochs(program, tmp_path, monkeypatch):
+    """--log-every adds points of loss and rate, counted in steps over all rounds; a resume repeats and loses none."""
+    flags = ['--log-every', '2', '--output-dir', str(tmp_path)]
+    interrupt_within_round(lambda: program(tmp_path, *flags), 3, monkeypatch)
+    program(tmp_path, *flags, '--resume', 'auto')
+    shown = points(tmp_path, 'steps')
+    assert shown['steps/loss'] == shown['steps/lr'] == shown['steps/grad_norm'] == [*range(2, ROUNDS * STEPS + 1, 2)]
+    assert points(tmp_path)[program.kind.scalar] == [*map(program.kind.place, range(ROUNDS))]
+
+
+def test_training_time_counts_the_whole_run(program, tmp_path, monkeypatch, capsys):
+    """The last line has the time of all processes of a run."""
+    with pytest.raises(Interrupted):
+        program(tmp_path, '--stop-after-epochs', '1')
+    content = state(tmp_path)
+    assert 0 < content['seconds'] < 60
+    torch.save({**content, 'seconds': 7200.}, tmp_path / 'checkpoint.pth')
+    program(tmp_path, '--resume', 'auto')
+    assert 'Training time 2:00:0' in capsys.readouterr().out

@@ -126,10 +126,13 @@ def read_log(log_file: Path) -> List[dict]:
 
 
 def best_point(lines: List[dict], keys: Sequence[str], *, unit: str) -> Optional[Tuple[float, str, float]]:
-    """Return (epoch or another unit, key, value) of the highest value, the first of equal ones; None: no value."""
-    points = [(line.get(unit, i), key, line[key]) for i, line in enumerate(lines) for key in keys
+    """Return (epoch or another unit, key, value) of the highest value; None: no value.
+
+    Of equal values the last counts, and of one epoch the first key, as in `run.parts.Metrics.update_best`.
+    """
+    points = [(line.get(unit, i), key, line[key]) for i, line in enumerate(lines) for key in reversed(keys)
               if is_number(line, key)]
-    return max(points, key=lambda point: point[2], default=None)
+    return max(reversed(points), key=lambda point: point[2], default=None)
 
 
 def is_number(line: dict, key: str) -> bool:

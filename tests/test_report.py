@@ -1,6 +1,7 @@
 """Reports of runs: metrics by hand, files, and the occasions of a report."""
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from classification import evaluation
 from classification import report as report_of_classifiers
 from main import main
 from reports import drawings, lettering, page, predictions, tables
+from run import parts
 from tools import report
 from utils import InputError, UnreadableImage, read_csv, write_csv
 
@@ -309,9 +311,13 @@ def test_report_without_mistakes(tmp_path):
 
 
 def test_best_epoch():
-    """The best epoch is the first with the highest value of any metric, without NaN and without cut lines."""
-    lines = [{'epoch': 0, 'a': 1.}, {'epoch': 1, 'a': float('nan'), 'b': 3.}, {'epoch': 2, 'a': 3.}]
-    assert drawings.best_point(lines, ('a', 'b'), unit='epoch') == (1, 'b', 3.)
+    """The best epoch is that of the run: the last with the highest value, of the first key; NaN is never best."""
+    lines = [{'epoch': 0, 'a': 3.}, {'epoch': 1, 'a': float('nan'), 'b': 2.}, {'epoch': 2, 'a': 3., 'b': 3.}]
+    assert drawings.best_point(lines, ('a', 'b'), unit='epoch') == (2, 'a', 3.)
+    metrics = parts.Metrics()
+    for line in lines:
+        metrics.update_best({key: line.get(key, math.nan) for key in 'ab'}, epoch=line['epoch'])
+    assert metrics['best_epoch'] == 2.
     assert drawings.best_point(lines, ('c',), unit='epoch') is None
 
 

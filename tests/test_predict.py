@@ -110,7 +110,7 @@ def test_bad_input(tmp_path, data, trained, words, message):
     """Missing pictures, unusable weights and invalid flags are refused with flag and value."""
     (tmp_path / 'empty').mkdir()
     torch.save(seeded_model('xcit_nano_12_p16', num_classes=0).state_dict(), tmp_path / 'backbone.pth')
-    torch.save({'fc.weight': torch.zeros(3, 4), 'fc.bias': torch.zeros(3)}, tmp_path / 'other.pth')
+    torch.save({'conv.weight': torch.zeros(3, 4, 1, 1), 'fc.bias': torch.zeros(3)}, tmp_path / 'other.pth')
     places = {'EMPTY': tmp_path / 'empty', 'IMAGE': data / 'val' / 'cat' / '0.png', 'W': trained,
               'OTHER': tmp_path / 'other.pth', 'BACKBONE': tmp_path / 'backbone.pth'}
     with pytest.raises(InputError, match=message):

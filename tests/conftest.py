@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from seeded_weights import image as seeded_image
 from seeded_weights import tensor as seeded_tensor
+from tensorboard.summary.writer import event_file_writer
 
 import xcit
 
@@ -29,6 +30,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if 'gpu' in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason='needs a CUDA device'))
+
+
+@pytest.fixture
+def ordered_events():
+    """Number the event files of this process from 100: TensorBoard reads files of one second in the order of names."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(event_file_writer, '_global_uid', event_file_writer.AtomicCounter(100))
+        yield
 
 
 @pytest.fixture(scope='session')

@@ -498,7 +498,7 @@ def test_pictures_are_drawn(flat, tmp_path):
     assert [event.step for event in events.Images('pictures')] == [-1, 1]
 
 
-def test_a_resume_hides_no_picture(flat, tmp_path):
+def test_a_resume_hides_no_picture(flat, tmp_path, ordered_events):
     """TensorBoard shows every drawing once at its epoch, after a resume too, and 'before' at -1."""
     flags = ['--pictures-every', '1', '--pictures-count', '1', '--output-dir', str(tmp_path)]
     with pytest.raises(Interrupted):

@@ -405,7 +405,7 @@ def points(run: Path, *folder: str) -> dict:
             **{tag: [event.step for event in events.Images(tag)] for tag in events.Tags()['images']}}
 
 
-def test_points_within_epochs(program, tmp_path, monkeypatch):
+def test_points_within_epochs(program, tmp_path, monkeypatch, ordered_events):
     """--log-every adds points of loss and rate, counted in steps over all rounds; a resume repeats and loses none."""
     flags = ['--log-every', '2', '--output-dir', str(tmp_path)]
     interrupt_within_round(lambda: program(tmp_path, *flags), 3, monkeypatch)

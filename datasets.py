@@ -25,10 +25,10 @@ from loaders.class_folders import ClassFolders
 from loaders.samples import PictureSet
 from loaders.source import Source
 from loaders.transforms import SMALL, View
-from run.checkpoints import is_url
 from run.commandline import COUNT, POSITIVE, number
 from run.flags import add_data_path_flag
 from run.output import log
+from run.resume import resumed_folder
 from utils import InputError, abridge, counted, dashed, first_line
 
 INAT_CATEGORIES = ('kingdom', 'phylum', 'class', 'order', 'supercategory', 'family', 'genus', 'name')
@@ -381,11 +381,7 @@ def flags_of(name: str, path: str) -> dict:
 
 def source(args, *, resumes: bool = True) -> Source:
     """Return the source that the flags describe; `resumes`: the program has run.flags.add_checkpoint_flags."""
-    run_folder = None
-    if resumes and args.resume == 'auto':
-        run_folder = Path(args.output_dir)
-    elif resumes and args.resume and not is_url(args.resume):
-        run_folder = Path(args.resume).parent
+    run_folder = resumed_folder(args.resume, args.output_dir) if resumes else None
     return Source(args.data_set, args.data_path, val_fraction=args.val_fraction, exif=args.exif,
                   inat_category=args.inat_category, train_split=args.train_split, val_split=args.val_split,
                   num_classes=args.num_classes, seed=args.seed if resumes else 0, batch_size=args.batch_size,

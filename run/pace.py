@@ -39,6 +39,15 @@ class Pace:
         return {'device': str(device), 'amp_dtype': str(amp_dtype), 'processes': get_world_size(),
                 'global_batch': self.images_per_step, 'scaled_lr': self.scaled_lr}
 
+    def log_rate(self):
+        """Log the learning rate; warn of a tiny rate."""
+        log(f'Learning rate {self.scaled_lr:.3g} at its peak: --lr {self.lr:g} x '
+            f'{counted(self.images_per_step, "image")} a step / {self.reference_batch or self.images_per_step}')
+        if self.scaled_lr < LOW_LR <= self.lr:
+            log(f'Warning: --lr {self.lr:g} is scaled to {self.scaled_lr:.3g}, because a step has '
+                f'{counted(self.images_per_step, "image")}, not {self.reference_batch}; for a learning rate of '
+                f'{self.lr:g}, give --lr {self.lr * self.reference_batch / self.images_per_step:.3g}')
+
     def log(self, *, batches: int, warmup_epochs: int, epochs: int, images: Optional[int] = None,
             min_lr: float = 0.):
         """Log learning rate and steps of a run in epochs; warn of a tiny or rising rate, and of an endless warm-up.
@@ -48,15 +57,10 @@ class Pace:
         """
         steps = -(-batches // self.accum_iter)
         dropped = 0 if images is None else (images - batches * self.batch_size) * get_world_size()
-        log(f'Learning rate {self.scaled_lr:.3g} at its peak: --lr {self.lr:g} x '
-            f'{counted(self.images_per_step, "image")} a step / {self.reference_batch or self.images_per_step}')
         left_out = (f'; the last {dropped} of {counted(images * get_world_size(), "image")} of an epoch do not fill a '
                     f'batch and are left out' if dropped > 0 else '')
+        self.log_rate()
         log(f'An epoch has {counted(steps, "step")}, the warm-up {steps * warmup_epochs}{left_out}')
-        if self.scaled_lr < LOW_LR <= self.lr:
-            log(f'Warning: --lr {self.lr:g} is scaled to {self.scaled_lr:.3g}, because a step has '
-                f'{counted(self.images_per_step, "image")}, not {self.reference_batch}; for a learning rate of '
-                f'{self.lr:g}, give --lr {self.lr * self.reference_batch / self.images_per_step:.3g}')
         if min_lr > self.scaled_lr:
             log(f'Warning: --min-lr {min_lr:g}, the final learning rate, is above the peak, {self.scaled_lr:.3g}: the '
                 f'rate rises; to let it fall, give --min-lr 0')

@@ -89,3 +89,10 @@ def continues_in_place(resume: str, output_dir: str) -> bool:
     """Return True if --resume continues the run whose files are in `output_dir`."""
     return resume == 'auto' or (
         bool(resume) and not checkpoints.is_url(resume) and Path(resume).resolve().parent == Path(output_dir).resolve())
+
+
+def resumed_folder(resume: str, output_dir: str) -> Optional[Path]:
+    """Return the folder of the run that --resume continues; None: there is none, or it is not on this machine."""
+    if resume == 'auto':
+        return Path(output_dir)
+    return Path(resume).parent if resume and not checkpoints.is_url(resume) else None

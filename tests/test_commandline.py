@@ -14,7 +14,8 @@ from main import main
 from run import commandline
 from utils import InputError, counted
 
-PROGRAMS = {'.'.join(path.relative_to(ROOT).with_suffix('').parts): path for folder in ('.', 'dino', 'tools')
+FOLDERS = ('.', 'dino', 'segmentation', 'tools')
+PROGRAMS = {'.'.join(path.relative_to(ROOT).with_suffix('').parts): path for folder in FOLDERS
             for path in sorted(ROOT.glob(f'{folder}/*.py')) if "__name__ == '__main__'" in path.read_text()}
 PARSERS = {name: importlib.import_module(name).get_args_parser for name in PROGRAMS}
 

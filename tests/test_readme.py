@@ -17,9 +17,11 @@ import run_with_submitit
 import weights
 import xcit
 import xcit_zoo
+from dense import backbone
 from dino import train as dino_train
 from loaders import readers
 from main import get_args_parser, main
+from segmentation import models
 from tools import convert_checkpoint
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -78,6 +80,17 @@ def test_tool_command_parses(tool):
     assert tool_commands
     for command in tool_commands:
         importlib.import_module(f'tools.{tool}').get_args_parser().parse_args(shlex.split(command))
+
+
+@pytest.mark.parametrize('program', ['main', 'predict', 'evaluate'])
+def test_segmentation_command_parses(program):
+    """Every program of segmentation has a command in the docs, and each of its commands is accepted."""
+    program_commands = commands(f'-m segmentation.{program}')
+    assert program_commands
+    for command in program_commands:
+        args = importlib.import_module(f'segmentation.{program}').get_args_parser().parse_args(shlex.split(command))
+        if getattr(args, 'model', None):
+            backbone.parse(args.model, models.HEADS)
 
 
 @pytest.mark.parametrize('program', ['train', 'knn', 'linear'])

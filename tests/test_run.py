@@ -61,6 +61,10 @@ PROGRAMS = {
                       '--global-crops-size', '32', '--local-crops-size', '16', '--local-crops-number', '1',
                       '--knn-every', '1', '--knn-data-path', str(data), '--nb-knn', '3'],
         lambda rounds: ['--epochs', str(rounds)], weights='student'),
+    'tests.small_segmenter': Kind(
+        lambda data: ['--device', 'cpu', '--num-workers', '0', '--batch-size', '4', '--data-set', 'SAMPLE',
+                      '--crop-size', '64', '--short', '96', '--long', '384', '--no-report', '--drop-path', '.3'],
+        lambda rounds: ['--iterations', str(rounds * STEPS), '--every', str(STEPS)], place=lambda i: (i + 1) * STEPS),
 }
 
 

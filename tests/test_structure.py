@@ -7,11 +7,13 @@ from typing import Iterator
 import pytest
 from conftest import ROOT
 
-FOLDERS = ('run', 'loaders', 'reports', 'tools', 'dino', 'inference', 'classification', 'slurm')
+FOLDERS = ('run', 'loaders', 'reports', 'tools', 'dino', 'inference', 'classification', 'slurm', 'dense',
+           'segmentation')
 FILES = [*ROOT.glob('*.py'), *(path for folder in FOLDERS for path in ROOT.glob(f'{folder}/*.py'))]
 MODULES = {'.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__'): path for path in FILES}
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in FILES}
-PROGRAMS = ('main', 'run_with_submitit', 'dino.train', 'dino.knn', 'dino.linear')
+PROGRAMS = ('main', 'run_with_submitit', 'dino.train', 'dino.knn', 'dino.linear', 'segmentation.main',
+            'segmentation.predict', 'segmentation.evaluate')
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 

@@ -1,0 +1,1 @@
+"""Semantic segmentation with XCiT: Semantic FPN and UPerNet."""

@@ -25,14 +25,14 @@ Curves = Dict[str, Dict[str, str]]  # for each panel by its title: label of each
 
 
 def draw(folder: Path, log_file: Path, tiles: Sequence[Tile], *, curves: Curves, unit: str = 'epoch',
-         best: Sequence[str] = (), counted: str = 'pictures'):
+         best: Sequence[str] = (), objects: str = 'pictures'):
     """Draw the pictures of the tables in `folder` and of a run's log.txt, as far as these exist.
 
     Args:
         tiles: result of `mistakes`.
         unit: key of the horizontal axis in log.txt.
         best: keys of log.txt whose highest value marks the best epoch.
-        counted: plural of the objects that the confusion matrix counts.
+        objects: plural of the objects that the confusion matrix counts.
     """
     if tiles:
         draw_tiles(tiles, folder / MISTAKES)
@@ -42,7 +42,7 @@ def draw(folder: Path, log_file: Path, tiles: Sequence[Tile], *, curves: Curves,
         log(f'{folder}: without {CONFUSION} and {CURVES}, which need {error}')
         return
     if (folder / tables.CONFUSION).exists():
-        draw_confusion(folder, counted=counted)
+        draw_confusion(folder, objects=objects)
     if log_file.exists():
         draw_curves(log_file, folder / CURVES, curves=curves, unit=unit, best=best)
 
@@ -68,7 +68,7 @@ def save(figure, path: Path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Confusion matrix
 
-def draw_confusion(folder: Path, *, counted: str = 'pictures'):
+def draw_confusion(folder: Path, *, objects: str = 'pictures'):
     """Draw the confusion matrix with counts and percents of the rows; for many classes, that of the most confused."""
     classes, counts = tables.read_confusion(folder / tables.CONFUSION)
     names, title = lettering.distinct(classes), f'{counted(len(classes), "class")}'
@@ -77,11 +77,11 @@ def draw_confusion(folder: Path, *, counted: str = 'pictures'):
         title = f'the {len(chosen)} most confused of {counted(len(classes), "class")}'
         names, counts = [names[i] for i in chosen], tables.part_of(counts, chosen)
     draw_matrix(folder / CONFUSION, names, counts,
-                title=f'Confusion of {title}: {counted}, and percent of the true class (row)', counted=counted)
+                title=f'Confusion of {title}: {objects}, and percent of the true class (row)', objects=objects)
 
 
 def draw_matrix(path: Path, names: List[str], counts: np.ndarray, *, title: str,
-                counted: str = 'pictures'):
+                objects: str = 'pictures'):
     """Draw counts of true classes (rows) by predicted class; a further column, if any, is of all other classes."""
     from matplotlib import pyplot
     names = lettering.all_abridged(list(map(lettering.drawable, names)), LONGEST)
@@ -98,7 +98,7 @@ def draw_matrix(path: Path, names: List[str], counts: np.ndarray, *, title: str,
         axes.set_xticks(range(len(columns)), columns, rotation=90)
         axes.set_yticks(range(len(labels)), [f'{label} ({total})' for label, total in zip(labels, counts.sum(axis=1))])
         axes.set_xlabel('predicted class')
-        axes.set_ylabel(f'true class ({counted})')
+        axes.set_ylabel(f'true class ({objects})')
         figure.suptitle(textwrap.fill(title, int(9 * size[0])), fontsize=min(18, 9 + size[0] / 2))
         for i, j in [(i, j) for i, j in np.ndindex(counts.shape) if counts[i, j]]:
             axes.text(j, i, f'{counts[i, j]}\n{percent(percents[i, j])}', ha='center', va='center', fontsize=font,

@@ -3,8 +3,13 @@
 A predicted picture has the name of its true picture. Both have the same numbers of classes.
 """
 import argparse
+import os
+import sys
 from pathlib import Path
 from typing import List, Optional
+
+if not __package__:  # started as a file
+    sys.path[0] = os.path.realpath(f'{__file__}/../..')
 
 import torch
 from tqdm import tqdm

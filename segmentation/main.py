@@ -3,9 +3,14 @@
 The defaults are the original's recipe for ADE20k. Runs are counted in iterations: optimizer steps.
 """
 import argparse
+import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Callable, Dict, Optional
+
+if not __package__:  # started as a file
+    sys.path[0] = os.path.realpath(f'{__file__}/../..')
 
 import torch
 

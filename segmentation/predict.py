@@ -4,7 +4,12 @@ Writes a palette PNG for each picture, with the numbers that the training's labe
 with --overlay drawings with a legend of the classes and their shares.
 """
 import argparse
+import os
+import sys
 from typing import Iterable, Iterator, List, Optional, Tuple
+
+if not __package__:  # started as a file
+    sys.path[0] = os.path.realpath(f'{__file__}/../..')
 
 import numpy as np
 from PIL import Image

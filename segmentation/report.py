@@ -100,7 +100,7 @@ def draw(run_folder: Path):
     if not (folder / SUMMARY).is_file():
         return
     summary = json.loads((folder / SUMMARY).read_text())
-    drawings.draw(folder, log_file, (), curves=CURVES, unit='iteration', best=('test_mIoU',), counted='pixels')
+    drawings.draw(folder, log_file, (), curves=CURVES, unit='iteration', best=('test_mIoU',), objects='pixels')
     rows = sorted(summary['classes'], key=lambda row: (row['IoU'] is None, row['IoU'] or 0.))
     facts = {name: str(summary[name]) for name in ('model', 'weights', 'data', 'pictures', 'iteration')
              if name in summary}

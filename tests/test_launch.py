@@ -244,7 +244,7 @@ def test_run_continues_without_tensorboard(data, tmp_path, monkeypatch, capfd, f
 
 # ----- programs started as files
 
-PROGRAMS = [path for folder in ('dino', 'tools') for path in sorted(ROOT.glob(f'{folder}/*.py'))
+PROGRAMS = [path for folder in ('dino', 'segmentation', 'tools') for path in sorted(ROOT.glob(f'{folder}/*.py'))
             if "__name__ == '__main__'" in path.read_text()]
 AS_FILE = '''
 import runpy, sys

@@ -22,7 +22,7 @@ from engine import train_one_epoch
 from loaders.batches import Rounds, build_train_loader
 from run import assembly, flags, parts, processes
 from run.commandline import COUNT, PATH, POSITIVE, Parser, number, run_program, words_of
-from run.folder import BEST, CHECKPOINT
+from run.folder import BEST, CHECKPOINT, EVALUATION_FILES, RUN_FILES
 from run.logs import environment, log_values, table_row, write_result
 from run.output import log
 from run.schedules import Schedule, poly
@@ -36,6 +36,7 @@ from utils import InputError, NonFiniteLoss, abridge, seed_everything
 REFERENCE_BATCH = 16  # images per step that --lr refers to
 MODEL = 'upernet_xcit_small_12_p16'
 ITERATIONS = {'sem_fpn': 80_000, 'upernet': 160_000, 'linear': 40_000}
+FILES = (*RUN_FILES, 'split.json', BEST, *EVALUATION_FILES)
 EVERY = 8000  # iterations between two evaluations
 # Defaults for --data-set SAMPLE; the command line has priority
 SAMPLE_DEFAULTS = dict(model='sem_fpn_xcit_nano_12_p16', iterations=1500, every=250, batch_size=16, crop_size=128,
@@ -99,7 +100,7 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
         parser.set_defaults(**SAMPLE_DEFAULTS)
         args = parser.parse_args(argv)
     args.amp = args.amp or 'off'
-    flags.check_run_flags(args)
+    flags.check_run_flags(args, writes=EVALUATION_FILES if args.eval else FILES)
     flags.check_compile_flags(args)
     data.check_flags(args)
     check_weights(args)
@@ -174,7 +175,7 @@ def train(args, device: torch.device) -> dict:
         'classes': files.ClassesPart(train_set.classes, train_set.numbering),
         'data': parts.Images(len(train_set), train_set.files())},
         optional=('scaler', 'best'), fixed=('model', 'lr', 'weight_decay', 'warmup_iterations', 'iterations'),
-        files=('split.json', report.PICTURES))
+        files=FILES)
     with run.resumed():
         if run.is_over():
             return {}

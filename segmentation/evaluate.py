@@ -14,6 +14,7 @@ if not __package__:  # started as a file
 import torch
 from tqdm import tqdm
 
+from run import flags
 from run.commandline import COUNT, PATH, PATH_OBJECT, Parser, run_program
 from run.logs import write_result
 from run.output import log, shows_bar
@@ -33,6 +34,7 @@ def get_args_parser() -> Parser:
     parser.add_argument('--classes', default='', type=PATH, metavar='FILE', help='file with a class name per line')
     parser.add_argument('--zero-is-a-class', action=argparse.BooleanOptionalAction, default=False,
                         help='number 0 of label pictures as a class')
+    flags.add_pixels_flag(parser)
     parser.add_argument('--json', type=PATH_OBJECT, metavar='FILE', help='file for the metrics')
     return parser
 

@@ -87,6 +87,7 @@ def read(path: str) -> np.ndarray:
     Raises:
         InputError: the file is missing, can't be decoded, or has colours instead of numbers.
     """
+    pictures.prepare_pillow()
     try:
         with Image.open(path) as picture:
             if picture.mode not in MODES:
@@ -96,7 +97,7 @@ def read(path: str) -> np.ndarray:
     except FileNotFoundError:
         raise InputError(f'{path}: no such label picture') from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f'{path}: can\'t be decoded as a label picture ({error})') from None
+        raise InputError(f'{path}: can\'t be decoded as a label picture ({pictures.reason_of(error)})') from None
 
 
 def palette(num_classes: int) -> np.ndarray:

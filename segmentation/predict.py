@@ -40,6 +40,7 @@ def get_args_parser() -> Parser:
     group.add_argument('--video', type=PATH_OBJECT, metavar='FILE',
                        help='video instead of images: writes STEM_classes.mp4 to --overlay, each frame with its '
                        'classes; needs PyAV (requirements-video.txt)')
+    flags.add_pixels_flag(group)
     group.add_argument('--out', type=PATH_OBJECT, metavar='DIR', help='folder of the label pictures')
     group.add_argument('--overlay', type=PATH_OBJECT, metavar='DIR', help='folder of drawings')
     group = parser.add_argument_group('model')

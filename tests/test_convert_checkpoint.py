@@ -176,7 +176,7 @@ def test_program_says_what_it_did(original, tmp_path):
     result = subprocess.run([sys.executable, '-m', 'tools.convert_checkpoint', original, tmp_path / 'out.pth', '--to',
                              'timm'], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.splitlines() == [
-        f"IN {original}: 'model'",
+        f"IN {original}: weights under 'model'",
         f'{tmp_path}/out.pth: {NAME}, {CLASSES} classes, {len(weights_in(tmp_path / "out.pth"))} tensors in timm '
         f'naming',
         f"{tmp_path}/config.json: for timm.create_model('local-dir:{tmp_path}')"]

@@ -131,7 +131,7 @@ def test_half_set_environment(data, monkeypatch):
 
 @pytest.mark.parametrize(('mistake', 'words'), [
     (['--opt', 'nope'], '--opt nope: timm has no such optimizer'),  # before the processes connect
-    (['--accum-iter', '1000'], '--accum-iter 1000: an epoch has 1 batches'),  # afterwards
+    (['--accum-iter', '1000'], '--accum-iter 1000: an epoch has 1 batch'),  # afterwards
 ], ids=['flags', 'data'])
 def test_refusal_is_printed_once(data, mistake, words):
     """The main process prints the refusal; all processes end with its exit code."""

@@ -101,7 +101,7 @@ def test_checkpoint_holds_everything(trained):
         content = state(trained[1], name)
         content |= content.pop('replaced', {})
         assert set(content) == {'model', 'model_ema', 'optimizer', 'lr_scheduler', 'scaler', 'epoch', 'step',
-                                'averages', 'batch', 'accuracy', 'classes', 'args'}
+                                'averages', 'batch', 'seconds', 'accuracy', 'classes', 'args'}
         assert isinstance(content['args'], dict)
     assert not list(trained[1].glob('*.tmp'))
 

@@ -118,7 +118,7 @@ def untrained(backbone: frozen.Frozen, seed: int) -> torch.nn.Module:
 def main(argv: Optional[list] = None) -> dict:
     """Evaluate with a command line (`sys.argv` if None), see `parse_args`; return the content of --output."""
     args = parse_args(argv)
-    with session.joined(args.device, world_size=args.world_size, dist_url=args.dist_url,
+    with session.joined(args.device, threads=args.threads, world_size=args.world_size, dist_url=args.dist_url,
                         timeout_minutes=args.dist_timeout) as device:
         results = {**evaluate(args, device), 'temperature': args.temperature}
         if args.output and processes.is_main_process():

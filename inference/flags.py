@@ -1,7 +1,7 @@
 """Flags of the programs that apply a trained model, and their values as arguments of `loaded.load`."""
 import argparse
 
-from run import flags
+from run import cpu, flags
 from run.commandline import COUNT, PATH
 
 
@@ -59,4 +59,6 @@ def squares(args) -> dict:
 def device(args) -> dict:
     """Return the flags of add_device_flags as arguments; raise InputError if the device does not support a flag."""
     chosen = flags.choose_device(args)
+    if chosen.type == 'cpu':
+        cpu.set_threads(args.threads)
     return dict(device=chosen, amp_dtype=flags.amp_dtype(args, chosen))

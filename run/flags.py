@@ -51,6 +51,8 @@ def add_run_flags(group):
 
 def add_device_flag(group):
     group.add_argument('--device', default='auto', help='device; auto: the first of cuda, mps and cpu that works')
+    group.add_argument('--threads', type=COUNT, metavar='N',
+                       help='threads on a CPU; if unset, OMP_NUM_THREADS, or the cores that other programs leave')
 
 
 def add_amp_flag(group, *, default: str = 'fp16 on cuda and off elsewhere'):
@@ -287,7 +289,8 @@ def build_scaler(args, device: torch.device) -> torch.amp.GradScaler:
 
 def joined(args, *, trains: bool = True) -> ContextManager[torch.device]:
     return session.joined(args.device, seed=args.seed, deterministic=args.deterministic, world_size=args.world_size,
-                          dist_url=args.dist_url, timeout_minutes=args.dist_timeout, trains=trains)
+                          dist_url=args.dist_url, timeout_minutes=args.dist_timeout, trains=trains,
+                          threads=args.threads)
 
 
 def loading(args, device: torch.device) -> Loading:

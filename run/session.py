@@ -1,6 +1,6 @@
 """Session of a program: its device, its seed, and its processes."""
 import contextlib
-from typing import Iterator
+from typing import Iterator, Optional
 
 import torch
 
@@ -12,7 +12,8 @@ from utils import Interrupted, counted, seed_everything
 
 @contextlib.contextmanager
 def joined(device: str = 'auto', *, seed: int = 0, deterministic: bool = False, world_size: int = 1,
-           dist_url: str = 'env://', timeout_minutes: float = 10., trains: bool = False) -> Iterator[torch.device]:
+           dist_url: str = 'env://', timeout_minutes: float = 10., trains: bool = False,
+           threads: Optional[int] = None) -> Iterator[torch.device]:
     """Join the other processes within a context, if a launcher (torchrun, srun, mpirun) started several.
 
     Args:
@@ -22,6 +23,7 @@ def joined(device: str = 'auto', *, seed: int = 0, deterministic: bool = False, 
         world_size: number of processes, for environments without this number.
         dist_url: address of the rendezvous; `env://`: MASTER_ADDR and MASTER_PORT, or the host of rank 0.
         timeout_minutes: timeout of a process that waits for the others.
+        threads: number of threads on a CPU; None: OMP_NUM_THREADS, or at most the cores that other programs leave.
         trains: make the CPU's allocator keep the memory that training frees.
 
     Yields:
@@ -42,7 +44,7 @@ def joined(device: str = 'auto', *, seed: int = 0, deterministic: bool = False, 
     if own_device.type == 'cpu':
         if trains:
             cpu.keep_freed_memory()
-        cpu.log_busy_cores()
+        cpu.set_threads(threads)
     try:
         yield own_device
     except Interrupted:

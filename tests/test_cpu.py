@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from run import session
+from run import cpu, session
 
 
 def log_of_session(capsys) -> str:
@@ -17,35 +17,61 @@ def log_of_session(capsys) -> str:
 
 
 @pytest.fixture
-def two_threads_on_four_cores(monkeypatch):
+def four_threads(monkeypatch):
+    """Four cores and threads, of which `load` is the load of other programs."""
+    def with_load(load: float, busy: float) -> list:
+        monkeypatch.setattr(os, 'getloadavg', lambda: (load, 0., 0.))
+        monkeypatch.setattr(cpu, 'busy_cores', lambda: busy)
+        return chosen
+
+    chosen = []
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
-    monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
-    monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 4)
+    monkeypatch.setattr(torch, 'set_num_threads', chosen.append)
+    monkeypatch.setattr(cpu, 'allowed_cores', lambda: 4)
+    return with_load
 
 
-@pytest.mark.parametrize('load', [8., 2.5])
-def test_busy_cores_are_logged(two_threads_on_four_cores, monkeypatch, capsys, load):
-    """A load above the number of free cores is logged with a remedy."""
-    monkeypatch.setattr(os, 'getloadavg', lambda: (load, 0., 0.))
-    out = log_of_session(capsys)
-    assert f'load {load}, 4 cores, 2 threads of this program' in out
-    assert 'OMP_NUM_THREADS=1 ' in out
+@pytest.mark.parametrize(('load', 'busy', 'threads'), [(8., 4., 1), (2.5, 3., 2), (1., 1.2, 3), (8., None, 1)])
+def test_threads_are_lowered_to_the_free_cores(four_threads, capsys, load, busy, threads):
+    """With other programs on the cores, a program lowers its threads and logs the load."""
+    chosen = four_threads(load, busy)
+    used = load if busy is None else min(load, busy)
+    assert log_of_session(capsys) == (f'Other programs use {used:.1f} of 4 cores: {threads} instead of 4 threads; '
+                                      '--threads or OMP_NUM_THREADS sets another number\n')
+    assert chosen == [threads]
+
+
+def test_a_given_number_of_threads_is_used(four_threads, capsys):
+    """--threads decides, whatever the load is; a measurement only warns."""
+    chosen = four_threads(8., 4.)
+    with session.joined('cpu', threads=3):
+        assert (chosen, capsys.readouterr().out) == ([3], '')
+    cpu.set_threads(only_warns=True)
+    assert (chosen, capsys.readouterr().out) == ([3], 'Warning: Other programs use 4.0 of 4 cores: times are too '
+                                                 'long; 4 threads\n')
+
+
+def test_cores_that_are_busy_are_measured(monkeypatch):
+    """The measured load is a number of cores between none and all."""
+    monkeypatch.setattr(cpu, 'WAIT_S', .05)
+    busy = cpu.busy_cores()
+    assert busy is None or 0 <= busy <= cpu.usable_cores()
 
 
 def no_load():
     raise OSError
 
 
-@pytest.mark.parametrize('case', ['half of them free', 'set', 'one thread', 'no load'])
-def test_load_that_is_not_logged(two_threads_on_four_cores, monkeypatch, capsys, case):
-    """Nothing is logged with free cores, with a chosen number of threads, with one thread, or without a load."""
-    monkeypatch.setattr(os, 'getloadavg', lambda: (2. if case == 'half of them free' else 8., 0., 0.))
+@pytest.mark.parametrize('case', ['free', 'an earlier run', 'set', 'no load'])
+def test_load_that_changes_nothing(four_threads, monkeypatch, capsys, case):
+    """Threads stay with free cores, after a load that has ended, with OMP_NUM_THREADS, or without a known load."""
+    chosen = four_threads(.4 if case == 'free' else 8., .1 if case == 'an earlier run' else 4.)
     if case == 'set':
-        monkeypatch.setenv('OMP_NUM_THREADS', '2')
-    elif case == 'one thread':
-        monkeypatch.setattr(torch, 'get_num_threads', lambda: 1)
+        monkeypatch.setenv('OMP_NUM_THREADS', '4')
     elif case == 'no load':
         monkeypatch.setattr(os, 'getloadavg', no_load)
+    assert chosen == []
     assert log_of_session(capsys) == ''
 
 

@@ -27,7 +27,7 @@ import utils
 import xca_gram
 import xcit
 from dino.loss import GLOBAL
-from run import devices, flags, logs
+from run import cpu, devices, flags, logs
 from run.commandline import COUNT, COUNT_OR_0, PATH_OBJECT, Parser, run_program
 from run.folder import check_output_dir
 from run.output import log
@@ -209,6 +209,8 @@ def main(argv: Optional[list] = None):
     log(f'{datetime.date.today()}: python -m tools.benchmark {" ".join(sys.argv[1:] if argv is None else argv)}')
     log(f'{machine}, {counted(torch.get_num_threads(), "thread")}; '
         + ', '.join(f'{name} {version}' for name, version in logs.environment().items()))
+    if device.type == 'cpu':
+        cpu.set_threads(None if args.command == 'data' else args.threads, only_warns=True)
     return measure(args, device)
 
 

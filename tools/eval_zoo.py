@@ -165,7 +165,7 @@ def measure(args, published: xcit_zoo.Published) -> dict:
     source, amp_dtype = Source('IMNET', args.data_path), amp_dtype_of(args, published)
     try:
         with open(args.output_dir / 'zoo.log', 'a') as log_file, contextlib.redirect_stdout(log_file), session.joined(
-                args.device):
+                args.device, threads=args.threads):
             file = file_of(args, published)
             if published.tag not in (KNN, LINEAR):
                 return row | by_classifier(published, file, source, loading, amp_dtype)

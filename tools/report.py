@@ -103,7 +103,7 @@ def main(argv: Optional[list] = None):
     dataset, _ = datasets.load_classes(source, is_train=False)
     if args.data_path or not all((args.folder / tables.FOLDER / name).exists()
                                  for name in (predictions.FILE, report.SUMMARY)):
-        with session.joined(args.device) as device:
+        with session.joined(args.device, threads=args.threads) as device:
             evaluate(args.folder, run, weights, dataset, source,
                      Loading(source.batch_size, device, num_workers=args.num_workers))
     evaluation.draw_report(args.folder, dataset)

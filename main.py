@@ -121,7 +121,7 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     use_setting_of_file(args, parser, argv)
     weights.check_model('--model', args.model)
     datasets.check_data_set(args)
-    flags.check_run_flags(args, writes=EVALUATION_FILES if args.eval else FILES)
+    flags.check_run_flags(args, writes=EVALUATION_FILES[:1 + args.report] if args.eval else FILES)
     flags.check_compile_flags(args)
     flags.check_optimizer_flags(args)
     flags.check_schedule_flags(args)

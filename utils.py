@@ -9,7 +9,7 @@ import os
 import random
 import re
 from pathlib import Path
-from typing import Iterable, Iterator, List
+from typing import Iterable, Iterator, List, Union
 
 import numpy as np
 import torch
@@ -80,6 +80,17 @@ def counted(count: int, noun: str, verb: str = '') -> str:
     ending = '' if count == 1 else 'es' if noun.endswith(('s', 'ch', 'x')) else 's'
     verb = {'are': 'is', 'have': 'has'}[verb] if verb and count == 1 else verb
     return f'{count} {noun}{ending}{f" {verb}" if verb else ""}'
+
+
+@contextlib.contextmanager
+def utf8_name(path: Union[str, Path]) -> Iterator[str]:
+    """Yield a name of a file within a context, for libraries that only accept names in UTF-8."""
+    name = str(path)
+    if name == decodable(name):
+        yield name
+    else:  # a name that the system makes
+        with open(path, 'rb') as file:
+            yield f'/proc/self/fd/{file.fileno()}'
 
 
 def similar(name: str, names: list) -> str:

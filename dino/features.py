@@ -19,7 +19,7 @@ from loaders.source import Source
 from loaders.transforms import View
 from run import processes
 from run.settings import Loading
-from utils import InputError, abridge, counted, first_line, whole_file
+from utils import InputError, abridge, counted, first_line, utf8_name, whole_file
 
 SUFFIXES = ('.npz', '.safetensors')
 ARRAYS = ('features', 'labels')  # in a file
@@ -175,7 +175,7 @@ def numbered(labels: np.ndarray, classes: Optional[List[str]], source: str) -> T
 
 
 def read_safetensors(path: str) -> Tuple[dict, dict]:
-    with safe_open(path, 'np') as file:
+    with utf8_name(path) as name, safe_open(name, 'np') as file:
         metadata = file.metadata() or {}
         arrays = {name: file.get_tensor(name) for name in ARRAYS if name in file.keys()}
     return arrays, {name: json.loads(metadata[name]) for name in ('classes', 'made_of') if name in metadata}

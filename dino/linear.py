@@ -256,8 +256,8 @@ def line_about(file: Path, kept: classifiers.Kept, best: parts.Metrics, *, last:
     notes = [f'{file}: epoch {epoch}', *['the last'] * (epoch == last), *['the best'] * (acc1 >= best['acc1']),
              f'--lr {kept.description["lr"]:g}', f'Acc@1 {acc1:.3f}']
     number = f' {best["best_epoch"]:.0f}' if 'best_epoch' in best else ''  # not in checkpoints of earlier versions
-    better = f'; epoch{number} was better, with {best["acc1"]:.3f}: --keep-best keeps it' if acc1 < best['acc1'] else ''
-    return f'{", ".join(notes)}{better}'
+    better = f'; epoch{number} was better, with {best["acc1"]:.3f}: --keep-best, in a new run, keeps it'
+    return ', '.join(notes) + better * (acc1 < best['acc1'])
 
 
 def test(lrs: List[float], linears: Linears, val: Features, device: torch.device) -> Dict[float, dict]:
@@ -298,7 +298,8 @@ def save_model(args, path: Path, backbone: frozen.Frozen, layer: torch.nn.Linear
 
 def log_use(args, path: Path):
     """Log the command that evaluates the model in a file of save_model."""
-    options = words_of({'eval': True, 'pretrained': path, **datasets.flags_of(args.data_set, args.data_path)})
+    options = words_of({'eval': True, 'pretrained': path, **datasets.flags_of(args.data_set, args.data_path),
+                        'val_fraction': args.val_fraction, 'seed': args.seed if args.val_fraction else None})
     command = shlex.join(['python', 'main.py', *options])
     log(f'{path}: backbone and classifier as one model; to evaluate it: {command}')
 

@@ -137,12 +137,25 @@ def decode(file: BinaryIO, name: str, *, upright: bool) -> Image.Image:
     prepare_pillow()
     try:
         image = Image.open(file)
-        if image.format == 'TIFF' and tiff.page(image.tag_v2).is_misread:
-            raise UnidentifiedImageError
+        if image.format == 'TIFF':
+            seek_main_page(image)
+            if tiff.page(image.tag_v2).is_misread:
+                raise UnidentifiedImageError
         return finish(image, name, upright=upright)
     except (UnidentifiedImageError, ValueError) as error:  # Pillow's message contains the open file, or its own terms
         reason = first_line(error) if isinstance(error, ValueError) else 'damaged, or not a picture that Pillow reads'
         raise UnidentifiedImageError(kind_of(file) or reason) from None
+
+
+def seek_main_page(image: Image.Image):
+    """Go to the first page of a TIFF that is no smaller version of another page, and no mask, if there is one."""
+    if not tiff.page(image.tag_v2).is_extra:
+        return
+    for number in range(1, image.n_frames):
+        image.seek(number)
+        if not tiff.page(image.tag_v2).is_extra:
+            return
+    image.seek(0)
 
 
 def kind_of(file: BinaryIO) -> str:
@@ -238,6 +251,8 @@ def header(path) -> Tuple[Dict[str, str], Tuple[int, int]]:
     prepare_pillow()
     try:
         with open(path, 'rb') as file, Image.open(file) as image:
+            if image.format == 'TIFF':
+                seek_main_page(image)
             return peculiarities(image, tiff.pages(file)), image.size[::-1]
     except Exception:  # reported when the picture is decoded
         return {}, UNKNOWN
@@ -251,14 +266,15 @@ def peculiarities(image: Image.Image, pages: List[tiff.Page]) -> Dict[str, str]:
         kinds['16-bit'] = ''
     elif image.mode in ('I', 'F'):
         kinds['32-bit'] = ''
-    channels, colours = (pages[0].channels, pages[0].colours) if pages else (0, 0)
+    main = next((page for page in pages if not page.is_extra), pages[0] if pages else None)
+    channels, colours = (main.channels, main.colours) if main else (0, 0)
     if image.has_transparency_data:
         is_last = channels == colours + 1
         kinds['transparent'] = f'. This one has {channels} channels, of which the last is ignored' if is_last else ''
     if channels > colours + image.has_transparency_data:
         used = {1: 'the first is used as grey', 3: 'the first 3 are used as red, green and blue'}
         of_which = used.get(colours, 'the first 4 are used as CMYK')
-        kinds['channels'] = f'{channels}, of which {of_which}. To use others, {pages[0].remedy}'
+        kinds['channels'] = f'{channels}, of which {of_which}. To use others, {main.remedy}'
     count = sum(not page.is_extra for page in pages) if pages else number_of_frames(image)
     if count > 1:
         kinds['pages'] = str(count)

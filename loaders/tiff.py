@@ -5,6 +5,8 @@ from typing import BinaryIO, List
 
 from PIL.TiffImagePlugin import ImageFileDirectory_v2 as Directory
 
+from utils import counted
+
 BEGINNINGS = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')  # the last two: BigTIFF
 REDUCED, MASK = 1, 4  # bits of tag 254: a smaller version of another page, a mask
 COLOURS = {2: 3, 5: 4, 6: 3, 8: 3}  # channels of the photometric interpretations that are not grey
@@ -53,10 +55,6 @@ class Page:
         compressed = '' if self.compression in READABLE else f' and compression {self.compression}'
         return (f'a TIFF of {counted(self.channels, "channel")} with {self.bits} bits{KINDS.get(self.kind, "")}{places}'
                 f'{compressed}, which Pillow can\'t read: {self.remedy}')
-
-
-def counted(count: int, noun: str) -> str:
-    return f'{count} {noun}{"s" * (count != 1)}'
 
 
 def pages(file: BinaryIO) -> List[Page]:

@@ -24,7 +24,7 @@ import torch
 from run import file_kinds, harmless
 from run.output import shows_bar, write_line
 from run.processes import is_main_process
-from utils import InputError, RunStopped, abridge, first_line, sync_to_disk, whole_file
+from utils import InputError, RunStopped, abridge, first_line, sync_to_disk, utf8_name, whole_file
 
 WEIGHT_SUFFIXES = ('.pth', '.pt', '.safetensors', '.ckpt', '.bin', '.tar')
 DESCRIPTION = ('args', 'classes', 'accuracy', 'epoch')  # keys of a run's checkpoint that describe its weights
@@ -198,9 +198,10 @@ def download(url: str, path: Path, flag: str) -> dict:
 
 def load_safetensors(path: Path) -> dict:
     """Read a .safetensors file: its tensors, or a run's checkpoint if its metadata come from `metadata_of`."""
-    tensors = safetensors.torch.load_file(path)
-    with safetensors.safe_open(path, 'pt') as file:
-        metadata = file.metadata() or {}
+    with utf8_name(path) as name:
+        tensors = safetensors.torch.load_file(name)
+        with safetensors.safe_open(name, 'pt') as file:
+            metadata = file.metadata() or {}
     description = description_of(metadata)
     return {'model': tensors, **description} if description else tensors
 

@@ -16,6 +16,7 @@ CHECKPOINT, PREVIOUS, BEST = 'checkpoint.pth', 'checkpoint_previous.pth', 'best_
 DAMAGED, ARGS = 'checkpoint_damaged.pth', 'args.json'
 HOLDER = 'process '  # beginning of a lock's content
 EVALUATION_FILES = ('eval.json', 'report')
+SUMMARY = 'summary.json'  # in a report
 # Patterns of the files that every run may write
 RUN_FILES = (CHECKPOINT, PREVIOUS, DAMAGED, 'log.txt', ARGS, 'tb')
 UNLISTED = (*RUN_FILES, BEST, *EVALUATION_FILES)  # patterns that the args.json of earlier versions does not list
@@ -54,18 +55,21 @@ def check_is_free(folder: Path, patterns: Iterable[str]):
     files_of_run = set(files_of_earlier_run(folder))
     others = [file.name for file in matches(folder, patterns) if file not in files_of_run]
     if others:
+        them = 'it' if len(others) == 1 else 'them'
         raise InputError(f'--output-dir {folder}: contains {abridge(others)}, which no earlier run has written (there '
-                         f'is no {ARGS} of a run that lists them); rename them, or choose another folder')
+                         f'is no {ARGS} of a run that lists {them}); rename {them}, or choose another folder')
 
 
 def files_of_earlier_run(folder: Path) -> List[Path]:
     """Return the files of an earlier run or evaluation in a folder, perhaps of another task, by its own list."""
     patterns: List[str] = []
     if run := result_of(folder / ARGS):
-        listed = [str(pattern) for pattern in run.get('files', [])]
+        files = run.get('files') if isinstance(run.get('files'), list) else []
+        listed = [pattern for pattern in files if pattern and isinstance(pattern, str)]
         patterns = listed if CHECKPOINT in listed else [*UNLISTED, *listed]
-    if result_of(folder / EVALUATION_FILES[0]):
-        patterns += EVALUATION_FILES
+    result, report = EVALUATION_FILES
+    if result_of(folder / result):  # not every evaluation writes a report
+        patterns += EVALUATION_FILES if (folder / report / SUMMARY).is_file() else [result]
     return matches(folder, patterns)
 
 

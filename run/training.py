@@ -21,6 +21,7 @@ from typing import Dict, Iterable, Iterator, Optional
 import torch
 
 from run import checkpoints
+from run.commandline import words_of
 from run.descriptions import trained_with
 from run.devices import amp_dtype_of
 from run.folder import ARGS, CHECKPOINT, PREVIOUS, RUN_FILES, DirectoryLock, set_aside
@@ -332,8 +333,9 @@ class Run:
         before = trained_with(checkpoint)
         for name, value in self.fixed.items():
             if before.get(name, value) != value:
-                raise InputError(f'{source}: was trained with {dashed(name)} {before[name]}, not {value}'
-                                 f'{self.remedies.get(name, "")}')
+                was = [dashed(name), str(before[name])] if not isinstance(value, bool) else words_of({name: not value})
+                now = '' if isinstance(value, bool) else f', not {value}'
+                raise InputError(f'{source}: was trained with {" ".join(was)}{now}{self.remedies.get(name, "")}')
         batch, accum_iter = checkpoint.get('batch', 0), before.get('accum_iter', 1)
         images, images_now = batch * accum_iter, self.images_per_batch * self.accum_iter
         if images and images != images_now:

@@ -100,7 +100,7 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
         parser.set_defaults(**SAMPLE_DEFAULTS)
         args = parser.parse_args(argv)
     args.amp = args.amp or 'off'
-    flags.check_run_flags(args, writes=EVALUATION_FILES if args.eval else FILES)
+    flags.check_run_flags(args, writes=EVALUATION_FILES[:1 + args.report] if args.eval else FILES)
     flags.check_compile_flags(args)
     data.check_flags(args)
     check_weights(args)

@@ -19,7 +19,7 @@ from small_dino import main as train_dino
 from dino import features
 from loaders.pictures import load_rgb
 from main import main
-from run import output, parts
+from run import checkpoints, output, parts
 from run.commandline import run_program
 from tools import extract_features, predict, report
 from utils import InputError, UnreadableImage, decodable
@@ -88,6 +88,16 @@ def test_predictions_name_the_file(data, trained, capsys):
     assert all(os.path.isfile(line['path']) for line in lines)
     predict.main(flags)
     assert r'K\xe4fer0.png' in capsys.readouterr().out
+
+
+def test_weights_in_safetensors(tmp_path):
+    """A .safetensors file in a folder of any name is written and read, with its description."""
+    path = tmp_path / NAME / 'm.safetensors'
+    path.parent.mkdir()
+    checkpoints.save_weights({'weight': torch.ones(2)}, {'args': {'model': 'x'}}, path)
+    content = checkpoints.load_checkpoint(path, '--pretrained')
+    assert torch.equal(content['model']['weight'], torch.ones(2))
+    assert content['args'] == {'model': 'x'}
 
 
 @pytest.mark.parametrize('suffix', features.SUFFIXES)

@@ -176,6 +176,16 @@ def test_reduced_pages_do_not_count(tmp_path, capsys):
     assert capsys.readouterr().out == ''
 
 
+def test_picture_behind_its_thumbnail(tmp_path, capsys):
+    """A smaller version or a mask at the beginning of a TIFF is skipped."""
+    large = np.repeat(np.repeat(pixels(3), 10, axis=0), 10, axis=1)
+    write_tiff(tmp_path / 'x.tif', pixels(3), large, reduced=[0])
+    assert np.array_equal(np.asarray(pictures.load_rgb(tmp_path / 'x.tif')), large)
+    pictures.log_peculiarities([tmp_path / 'x.tif'])
+    assert capsys.readouterr().out == ''
+    assert pictures.header(tmp_path / 'x.tif')[1] == (60, 50)
+
+
 # ----- number of pixels
 
 @pytest.fixture

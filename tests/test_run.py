@@ -366,6 +366,17 @@ def test_files_of_the_user_are_refused(program, tmp_path, name):
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: '[1, 2]'}
 
 
+def test_report_beside_an_evaluation_without_one(tmp_path):
+    """A user's own report/ does not belong to an evaluation that only wrote eval.json; odd lists are ignored."""
+    (tmp_path / 'report').mkdir()
+    (tmp_path / 'eval.json').write_text('{"args": {}}')
+    (tmp_path / 'args.json').write_text('{"args": {}, "files": ["", 3, "checkpoint.pth", "args.json"]}')
+    assert [file.name for file in folder.files_of_earlier_run(tmp_path)] == ['args.json', 'eval.json']
+    (tmp_path / 'report' / 'summary.json').touch()
+    (tmp_path / 'args.json').write_text('{"args": {}, "files": null}')
+    assert tmp_path / 'report' in folder.files_of_earlier_run(tmp_path)
+
+
 @pytest.mark.parametrize(('parse', 'argv', 'own', 'refused'), [
     (main.parse_args, [], 'report', True), (main.parse_args, ['--eval'], 'report', True),
     (main.parse_args, ['--eval'], 'log.txt', False), (train.parse_args, [], 'report', False),

@@ -25,7 +25,7 @@ NAMES = (ADE, MASKS, SAMPLE)
 ADE_CLASSES = 150
 SAMPLE_PICTURES = {True: 600, False: 100}  # for training, for evaluation
 VAL_FRACTION = .2  # of MASKS without a folder val/
-PROBED = 64  # label pictures that are read before work starts, if the number of classes is known
+PROBED = 64  # pictures of each part that are read before work starts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +133,10 @@ def build(source: Source, *, trains: bool = True, known: Optional[Tuple[Optional
     sets = [LabelledPictures(samples, names, numbering, upright=source.exif) for samples in (train, val)]
     for dataset in sets:
         dataset.split = division
-    check_labels(numbering, [label for dataset in sets for _, label in pictures.evenly_spread(dataset.samples, PROBED)])
     inspect(sets[0] if trains else None, sets[1])
+    for dataset in sets:
+        with ThreadPoolExecutor(max_workers=8) as pool:  # raises InputError for labels that do not fit
+            list(pool.map(dataset.__getitem__, pictures.evenly_spread(range(len(dataset)), PROBED)))
     return sets[0] if trains else None, sets[1]
 
 
@@ -234,12 +236,6 @@ def count_numbers(label_paths: List[str]) -> dict:
 
     with ThreadPoolExecutor(max_workers=8) as pool:
         return dict(sum(pool.map(count, label_paths), Counter()))
-
-
-def check_labels(numbering: Numbering, label_paths: List[str]):
-    """Raise InputError if a label picture can't be read, or has a number that is no class."""
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        list(pool.map(lambda path: numbering.to_classes(labels.read(path), path), label_paths))
 
 
 class Numbered(Dataset):

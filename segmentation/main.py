@@ -3,6 +3,7 @@
 The defaults are the original's recipe for ADE20k. Runs are counted in iterations: optimizer steps.
 """
 import argparse
+import dataclasses
 import os
 import shlex
 import sys
@@ -27,10 +28,10 @@ from run.logs import environment, log_values, table_row, write_result
 from run.output import log
 from run.schedules import Schedule, poly
 from run.training import Run
-from segmentation import data, files, models, report, testing
+from segmentation import data, files, models, patches, report, testing
 from segmentation.losses import segmentation_losses
 from segmentation.models import Segmenter
-from segmentation.transforms import RATIOS, TrainTransform
+from segmentation.transforms import RATIOS, EvalTransform, TrainTransform
 from utils import InputError, NonFiniteLoss, abridge, seed_everything
 
 REFERENCE_BATCH = 16  # images per step that --lr refers to
@@ -83,6 +84,9 @@ def get_args_parser() -> Parser:
 
     group = parser.add_argument_group('evaluation')
     group.add_argument('--eval', action='store_true', help='evaluation only')
+    group.add_argument('--knn', type=COUNT, metavar='K', help='evaluation of --pretrained without training: classes of '
+                       'the K nearest patches of the training pictures; with --eval and a linear model')
+    group.add_argument('--knn-patches', default=100_000, type=COUNT, metavar='N', help='patches that are compared')
     testing.add_flags(group)
     group.add_argument('--report', action=boolean, default=True,
                        help='report in the folder report of --output-dir: classes, confusions, curves, pictures')
@@ -116,7 +120,10 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
 
 def check_weights(args):
     """Raise InputError if the flags of weights do not match each other, or a file does not exist."""
-    if args.eval:
+    if args.knn:
+        if not args.eval or not args.pretrained or not (args.model or '').startswith('linear_'):
+            raise InputError(f'--knn {args.knn}: needs --eval, --pretrained and --model linear_xcit_...')
+    elif args.eval:
         if bool(args.weights) == bool(args.resume):
             raise InputError(f'--eval: needs --weights (a file, a URL or {files.TAG}), or --resume')
         if args.pretrained:
@@ -232,6 +239,22 @@ def print_next_steps(args, folder: Path):
         + ''.join(f'\n  {shlex.join(["python", "-m", *command])}' for command in (evaluate, predict)))
 
 
+def evaluate_neighbours(args, device: torch.device) -> dict:
+    """Evaluate frozen features by nearest patches; return and store the metrics."""
+    train_set, val_set = data.build(data.source(args))
+    model = build_model(args, len(train_set.classes)).backbone.to(device).eval()
+    xcit.fuse(model)
+    loading = dataclasses.replace(flags.loading(args, device), batch_size=1)
+    bank, classes = patches.collect(model, train_set, EvalTransform(args.short, args.long), loading,
+                                    most=args.knn_patches)
+    if len(bank) < args.knn:
+        raise InputError(f'--knn {args.knn}: the training pictures have {len(bank)} patches with a class')
+    log(f'{args.model}: {len(bank)} patches of {len(train_set)} pictures')
+    neighbours = patches.PatchNeighbours(model, bank.to(device), classes.to(device), k=args.knn, name=args.model,
+                                         num_classes=len(train_set.classes))
+    return test(args, neighbours, val_set, device, args.pretrained)
+
+
 def evaluate_only(args, device: torch.device) -> dict:
     """Evaluate a model; return and store the metrics."""
     loaded = files.load(args.weights or str(report.resumed_file(args.resume, args.output_dir)),
@@ -240,19 +263,23 @@ def evaluate_only(args, device: torch.device) -> dict:
     _, val_set = data.build(data.source(args), trains=False, known=known)
     model = loaded.model.to(device).eval()
     xcit.fuse(model.backbone)
+    return test(args, model, val_set, device, args.weights or args.resume)
+
+
+def test(args, model: torch.nn.Module, val_set: data.LabelledPictures, device: torch.device, origin: str) -> dict:
+    """Test a model on a data set; return and store the metrics; `origin`: name of the weights."""
     log_values(environment())
     log(f'{model.name}: {len(val_set)} pictures, {len(val_set.classes)} classes')
     predictor = testing.build_predictor(args, model, flags.amp_dtype(args, device))
     confusion = testing.evaluate(predictor, val_set, flags.loading(args, device))
     rows = confusion.rows(val_set.classes)
     stats = {**confusion.metrics(), 'pictures': len(val_set), 'model': model.name,
-             'weights': args.weights or args.resume, 'classes': rows}
+             'weights': origin, 'classes': rows}
     report.log_result(stats)
     if args.output_dir and processes.is_main_process():
         write_result(Path(args.output_dir, 'eval.json'), stats, vars(args))
         if args.report:
-            report.write_tables(Path(args.output_dir), predictor, val_set, confusion,
-                                weights=args.weights or args.resume)
+            report.write_tables(Path(args.output_dir), predictor, val_set, confusion, weights=origin)
             report.draw(Path(args.output_dir))
     return stats
 
@@ -261,7 +288,8 @@ def main(argv: Optional[list] = None) -> dict:
     """Run with a command line (`sys.argv` if None); return the metrics of the last evaluation."""
     args = parse_args(argv)
     with flags.joined(args, trains=not args.eval) as device:
-        return evaluate_only(args, device) if args.eval else train(args, device)
+        program = evaluate_neighbours if args.knn else evaluate_only if args.eval else train
+        return program(args, device)
 
 
 if __name__ == '__main__':

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from dense.resize import ResizedRows, rows_of
-from segmentation.rows import head_rows
+from segmentation.rows import head_rows, works_by_rows
 from segmentation.transforms import EvalTransform
 
 Rows = Callable[[int, int], torch.Tensor]
@@ -72,7 +72,7 @@ class Predictor:
         input_size = tuple(image.shape[-2:])
         if self.slide:
             return ResizedRows(Windows(self.logits, image), input_size, size)
-        if image.shape[-2] * image.shape[-1] > LARGE:
+        if image.shape[-2] * image.shape[-1] > LARGE and works_by_rows(self.model):
             with torch.autocast(device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
                 rows, logits_size = head_rows(self.model, image)
         else:

@@ -11,6 +11,10 @@ from segmentation.models import Segmenter
 Rows = Callable[[int, int], torch.Tensor]  # from `start` and `stop` to rows (channels, stop - start, width)
 
 
+def works_by_rows(model: torch.nn.Module) -> bool:
+    return isinstance(getattr(model, 'decode_head', None), (FPNHead, UPerHead))
+
+
 def head_rows(model: Segmenter, image: torch.Tensor) -> Tuple[Rows, Tuple[int, int]]:
     """Return rows of the logits (K, rows, width) of an image (1, 3, img_h, img_w), and their height and width."""
     fine, *coarse = model.backbone.forward_maps(image)

@@ -73,10 +73,11 @@ class LabelledPictures(PictureSet, Dataset):
     def __getitem__(self, index: int):
         """Return the transformed picture and labels; without a transform, arrays (height, width, 3) and (h, w)."""
         path, label_path = self.samples[index]
-        numbers = labels.read(label_path)
-        picture = np.asarray(pictures.load_rgb(path, upright=self.upright))
-        if self.upright and picture.shape[:2] != numbers.shape:  # perhaps the labels belong to the unturned picture
-            picture = np.asarray(pictures.load_rgb(path, upright=False))
+        for upright in dict.fromkeys((self.upright, False)):  # perhaps only the stored sizes fit
+            numbers = labels.read(label_path, upright=upright)
+            picture = np.asarray(pictures.load_rgb(path, upright=upright))
+            if picture.shape[:2] == numbers.shape:
+                break
         if picture.shape[:2] != numbers.shape:
             sizes = [f'{shape[1]} x {shape[0]}' for shape in (numbers.shape, picture.shape)]
             raise InputError(f'{label_path}: has {sizes[0]} pixels, but its picture {path} has {sizes[1]}')

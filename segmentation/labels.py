@@ -81,8 +81,11 @@ def numbering_of(counts: dict, *, zero_is_a_class) -> Tuple[Numbering, str]:
     return numbering(max(largest + zero_is_a_class, 1), zero_is_a_class=zero_is_a_class), reason
 
 
-def read(path: str) -> np.ndarray:
+def read(path: str, *, upright: bool = False) -> np.ndarray:
     """Read the numbers of a label picture, (height, width), in int32.
+
+    Args:
+        upright: turn the picture by its own EXIF orientation.
 
     Raises:
         InputError: the file is missing, can't be decoded, or has colours instead of numbers.
@@ -93,7 +96,7 @@ def read(path: str) -> np.ndarray:
             if picture.mode not in MODES:
                 raise InputError(f'{path}: a label picture has one number for each pixel, not the mode {picture.mode}; '
                                  f'allowed modes: {", ".join(MODES[:5])}')
-            return np.asarray(picture).astype(np.int32)
+            return np.asarray(pictures.turned(picture, path) if upright else picture).astype(np.int32)
     except FileNotFoundError:
         raise InputError(f'{path}: no such label picture') from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

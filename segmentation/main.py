@@ -18,6 +18,7 @@ import torch
 import weights
 import xcit
 from dense import backbone
+from dense.backbone import STRIDES
 from dense.training import add_optimizer_flags, build_optimizer, freezable
 from engine import train_one_epoch
 from loaders.batches import Rounds, build_train_loader
@@ -115,7 +116,20 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
         args.iterations = args.iterations or ITERATIONS[kind]
         if kind == 'linear' and not args.eval and not args.freeze_backbone:
             raise InputError(f'--model {args.model}: a head for frozen features, so add --freeze-backbone')
+        if not args.eval:
+            check_batch(args, kind)
     return args
+
+
+def check_batch(args, kind: str):
+    """Raise InputError if BatchNorm would have a single value for each channel."""
+    if args.batch_size > 1:
+        return
+    if kind == 'upernet':
+        raise InputError('--batch-size 1: UPerNet normalises pooled maps of 1 pixel, so give at least 2 pictures')
+    if kind == 'sem_fpn' and args.crop_size < 2 * STRIDES[-1]:
+        raise InputError(f'--batch-size 1: the coarsest map of --crop-size {args.crop_size} has 1 pixel; give at least '
+                         f'2 pictures, or --crop-size {2 * STRIDES[-1]}')
 
 
 def check_weights(args):

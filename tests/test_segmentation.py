@@ -1,7 +1,6 @@
 """Segmentation against the numbers of mmsegmentation, and its pieces: labels, transforms, rows, windows, metrics."""
 import functools
 import json
-import zlib
 
 import dense_weights
 import make_checkpoint
@@ -91,13 +90,9 @@ def test_maps_logits_and_labels(name, case):
     if 'aux_logits' in wanted:
         assert_near(auxiliary, f'{key}/aux_logits', 2e-4, 15, 8, 8)
     size = tuple(wanted['ori_shape'])
-    rows = Predictor(model, EvalTransform(short=None)).rows(image[0], size)
-    assert_near(rows(0, size[0])[None], f'{key}/logits', 2e-4, 15, 12, 12)
-    assert (rows(0, size[0]).argmax(0).numpy() != ARRAYS[f'{key}/argmax']).sum() <= 20
-    if 'photo' in wanted['input']:
-        classes = Predictor(model, EvalTransform())(chelsea()).numpy()
-        assert zlib.crc32(classes.tobytes()) == wanted['argmax']['crc32'] or (
-            classes != ARRAYS[f'{key}/argmax']).sum() <= 20
+    resized = Predictor(model, EvalTransform()).rows(image[0], size)(0, size[0])
+    assert_near(resized[None], f'{key}/logits', 2e-4, 15, 12, 12)
+    assert (resized.argmax(0).numpy() != ARRAYS[f'{key}/argmax']).sum() <= 20
 
 
 @pytest.mark.parametrize('name', FIXTURE['train']['models'])

@@ -149,6 +149,8 @@ def test_nearest_patches():
     (['--data-set', SAMPLE, '--freeze-backbone'], '--freeze-backbone: needs trained weights'),
     (['--data-set', SAMPLE, '--model', 'linear_xcit_nano_12_p16'], 'so add --freeze-backbone'),
     (['--data-set', SAMPLE, '--model', 'resnet50'], '--model resnet50: no such model'),
+    (['--data-set', SAMPLE, '--model', 'upernet_xcit_nano_12_p16', '--batch-size', '1'], '--batch-size 1: UPerNet'),
+    (['--data-set', SAMPLE, '--batch-size', '1', '--crop-size', '63'], '--crop-size 64'),
     (['--data-set', SAMPLE, '--knn', '5'], '--knn 5: needs --eval'),
     (['--data-set', SAMPLE, '--eval', '--weights', 'fb_ade20k'], '--weights fb_ade20k: needs --model')])
 def test_refusals(words, message):
@@ -162,7 +164,7 @@ def test_classifier_and_other_classes(tmp_path, capsys):
     torch.manual_seed(0)
     path = tmp_path / 'segmenter.pth'
     torch.save({'state_dict': models.build(NANO, num_classes=4).state_dict()}, path)
-    flags = [*TINY, '--data-set', SAMPLE, '--iterations', '1', '--every', '1', '--batch-size', '1', '--crop-size', '32',
+    flags = [*TINY, '--data-set', SAMPLE, '--iterations', '1', '--every', '1', '--batch-size', '2', '--crop-size', '32',
              '--no-report', '--pretrained', str(path)]
     main(flags)
     assert 'for 4 classes, not 12; all weights but the classifiers\' are loaded' in capsys.readouterr().out

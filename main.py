@@ -20,7 +20,7 @@ from loaders import readers, samples
 from loaders.batches import build_eval_loader, build_train_loader, images_of_epoch
 from loaders.transforms import ToNormalizedTensor, View
 from losses import DistillationLoss
-from reports import real_labels
+from reports import drawings, real_labels
 from run import assembly, flags, launch, optimization, parts, processes, schedules
 from run.commandline import COUNT, COUNT_OR_0, FRACTION, PATH, POSITIVE, Parser, number, run_program, words_of
 from run.descriptions import names_of
@@ -309,7 +309,7 @@ def train(args, device: torch.device) -> dict:
                 log_start(run, train_set, train_loader, count=min(args.batch_size, 32),
                           normalise=ToNormalizedTensor(args.mean, args.std))
                 if args.report:
-                    report.log_missing()
+                    drawings.log_missing()
             pace.log(batches=len(train_loader), warmup_epochs=args.warmup_epochs, epochs=args.epochs,
                      images=images_of_epoch(train_set, repeated_aug=args.repeated_aug), min_lr=args.min_lr)
             for epoch in run.rounds(train_loader):

@@ -41,11 +41,15 @@ MODELS = [f'xcit_{size}_p{patch}' for patch in (16, 8) for size in SIZES]
 STEM_CONVOLUTIONS = {16: 4, 8: 3}  # by patch size
 
 
-def name_with(tensors: dict) -> Optional[str]:
-    """Return the name of the model, one of 14, whose weights have these names and shapes; None: no such model."""
+def name_with(tensors: dict, *, width_of: str = 'cls_token') -> Optional[str]:
+    """Return the name of the model, one of 14, whose weights have these names and shapes; None: no such model.
+
+    Args:
+        width_of: name of a tensor whose last dimension is C; models without class attention have no CLS token.
+    """
     depth = len({key.split('.')[1] for key in tensors if key.startswith('blocks.')})
     patch = 2 ** len({key.split('.')[2] for key in tensors if key.startswith('patch_embed.proj.')})
-    width = getattr(tensors.get('cls_token'), 'shape', ())[-1:]
+    width = getattr(tensors.get(width_of), 'shape', ())[-1:]
     return next((f'xcit_{size}_p{patch}' for size, config in SIZES.items()
                  if ((config['embed_dim'],), config['depth']) == (width, depth) and patch in STEM_CONVOLUTIONS),
                 None)

@@ -11,7 +11,6 @@ from loaders.transforms import View
 from reports import drawings, lettering, page, predictions, tables
 from reports.page import Section, Tile
 from reports.predictions import Predictions
-from run.output import log
 from utils import InputError, counted, decodable, first_line, write_json
 
 SUMMARY = 'summary.json'
@@ -53,12 +52,6 @@ def accuracy_of(predicted: Predictions) -> dict:
         values[name] = 100 * hits / max(count, 1)
         values[f'{name}_interval'] = [100 * end for end in tables.wilson(hits, count)]
     return values
-
-
-def log_missing():
-    """Log the pictures that a report will lack, before a training."""
-    if error := drawings.missing_matplotlib():
-        log(f'The report will be without {drawings.CONFUSION} and {drawings.CURVES}, which need {error}')
 
 
 def read_summary(folder: Path) -> dict:

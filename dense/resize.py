@@ -60,15 +60,16 @@ class ResizedRows:
     """
 
     def __init__(self, rows: Callable[[int, int], torch.Tensor], size: Tuple[int, int], out_size: Tuple[int, int]):
-        self.source, self.size, self.out_size = rows, size, out_size
+        self.source, self.is_identity = rows, size == out_size
+        self.down, self.across = (weights(length, out) for length, out in zip(size, out_size))
 
     def __call__(self, start: int, stop: int) -> torch.Tensor:
-        if self.size == self.out_size:
+        if self.is_identity:
             return self.source(start, stop)
-        top, bottom, down = (values[start:stop] for values in weights(self.size[0], self.out_size[0]))
+        top, bottom, down = (values[start:stop] for values in self.down)
         first = int(top[0])
         x = self.source(first, int(bottom[-1]) + 1)
-        left, right, across = (values.to(x.device) for values in weights(self.size[1], self.out_size[1]))
+        left, right, across = (values.to(x.device) for values in self.across)
         x = x[..., left] * (1 - across) + x[..., right] * across
         top, bottom, down = (top - first).to(x.device), (bottom - first).to(x.device), down[:, None].to(x.device)
         return x[..., top, :] * (1 - down) + x[..., bottom, :] * down

@@ -2,7 +2,21 @@
 import argparse
 
 from run import cpu, flags
-from run.commandline import COUNT, PATH
+from run.commandline import COUNT, PATH, PATH_OBJECT
+from utils import InputError
+
+
+def add_media_flags(group, *, video: str):
+    """Add the flags of pictures, or of a video instead; `video`: result of the latter, for the help."""
+    group.add_argument('images', nargs='*', type=PATH, metavar='IMAGE', help='image files, or folders with images')
+    group.add_argument('--video', type=PATH_OBJECT, metavar='FILE',
+                       help=f'video instead of images: {video}; needs PyAV (requirements-video.txt)')
+
+
+def check_media(args):
+    """Raise InputError unless there are either pictures or a video."""
+    if bool(args.images) == bool(args.video):
+        raise InputError('give either images or --video FILE')
 
 
 def add_weights_flags(parser: argparse.ArgumentParser):

@@ -58,6 +58,12 @@ def missing_matplotlib() -> Optional[str]:
     return None
 
 
+def log_missing():
+    """Log the pictures that a report will lack, before a training."""
+    if error := missing_matplotlib():
+        log(f'The report will be without {CONFUSION} and {CURVES}, which need {error}')
+
+
 def save(figure, path: Path):
     from matplotlib import pyplot
     with whole_file(path) as unfinished:

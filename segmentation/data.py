@@ -186,8 +186,7 @@ def pairs(images: Path, label_folder: Path) -> List[Tuple[str, str]]:
     pictures.log_left_out(f'{images}', left_out)
     if not found:
         raise InputError(f'--data-path: no pictures in {images}')
-    by_name = {path.relative_to(label_folder).with_suffix('').as_posix(): str(path)
-               for path in labels.label_files(label_folder)}
+    by_name = labels.files_by_name(label_folder)
     names = [Path(path).relative_to(images).with_suffix('').as_posix() for path in found]
     missing = [name for name in names if name not in by_name]
     if missing:

@@ -44,8 +44,7 @@ def pairs(annotations: Path, predictions: Path) -> List[tuple]:
     for flag, folder in (('--annotations', annotations), ('--predictions', predictions)):
         if not folder.is_dir():
             raise InputError(f'{flag} {folder}: no such directory')
-    true, predicted = ({path.relative_to(folder).with_suffix('').as_posix(): str(path)
-                        for path in labels.label_files(folder)} for folder in (annotations, predictions))
+    true, predicted = map(labels.files_by_name, (annotations, predictions))
     if not true:
         raise InputError(f'--annotations {annotations}: no label pictures')
     missing = [name for name in true if name not in predicted]

@@ -3,8 +3,9 @@
 Inside, classes are 0 to K - 1, and losses.IGNORED (255) is no class. A `Numbering` converts between both.
 """
 import dataclasses
+from collections import Counter
 from pathlib import Path
-from typing import Iterable, Tuple
+from typing import Dict, Tuple
 
 import numpy as np
 from PIL import Image
@@ -124,6 +125,7 @@ def save(path: Path, classes: np.ndarray, numbers: Numbering):
         picture.save(unfinished, format='PNG')
 
 
-def label_files(folder: Path) -> Iterable[Path]:
-    """Return the label pictures of a folder and its subfolders, sorted."""
-    return sorted(path for path in folder.rglob('*') if path.suffix.lower() in pictures.suffixes() and path.is_file())
+def files_by_name(folder: Path) -> Dict[str, str]:
+    """Return the label pictures of a folder and its subfolders by their relative paths without suffixes."""
+    return {Path(path).relative_to(folder).with_suffix('').as_posix(): path
+            for path in pictures.find(folder, Counter())}

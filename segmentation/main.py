@@ -22,6 +22,7 @@ from dense.backbone import STRIDES
 from dense.training import add_optimizer_flags, build_optimizer, freezable
 from engine import train_one_epoch
 from loaders.batches import Rounds, build_train_loader
+from reports import drawings
 from run import assembly, flags, parts, processes
 from run.commandline import COUNT, PATH, POSITIVE, Parser, number, run_program, words_of
 from run.folder import BEST, CHECKPOINT, EVALUATION_FILES, RUN_FILES
@@ -177,7 +178,7 @@ def train(args, device: torch.device) -> dict:
     """Train; return the metrics of the last evaluation."""
     train_set, val_set = data.build(data.source(args))
     if args.report:
-        report.log_missing()
+        drawings.log_missing()
     loading, position, pace = flags.loading(args, device), flags.iterations(args), flags.pace(
         args, reference_batch=REFERENCE_BATCH)
     transform = TrainTransform(args.crop_size, args.short, args.long, tuple(args.scale_range))

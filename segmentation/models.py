@@ -73,13 +73,11 @@ def build(name: str, num_classes: int = 150, drop_path: Optional[float] = None) 
 def name_in(state_dict: Dict[str, torch.Tensor]) -> Optional[str]:
     """Return the name of the model that weights belong to; None: not a segmenter of this package."""
     kind = next((kind for kind, start in HEADS.items() if any(key.startswith(start) for key in state_dict)), None)
-    stem = [key for key in state_dict if key.startswith('backbone.patch_embed.proj.') and key.endswith('.0.weight')]
-    if kind is None or not stem or 'decode_head.conv_seg.weight' not in state_dict:
+    if kind is None or 'decode_head.conv_seg.weight' not in state_dict:
         return None
-    depth = len({key.split('.')[2] for key in state_dict if key.startswith('backbone.blocks.')})
-    width = max(len(state_dict[key]) for key in stem)
-    sizes = [size for size, options in xcit.SIZES.items() if (options['embed_dim'], options['depth']) == (width, depth)]
-    return f'{kind}_xcit_{sizes[0]}_p{2 ** len(stem)}' if sizes else None
+    tensors = {key.removeprefix('backbone.'): value for key, value in state_dict.items() if key.startswith('backbone.')}
+    name = xcit.name_with(tensors, width_of='blocks.0.norm1.weight')
+    return name and f'{kind}_{name}'
 
 
 def check_kind(state_dict: Dict[str, torch.Tensor], source: str):

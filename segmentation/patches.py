@@ -1,7 +1,6 @@
 """Segmentation without training: each patch gets the classes of the nearest patches of labelled pictures."""
 from typing import Tuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from run.progress import Progress
 from run.settings import Loading
 from segmentation.data import LabelledPictures
 from segmentation.losses import IGNORED
-from segmentation.testing import only_sample
+from segmentation.testing import Prepared, only_sample
 from segmentation.transforms import EvalTransform
 
 BLOCK = 4096  # patches in one comparison
@@ -57,16 +56,6 @@ def features_of(backbone: XcitPyramid, images: torch.Tensor) -> torch.Tensor:
     return F.normalize(backbone.forward_maps(images)[-1].float(), dim=1)
 
 
-class Labelled:
-    """Transform of a picture with labels to its image and the labels of the image's pixels."""
-
-    def __init__(self, transform: EvalTransform):
-        self.transform = transform
-
-    def __call__(self, picture: np.ndarray, classes: np.ndarray) -> Tuple[torch.Tensor, torch.Tensor]:
-        return self.transform(picture), torch.from_numpy(classes)
-
-
 @torch.inference_mode()
 def collect(backbone: XcitPyramid, dataset: LabelledPictures, transform: EvalTransform, loading: Loading, *, most: int
             ) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -74,7 +63,7 @@ def collect(backbone: XcitPyramid, dataset: LabelledPictures, transform: EvalTra
 
     The class of a patch is that of its central pixel; patches without a class are left out.
     """
-    loader = build_eval_loader(dataset.with_transform(Labelled(transform)), loading, collate_fn=only_sample)
+    loader = build_eval_loader(dataset.with_transform(Prepared(transform)), loading, collate_fn=only_sample)
     per_picture, rows, labels = max(1, most // len(dataset)), [], []
     for image, classes in Progress(loader, 'Patches', loading.device):
         maps = features_of(backbone, image[None].to(loading.device))

@@ -18,6 +18,7 @@ from tqdm import tqdm
 import xcit
 from dense import drawing
 from inference import pictures, video
+from inference.flags import add_media_flags, check_media
 from loaders.pictures import load_rgb
 from run import flags
 from run.commandline import PATH, PATH_OBJECT, Parser, run_program
@@ -36,10 +37,7 @@ def get_args_parser() -> Parser:
     parser = Parser('python -m segmentation.predict', description=__doc__,
                     example='photos/ --weights runs/mine/best_model.pth --out labels/ --overlay drawn/')
     group = parser.add_argument_group('pictures')
-    group.add_argument('images', nargs='*', type=PATH, metavar='IMAGE', help='image files, or folders with images')
-    group.add_argument('--video', type=PATH_OBJECT, metavar='FILE',
-                       help='video instead of images: writes STEM_classes.mp4 to --overlay, each frame with its '
-                       'classes; needs PyAV (requirements-video.txt)')
+    add_media_flags(group, video='writes STEM_classes.mp4 to --overlay, each frame with its classes')
     flags.add_pixels_flag(group)
     group.add_argument('--out', type=PATH_OBJECT, metavar='DIR', help='folder of the label pictures')
     group.add_argument('--overlay', type=PATH_OBJECT, metavar='DIR', help='folder of drawings')
@@ -60,8 +58,7 @@ def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     """Parse the command line, and raise InputError for invalid flags before any work is done."""
     args = get_args_parser().parse_args(argv)
     args.amp = args.amp or 'off'
-    if bool(args.images) == bool(args.video):
-        raise InputError('give either images or --video FILE')
+    check_media(args)
     if args.video and (args.out or not args.overlay):
         raise InputError('--video: needs --overlay DIR for the new video, and no --out')
     if not args.out and not args.overlay:

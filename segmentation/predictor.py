@@ -103,6 +103,9 @@ class Windows:
     def __init__(self, logits: Callable[[torch.Tensor], torch.Tensor], image: torch.Tensor):
         self.logits, self.image = logits, image
         self.tops, self.lefts = (window_starts(length) for length in image.shape[-2:])
+        self.counts_across = image.new_zeros(image.shape[-1])
+        for left in self.lefts:
+            self.counts_across[left:left + WINDOW] += 1
         self.sums: List[Tuple[int, torch.Tensor]] = []  # top and sums (K, height, width) of a row of windows
 
     def __call__(self, start: int, stop: int) -> torch.Tensor:
@@ -116,7 +119,7 @@ class Windows:
             if first < last:
                 out[:, first - start:last - start] += sums[:, first - top:last - top]
                 counts[first - start:last - start] += 1
-        return out / (counts * self.counts_across())
+        return out / (counts * self.counts_across)
 
     def add_up(self, top: int) -> torch.Tensor:
         """Add up the logits of a row of windows: (K, height, img_w)."""
@@ -129,12 +132,6 @@ class Windows:
                 sums = logits.new_zeros(len(logits), size[0], self.image.shape[-1])
             sums[..., left:left + WINDOW] += logits
         return sums
-
-    def counts_across(self) -> torch.Tensor:
-        counts = self.image.new_zeros(self.image.shape[-1])
-        for left in self.lefts:
-            counts[left:left + WINDOW] += 1
-        return counts
 
 
 def window_starts(length: int) -> List[int]:

@@ -30,12 +30,6 @@ CURVES = {'loss': {'train_loss': 'training'}, 'mIoU and accuracies in %': {
 COLUMNS = ('class', 'IoU %', 'accuracy %', 'pixels', 'predicted pixels')
 
 
-def log_missing():
-    """Log the pictures that a report will lack, before a training."""
-    if error := drawings.missing_matplotlib():
-        log(f'The report will be without {drawings.CONFUSION} and {drawings.CURVES}, which need {error}')
-
-
 def log_result(stats: dict):
     """Log the metrics, and the classes that do not occur."""
     log(f'* mIoU {stats["mIoU"]:.2f} mAcc {stats["mAcc"]:.2f} aAcc {stats["aAcc"]:.2f}')

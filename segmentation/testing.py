@@ -1,7 +1,7 @@
 """Tests of a segmenter on a data set: flags, and the loop over its pictures."""
 import argparse
 import dataclasses
-from typing import Callable, List, Optional, Tuple
+from typing import Callable, Optional
 
 import numpy as np
 import torch
@@ -42,11 +42,11 @@ def build_predictor(args, model: torch.nn.Module, amp_dtype: Optional[torch.dtyp
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Transform of a picture with labels to the images that a predictor needs, and the labels."""
-    predictor: Predictor
+    """Transform of a picture with labels: the result of `prepare` for the picture, and the unchanged labels."""
+    prepare: Callable
 
-    def __call__(self, picture: np.ndarray, classes: np.ndarray) -> Tuple[List[torch.Tensor], torch.Tensor]:
-        return self.predictor.prepare(picture), torch.from_numpy(classes)
+    def __call__(self, picture: np.ndarray, classes: np.ndarray) -> tuple:
+        return self.prepare(picture), torch.from_numpy(classes)
 
 
 def only_sample(samples: list):
@@ -64,8 +64,8 @@ def evaluate(predictor: Predictor, dataset: LabelledPictures, loading: Loading, 
     """
     predictor.model.eval()
     processes.broadcast_buffers(predictor.model)
-    loader = build_eval_loader(dataset.with_transform(Prepared(predictor)), dataclasses.replace(loading, batch_size=1),
-                               collate_fn=only_sample)
+    loader = build_eval_loader(dataset.with_transform(Prepared(predictor.prepare)),
+                               dataclasses.replace(loading, batch_size=1), collate_fn=only_sample)
     confusion, count = Confusion(len(dataset.classes), loading.device), 0
     batches = EvaluationBatches(loader, loading.device, header=header, after_batch=after_batch)
     for images, classes in batches:

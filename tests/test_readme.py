@@ -70,25 +70,27 @@ def words_of(command: str, folder) -> list:
     return words
 
 
+def parsed(module: str) -> list:
+    """Return the flags of each command of a program in the docs."""
+    parser = importlib.import_module(module).get_args_parser()
+    return [parser.parse_args(shlex.split(command)) for command in commands(f'-m {module}')]
+
+
 TOOLS = sorted(path.stem for path in (ROOT / 'tools').glob('*.py') if 'def get_args_parser' in path.read_text())
 
 
 @pytest.mark.parametrize('tool', TOOLS)
 def test_tool_command_parses(tool):
     """Every tool has a command in the docs, and each of its commands is accepted."""
-    tool_commands = commands(f'-m tools.{tool}')
-    assert tool_commands
-    for command in tool_commands:
-        importlib.import_module(f'tools.{tool}').get_args_parser().parse_args(shlex.split(command))
+    assert parsed(f'tools.{tool}')
 
 
 @pytest.mark.parametrize('program', ['main', 'predict', 'evaluate'])
 def test_segmentation_command_parses(program):
     """Every program of segmentation has a command in the docs, and each of its commands is accepted."""
-    program_commands = commands(f'-m segmentation.{program}')
-    assert program_commands
-    for command in program_commands:
-        args = importlib.import_module(f'segmentation.{program}').get_args_parser().parse_args(shlex.split(command))
+    all_args = parsed(f'segmentation.{program}')
+    assert all_args
+    for args in all_args:
         if getattr(args, 'model', None):
             backbone.parse(args.model, models.HEADS)
 
@@ -96,10 +98,9 @@ def test_segmentation_command_parses(program):
 @pytest.mark.parametrize('program', ['train', 'knn', 'linear'])
 def test_dino_command_parses(program):
     """Every program of DINO has a command in the docs, and each of its commands is accepted."""
-    program_commands = commands(f'-m dino.{program}')
-    assert program_commands
-    for command in program_commands:
-        args = importlib.import_module(f'dino.{program}').get_args_parser().parse_args(shlex.split(command))
+    all_args = parsed(f'dino.{program}')
+    assert all_args
+    for args in all_args:
         name = args.arch if program == 'train' else args.model
         assert name is None or timm.is_model(name)
 

@@ -27,7 +27,7 @@ from loaders.pictures import load_rgb
 from loaders.transforms import ToNormalizedTensor
 from reports import lettering
 from reports.maps import BRIGHTEST, color_scale, extent, in_multiples, legend, paint, scale_to, side_by_side
-from run.commandline import COUNT, PATH, PATH_OBJECT, Parser, run_program
+from run.commandline import COUNT, PATH_OBJECT, Parser, run_program
 from run.flags import add_pixels_flag
 from run.folder import check_output_dir
 from run.output import log, shows_bar
@@ -52,10 +52,7 @@ def get_args_parser() -> Parser:
         'out.',
         example='photo.jpg --model xcit_small_12_p8 --pretrained fb_dino --output-dir maps')
     group = parser.add_argument_group('pictures')
-    group.add_argument('images', nargs='*', type=PATH, metavar='IMAGE', help='image files, or folders with images')
-    group.add_argument('--video', type=PATH_OBJECT, metavar='FILE',
-                       help='video instead of images: writes STEM_attention.mp4, each frame beside its mean attention; '
-                       'needs PyAV (requirements-video.txt)')
+    flags.add_media_flags(group, video='writes STEM_attention.mp4, each frame beside its mean attention')
     group.add_argument('--output-dir', required=True, type=PATH_OBJECT, metavar='DIR', help='folder of the maps')
     group.add_argument('--input-size', type=COUNT, metavar='PIXELS',
                        help=f'longer side that a picture is scaled to, up or down, uncropped; if unset, {LONGER_SIDE} '
@@ -84,8 +81,7 @@ def head_numbers(text: str) -> Optional[List[int]]:
 
 def parse_args(argv: Optional[list] = None) -> argparse.Namespace:
     args = get_args_parser().parse_args(argv)
-    if bool(args.images) == bool(args.video):
-        raise InputError('give either images or --video FILE')
+    flags.check_media(args)
     if args.video and args.save_raw:
         raise InputError('--save-raw: has no effect with --video')
     if args.model:
